@@ -1,0 +1,1 @@
+"""The shipped sample of Fashion-MNIST and the script that made it."""
