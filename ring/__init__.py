@@ -1,0 +1,19 @@
+"""The ring all-reduce: the algorithm (`ring.algorithm`), its codecs, and the drivers that run it."""
+
+from ring.codec import Codec, Composite, Hop, Identity, Region
+from ring.errors import RingError, RingMismatch, RingTimeout
+from ring.plan import Stats
+from ring.timeline import Timeline
+
+__all__ = [
+    "Codec",
+    "Composite",
+    "Hop",
+    "Identity",
+    "Region",
+    "RingError",
+    "RingMismatch",
+    "RingTimeout",
+    "Stats",
+    "Timeline",
+]

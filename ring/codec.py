@@ -1,0 +1,172 @@
+"""What travels around the ring: the contract between the algorithm and a compressor.
+
+The ring never looks inside a vector. It asks a codec where the vector may be cut and how many bytes each piece
+takes on the wire, and then lets the codec fill (`encode`), combine (`reduce`) and empty (`decode`) those bytes.
+
+A codec is *linear* if payloads may be added as they are (GradiVeQ; the identity) and *per-hop* if each hop has to
+decode, add and encode again (QSGD in the ring, Fig. 2a of Yu et al. 2018). That flag is all the algorithm needs: a
+linear codec encodes its own contribution while the other one is still arriving, a per-hop codec can't.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Payload = npt.NDArray[np.uint8]
+
+#: NumPy has no bfloat16 of its own; an array with the dtype of the ml_dtypes package is accepted.
+DTYPES = ("float16", "float32", "float64", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A stretch of the vector that is cut only between units.
+
+    Attributes:
+        length: elements in the region.
+        unit: elements that stay together (1 for the identity, K for slices, the bucket for QSGD).
+        unit_bytes: bytes of a full unit on the wire.
+        tail_bytes: bytes of the last unit where `unit` does not divide `length`; otherwise unused.
+    """
+
+    length: int
+    unit: int
+    unit_bytes: int
+    tail_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.length < 0 or self.unit < 1 or self.unit_bytes < 0 or self.tail_bytes < 0:
+            raise ValueError(f"a region needs length >= 0, unit >= 1 and bytes >= 0, got {self}")
+
+    @property
+    def num_bytes(self) -> int:
+        full, rest = divmod(self.length, self.unit)
+        return full * self.unit_bytes + (self.tail_bytes if rest else 0)
+
+
+class Hop(NamedTuple):
+    """Where in the ring an encoding happens; what a codec keys its random numbers by."""
+
+    rank: int
+    size: int
+    step: int
+
+
+class Codec(ABC):
+    """Turns stretches of a vector into bytes and back.
+
+    `values` is always a view of the vector from element `start` on, cut where `regions` allows; `payload` and
+    `incoming` are uint8 views of exactly the bytes that `regions` declares for it.
+    """
+
+    linear: bool
+    #: True if the payload *is* the vector's memory, so that nothing has to be encoded or decoded.
+    in_place: bool = False
+
+    @abstractmethod
+    def describe(self, dtype: np.dtype[Any]) -> str:
+        """One short line that ranks compare before they use each other's bytes."""
+
+    @abstractmethod
+    def regions(self, length: int, dtype: np.dtype[Any]) -> Sequence[Region]:
+        """Where a vector of `length` may be cut, and the bytes of each piece. Raises ValueError if it can't be coded."""
+
+    @abstractmethod
+    def encode(self, values: Array, start: int, payload: Payload, hop: Hop) -> None:
+        """Write this worker's own contribution into `payload`. `values` is not modified."""
+
+    @abstractmethod
+    def reduce(self, incoming: Payload, values: Array, start: int, payload: Payload, hop: Hop) -> None:
+        """Put the sum of `incoming` and of this worker's own contribution into `payload`.
+
+        A linear codec finds its own contribution encoded in `payload` and adds; a per-hop codec decodes
+        `incoming`, adds `values` and encodes. `incoming` is scratch and may be overwritten.
+        """
+
+    @abstractmethod
+    def decode(self, payload: Payload, start: int, values: Array, size: int) -> None:
+        """Write the sum over `size` workers into `values`. `payload` is not modified (it may still be on its way)."""
+
+
+class Identity(Codec):
+    """No compression: plain ring all-reduce. The payload is the vector itself, nothing is copied.
+
+    Cost per rank: one add per element and hop of the reduce-scatter.
+    """
+
+    linear = True
+    in_place = True
+
+    def describe(self, dtype: np.dtype[Any]) -> str:
+        return "identity"
+
+    def regions(self, length: int, dtype: np.dtype[Any]) -> Sequence[Region]:
+        return (Region(length, 1, dtype.itemsize),)
+
+    def encode(self, values: Array, start: int, payload: Payload, hop: Hop) -> None:
+        payload.view(values.dtype)[:] = values
+
+    def reduce(self, incoming: Payload, values: Array, start: int, payload: Payload, hop: Hop) -> None:
+        own = payload.view(values.dtype)
+        np.add(own, incoming.view(values.dtype), own)
+
+    def decode(self, payload: Payload, start: int, values: Array, size: int) -> None:
+        values[:] = payload.view(values.dtype)
+
+
+class Composite(Codec):
+    """Different codecs for consecutive parts of one vector, in one pass around the ring.
+
+    Linear only if every part is; otherwise linear parts are encoded and added at each hop like the others.
+
+    Args:
+        parts: (length, codec) of each part, in the order of the vector.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, Codec]]) -> None:
+        self.parts = tuple(parts)
+        self.linear = all(codec.linear for _, codec in self.parts)
+        self._offsets = (0, *accumulate(length for length, _ in self.parts))
+
+    def describe(self, dtype: np.dtype[Any]) -> str:
+        return " + ".join(f"{length} {codec.describe(dtype)}" for length, codec in self.parts)
+
+    def regions(self, length: int, dtype: np.dtype[Any]) -> Sequence[Region]:
+        if length != self._offsets[-1]:
+            raise ValueError(f"the parts of this codec cover {self._offsets[-1]} elements, the vector has {length}")
+        return [region for part, codec in self.parts for region in codec.regions(part, dtype)]
+
+    def _pieces(self, values: Array, start: int, payload: Payload) -> Iterator[tuple[Codec, slice, int, slice]]:
+        """(codec, elements of `values`, start within the part, bytes of `payload`) of each part that is touched."""
+        stop, taken = start + len(values), 0
+        for (length, codec), offset in zip(self.parts, self._offsets, strict=False):
+            first, last = max(start, offset), min(stop, offset + length)
+            if first < last:
+                num_bytes = sum(
+                    piece.num_bytes
+                    for piece in PayloadMap(codec.regions(length, values.dtype)).between(first - offset, last - offset)
+                )
+                yield codec, slice(first - start, last - start), first - offset, slice(taken, taken + num_bytes)
+                taken += num_bytes
+
+    def encode(self, values: Array, start: int, payload: Payload, hop: Hop) -> None:
+        for codec, elements, offset, wire in self._pieces(values, start, payload):
+            codec.encode(values[elements], offset, payload[wire], hop)
+
+    def reduce(self, incoming: Payload, values: Array, start: int, payload: Payload, hop: Hop) -> None:
+        for codec, elements, offset, wire in self._pieces(values, start, payload):
+            if codec.linear and not self.linear:
+                codec.encode(values[elements], offset, payload[wire], hop)
+            codec.reduce(incoming[wire], values[elements], offset, payload[wire], hop)
+
+    def decode(self, payload: Payload, start: int, values: Array, size: int) -> None:
+        for codec, elements, offset, wire in self._pieces(values, start, payload):
+            codec.decode(payload[wire], offset, values[elements], size)

@@ -1,0 +1,100 @@
+"""What a worker holds: its place in the ring and the collectives, whatever driver carries them out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from ring.codec import Array, Codec, Identity
+from ring.plan import CHUNK_BYTES, Plan, Planner, Stats
+from ring.timeline import Timeline
+
+IDENTITY = Identity()
+
+
+class Ring(ABC):
+    """One worker of a ring. Every worker calls the same collectives in the same order with the same arguments.
+
+    Vectors are contiguous one-dimensional NumPy arrays of float16, float32, float64 or ml_dtypes' bfloat16, of any
+    length, and are worked on in place. After a call every worker holds the same bits.
+
+    Attributes:
+        rank, size: as in MPI.
+        chunk_bytes: the most payload in one message, unless a call says otherwise.
+    """
+
+    def __init__(self, rank: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.rank, self.size, self.chunk_bytes = rank, size, chunk_bytes
+        self._planner = Planner(rank, size)
+
+    def all_reduce(
+        self,
+        vector: Array,
+        codec: Codec = IDENTITY,
+        *,
+        op: str = "sum",
+        chunk_bytes: int | None = None,
+        timeline: Timeline | None = None,
+    ) -> Stats:
+        """Replace `vector` by the sum (or mean) over all workers.
+
+        Args:
+            vector: shape (length,). Overwritten, on every rank with the same bits.
+            codec: what travels; by default the vector itself.
+            op: "sum" or "mean".
+            chunk_bytes: the most payload in one message; `sys.maxsize` for one message per segment and step.
+            timeline: gets the seconds of "encode", "add" (or "recode"), "decode" and "wait".
+        Returns:
+            Bytes and messages that this rank sent.
+        Raises:
+            TypeError, ValueError: this rank's arguments are invalid; nothing was sent.
+            RingMismatch: ranks disagree about operation, length, dtype, codec or chunking.
+            RingTimeout: a neighbour did nothing for as long as the ring's deadline allows.
+            RingError: another rank failed.
+        Cost: 2(N-1) steps; 2(N-1)/N of the payload's bytes sent per rank where N divides it.
+        """
+        plan = self._planner.plan("all_reduce", vector, codec, op, chunk_bytes or self.chunk_bytes, None)
+        return self._execute(plan, codec, vector, timeline)
+
+    def reduce_scatter(
+        self,
+        vector: Array,
+        codec: Codec = IDENTITY,
+        *,
+        op: str = "sum",
+        chunk_bytes: int | None = None,
+        bounds: Sequence[int] | None = None,
+        timeline: Timeline | None = None,
+    ) -> Stats:
+        """Finish segment (rank + 1) mod N on each rank; the rest of `vector` is left in an unspecified state.
+
+        Args and errors as for `all_reduce`, and
+            bounds: N + 1 elements at which the segments are cut; by default such that payloads are equal.
+        Cost: N-1 steps; (N-1)/N of the payload's bytes sent per rank where N divides it.
+        """
+        plan = self._planner.plan("reduce_scatter", vector, codec, op, chunk_bytes or self.chunk_bytes, bounds)
+        return self._execute(plan, codec, vector, timeline)
+
+    def all_gather(
+        self,
+        vector: Array,
+        codec: Codec = IDENTITY,
+        *,
+        chunk_bytes: int | None = None,
+        bounds: Sequence[int] | None = None,
+        timeline: Timeline | None = None,
+    ) -> Stats:
+        """Fill `vector` with everybody's segments; rank r contributes segment (r + 1) mod N, the one it finished.
+
+        Args, errors and cost as for `reduce_scatter`.
+        """
+        plan = self._planner.plan("all_gather", vector, codec, "sum", chunk_bytes or self.chunk_bytes, bounds)
+        return self._execute(plan, codec, vector, timeline)
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+
+    @abstractmethod
+    def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+        """Run `ring.algorithm.ring` as planned."""

@@ -1,0 +1,279 @@
+"""The ring over MPI: non-blocking messages between neighbours, polled, with a deadline on every wait.
+
+How a call starts. The first message of every call is a greeting: a header of fixed size that says what the sender
+is about to do, and behind it, if it is small, the first chunk. No receive is posted for anything else before the
+predecessor's greeting was compared with this rank's own, because a message longer than its buffer is an error that
+MPI implementations handle badly. A rank that finds a disagreement knows who said what without an extra collective.
+
+How a rank waits. MPI moves large messages only inside MPI calls, and its own blocking waits spin, which is fatal with
+more ranks than cores. So a wait tests, yields the core, tests again; after some milliseconds it sleeps in between.
+
+How a call fails. Whoever fails tells all others on a communicator of its own, which every waiting rank looks at; so
+all raise `RingError` with the same story. An exception that nobody catches ends the whole job (`end_together`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+from mpi4py import MPI
+
+from ring.algorithm import Request, Wait
+from ring.codec import Array, Codec, Payload
+from ring.errors import RingError, RingMismatch, RingTimeout
+from ring.handle import Ring
+from ring.plan import CHUNK_BYTES, Plan, Stats
+from ring.timeline import Timeline
+
+#: The greeting: the call's number and a digest of what it does, 8 bytes each, then the same in words.
+KEY_BYTES = 16
+HEADER_BYTES = 512
+#: A first chunk up to this size travels in the greeting.
+GREETING_BYTES = 16 * 1024
+TAG = 7
+#: After so many seconds of polling with `sched_yield` a wait starts to sleep between polls, for at most so long.
+SPIN_S = 0.005
+LONGEST_SLEEP_S = 0.001
+#: How long a failing rank goes on trying to tell the others.
+LAST_WORDS_S = 1.0
+
+yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+
+class _Deferred:
+    """A receive that is posted as soon as the predecessor's greeting was checked."""
+
+    def __init__(self, buffer: Payload) -> None:
+        self.buffer = buffer
+        self.request: Request | None = None
+
+    def Test(self) -> bool:
+        return self.request is not None and self.request.Test()
+
+
+class _Done:
+    """A message that needs no waiting."""
+
+    def Test(self) -> bool:
+        return True
+
+
+DONE = _Done()
+
+
+class _Greeting:
+    """This rank's first message of every call of one plan: memory and a persistent request."""
+
+    def __init__(self, comm: MPI.Intracomm, successor: int, predecessor: int, plan: Plan) -> None:
+        inline = plan.sent[0].num_bytes if plan.sent and plan.sent[0].num_bytes <= GREETING_BYTES else 0
+        self.leaves_with_chunk = inline > 0
+        self.arrives_with_chunk = bool(plan.arriving) and plan.arriving[0].num_bytes <= GREETING_BYTES
+        self.memory = np.zeros(HEADER_BYTES + inline, np.uint8)
+        digest = hashlib.blake2b(plan.description.encode(), digest_size=8).digest()
+        words = plan.description.encode()[: HEADER_BYTES - KEY_BYTES]
+        self.memory[8 : KEY_BYTES + len(words)] = np.frombuffer(digest + words, np.uint8)
+        self.call = self.memory[:8].view(np.int64)
+        self.key = self.memory[:KEY_BYTES]
+        self.chunk = self.memory[HEADER_BYTES:]
+        self.request = comm.Send_init((self.memory, MPI.BYTE), successor, TAG)
+
+
+class _Port:
+    """One call's side of the links, between `MPIRing._execute` and the algorithm."""
+
+    def __init__(self, owner: MPIRing, greeting: _Greeting, timeline: Timeline | None) -> None:
+        self._owner, self._greeting, self._timeline = owner, greeting, timeline
+        self._leaves_with_greeting = greeting.leaves_with_chunk
+        self._arrives_with_greeting = greeting.arrives_with_chunk
+        self.deferred: list[_Deferred] | None = []
+
+    def receive(self, buffer: Payload) -> Request:
+        if self.deferred is not None:
+            self.deferred.append(_Deferred(buffer))
+            return self.deferred[-1]
+        if self._arrives_with_greeting:
+            self._arrives_with_greeting = False
+            buffer[:] = self._owner.heard[HEADER_BYTES : HEADER_BYTES + len(buffer)]
+            return DONE
+        return self._owner.comm.Irecv((buffer, MPI.BYTE), self._owner.predecessor, TAG)
+
+    def greeted(self) -> None:
+        """Start what had to wait for the predecessor's greeting."""
+        assert self.deferred is not None
+        waiting, self.deferred = self.deferred, None
+        for receive in waiting:
+            receive.request = self.receive(receive.buffer)
+
+    def send(self, buffer: Payload) -> Request:
+        if self._leaves_with_greeting:
+            self._leaves_with_greeting = False
+            self._greeting.chunk[:] = buffer
+            self._greeting.request.Start()
+            return DONE
+        return self._owner.comm.Isend((buffer, MPI.BYTE), self._owner.successor, TAG)
+
+    def compute(self, kind: str, function: Callable[..., Any], *args: Any) -> None:
+        if self._timeline is None:
+            function(*args)
+        else:
+            start = time.perf_counter()
+            function(*args)
+            self._timeline.add(kind, time.perf_counter() - start)
+
+
+class MPIRing(Ring):
+    """This process's place in a ring of all ranks of a communicator.
+
+    Args:
+        comm: the ranks, in ring order; `MPI.COMM_WORLD` by default. It is duplicated; creation is collective.
+        chunk_bytes: the most payload in one message.
+        timeout_s: how long a neighbour may do nothing before a wait gives up.
+    Raises:
+        RingError: the job was started by another MPI's `mpirun`, so that every process is alone.
+    """
+
+    def __init__(
+        self, comm: MPI.Intracomm | None = None, *, chunk_bytes: int = CHUNK_BYTES, timeout_s: float = 300.0
+    ) -> None:
+        if timeout_s <= 0:
+            raise ValueError(f"`timeout_s` must be positive, got {timeout_s}")
+        comm = MPI.COMM_WORLD if comm is None else comm
+        check_launcher(comm)
+        super().__init__(comm.rank, comm.size, chunk_bytes)
+        self.comm, self._alarm = comm.Dup(), comm.Dup()
+        self.timeout_s = timeout_s
+        self.successor, self.predecessor = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        self._calls = 0
+        self._greetings: dict[str, _Greeting] = {}
+        self.heard = np.zeros(HEADER_BYTES + GREETING_BYTES, np.uint8)
+        self._heard_key = self.heard[:KEY_BYTES]
+        self._listening = self.comm.Recv_init((self.heard, MPI.BYTE), self.predecessor, TAG)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.all_reduce(np.zeros(1, np.float32))
+
+    def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+        greeting = self._greetings.get(plan.description)
+        if greeting is None:
+            greeting = _Greeting(self.comm, self.successor, self.predecessor, plan)
+            self._greetings[plan.description] = greeting
+        port = _Port(self, greeting, timeline)
+        self._calls += 1
+        greeting.call[0] = self._calls
+        self._listening.Start()
+        if not greeting.leaves_with_chunk:
+            greeting.request.Start()
+        for wait in plan.start(port, codec, vector, self.size):
+            if port.deferred is not None:
+                self._hear_greeting(greeting, plan, timeline)
+                port.greeted()
+            if not wait.request.Test():
+                self._wait(wait, plan, timeline)
+        if port.deferred is not None:
+            self._hear_greeting(greeting, plan, timeline)
+        if not greeting.request.Test():
+            self._wait(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
+        return plan.stats
+
+    def _hear_greeting(self, greeting: _Greeting, plan: Plan, timeline: Timeline | None) -> None:
+        if not self._listening.Test():
+            self._wait(Wait(self._listening, plan.greeting_work, False), plan, timeline)
+        if self._heard_key.tobytes() != greeting.key.tobytes():
+            theirs, ours = (
+                f"{bytes(memory[KEY_BYTES:HEADER_BYTES]).rstrip(bytes(1)).decode(errors='replace')} "
+                f"as collective number {memory[:8].view(np.int64)[0]}"
+                for memory in (self.heard, greeting.memory)
+            )
+            self._fail(RingMismatch(f"rank {self.predecessor} calls {theirs}; rank {self.rank} calls {ours}"))
+
+    def _wait(self, wait: Wait, plan: Plan, timeline: Timeline | None) -> None:
+        """Poll until the request is complete, somebody fails, or the deadline passes."""
+        start = now = time.perf_counter()
+        test, sleep_s, polls = wait.request.Test, 20e-6, 0
+        while not test():
+            polls += 1
+            if polls % 64 and now - start < SPIN_S:
+                yield_core()
+                continue
+            now = time.perf_counter()
+            if self._alarm.Iprobe():
+                self._hear_alarm(wait, plan)
+            if now - start > self.timeout_s:
+                self._fail(RingTimeout(f"{self._where(wait, plan)} and gave up after {self.timeout_s:g} s"))
+            if now - start >= SPIN_S:
+                time.sleep(sleep_s)
+                sleep_s = min(2 * sleep_s, LONGEST_SLEEP_S)
+        if timeline is not None:
+            timeline.add("wait", time.perf_counter() - start)
+
+    def _where(self, wait: Wait, plan: Plan) -> str:
+        peer = f"to send to rank {self.successor}" if wait.sending else f"for rank {self.predecessor}"
+        return (
+            f"rank {self.rank} waited {peer} in step {wait.work.step} (segment {wait.work.segment}) "
+            f"of {plan.operation}, collective number {self._calls},"
+        )
+
+    def _fail(self, error: RingError) -> NoReturn:
+        """Tell every other rank, then raise."""
+        text = f"{type(error).__name__}: {error}".encode()
+        messages = [self._alarm.Isend((text, MPI.BYTE), peer) for peer in range(self.size) if peer != self.rank]
+        deadline = time.monotonic() + LAST_WORDS_S
+        while not MPI.Request.Testall(messages) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        raise error
+
+    def _hear_alarm(self, wait: Wait, plan: Plan) -> NoReturn:
+        status = MPI.Status()
+        self._alarm.Probe(status=status)
+        text = bytearray(status.Get_count(MPI.BYTE))
+        self._alarm.Recv((text, MPI.BYTE), status.source)
+        kind, _, story = text.decode().partition(": ")
+        known = {"RingMismatch": RingMismatch, "RingTimeout": RingTimeout}.get(kind, RingError)
+        raise known(f"{story} ({self._where(wait, plan)} when it heard of this)")
+
+
+def check_launcher(comm: MPI.Intracomm) -> None:
+    """Recognise a foreign `mpirun`, whose N processes each believe to be alone.
+
+    Raises:
+        RingError: the launcher says that there are more processes than this MPI sees.
+    """
+    for variable in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
+        launched = os.environ.get(variable, "")
+        if comm is MPI.COMM_WORLD and comm.size == 1 and launched.isdigit() and int(launched) > 1:
+            library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+            raise RingError(
+                f"the launcher started {launched} processes ({variable}={launched}), but mpi4py uses {library}, which "
+                "sees only one: this `mpirun` belongs to another MPI. Use the one installed with it, "
+                f"e.g. {os.path.join(os.path.dirname(sys.executable), 'mpirun')}"
+            )
+
+
+def end_together(comm: MPI.Intracomm | None = None) -> None:
+    """From now on, an exception that nobody catches on this rank ends the whole job with a non-zero status.
+
+    Without it, a rank that dies of an exception leaves the others waiting. A `RingError` is printed as one line,
+    because the ring has told its whole story; anything else with its traceback. Other ranks get a second to say
+    what they know.
+    """
+    comm = MPI.COMM_WORLD if comm is None else comm
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, RingError):
+            print(f"rank {comm.rank}: {kind.__name__}: {error}", file=sys.stderr, flush=True)
+        else:
+            text = "".join(traceback.format_exception(kind, error, trace))
+            print(f"rank {comm.rank}:\n{text}", file=sys.stderr, flush=True)
+        time.sleep(LAST_WORDS_S)
+        comm.Abort(1)
+
+    sys.excepthook = hook

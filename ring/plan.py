@@ -1,0 +1,136 @@
+"""What every driver decides before a call: is it valid, where is it cut, in which memory does it work."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ring.algorithm import Port, Wait, Work, ring, schedule, steps
+from ring.codec import DTYPES, Array, Codec, Hop, Payload
+from ring.segments import Chunk, cut_segments
+
+#: Large enough to make the cost of a message small, small enough to stay in a core's second-level cache.
+CHUNK_BYTES = 256 * 1024
+#: How many receives are posted ahead.
+POSTED_RECEIVES = 3
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one rank sent during one call.
+
+    Attributes:
+        bytes_sent: bytes of payload; headers are not counted.
+        messages: messages that carried them.
+    """
+
+    bytes_sent: int
+    messages: int
+
+
+@dataclass
+class Plan:
+    """One call's cuts and memory; the same for every call of equal arguments.
+
+    Attributes:
+        description: what ranks compare, in words.
+        first, last: the steps of the ring that the operation runs.
+        arriving: the chunks that the predecessor sends, in order.
+        num_bytes: the whole vector's payload.
+        inbox: memory for chunks that arrive, shape (posted receives, largest chunk).
+        payload: memory for the payload; None if that is the vector's.
+    """
+
+    operation: str
+    description: str
+    mean: bool
+    first: int
+    last: int
+    work: Sequence[Work]
+    sent: Sequence[Chunk]
+    arriving: Sequence[Chunk]
+    stats: Stats
+    num_bytes: int
+    inbox: Sequence[Payload]
+    payload: Payload | None
+
+    @property
+    def greeting_work(self) -> Work:
+        """What a wait for the first message of a call belongs to."""
+        return self.work[0] if self.work else Work(self.first, 0, Chunk(0, 0, 0, 0), Hop(0, 1, self.first))
+
+    def start(self, port: Port, codec: Codec, vector: Array, size: int) -> Generator[Wait, None, None]:
+        """The algorithm, ready to run on `vector`."""
+        payload = vector.view(np.uint8) if self.payload is None else self.payload
+        return ring(
+            port, codec, vector, payload, self.inbox, self.work,
+            first=self.first, last=self.last, mean=self.mean, size=size,
+        )  # fmt: skip
+
+
+class Planner:
+    """Makes and keeps the plans of one rank.
+
+    Memory: a few chunks per plan, and a whole payload where the codec does not work in place. Only the last
+    `keep` plans are kept, because a codec that is fitted anew is a new plan.
+    """
+
+    def __init__(self, rank: int, size: int, keep: int = 8) -> None:
+        self.rank, self.size, self._keep = rank, size, keep
+        self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+
+    def plan(
+        self, operation: str, vector: Array, codec: Codec, op: str, chunk_bytes: int, bounds: Sequence[int] | None
+    ) -> Plan:
+        """Raises ValueError or TypeError where this rank's own arguments are invalid."""
+        if not isinstance(vector, np.ndarray):
+            raise TypeError(f"`vector` must be a NumPy array, got {type(vector).__name__}")
+        key = (
+            operation, vector.shape, vector.dtype, codec.describe(vector.dtype), op, chunk_bytes,
+            None if bounds is None else tuple(bounds),
+        )  # fmt: skip
+        if not vector.flags.c_contiguous:
+            raise ValueError("`vector` must be contiguous, got one with strides")
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._make(operation, vector, codec, op, chunk_bytes, bounds)
+            if len(self._plans) > self._keep:
+                self._plans.popitem(last=False)
+        return plan
+
+    def _make(
+        self, operation: str, vector: Array, codec: Codec, op: str, chunk_bytes: int, bounds: Sequence[int] | None
+    ) -> Plan:
+        if vector.ndim != 1:
+            raise ValueError(f"`vector` must have one dimension, got shape {vector.shape}")
+        if vector.dtype.name not in DTYPES:
+            raise TypeError(f"`vector` must be one of {', '.join(DTYPES)}, got {vector.dtype.name}")
+        if op not in ("sum", "mean"):
+            raise ValueError(f"`op` must be 'sum' or 'mean', got {op!r}")
+        if chunk_bytes < 1:
+            raise ValueError(f"`chunk_bytes` must be at least 1, got {chunk_bytes}")
+        segments = cut_segments(codec.regions(len(vector), vector.dtype), self.size, chunk_bytes, bounds)
+        first, last = steps(operation, self.size)
+        work = schedule(operation, segments, self.rank, self.size)
+        sent = [item.chunk for item in work if item.step < last]
+        chunks = [chunk for segment in segments for chunk in segment]
+        num_bytes = sum(chunk.num_bytes for chunk in chunks)
+        return Plan(
+            operation=operation,
+            description=f"{operation}({op}) of {len(vector)} {vector.dtype.name} as {codec.describe(vector.dtype)}, "
+            f"chunks of {chunk_bytes} bytes" + ("" if bounds is None else f", segments at {list(bounds)}"),
+            mean=op == "mean",
+            first=first,
+            last=last,
+            work=work,
+            sent=sent,
+            arriving=[item.chunk for item in work if item.step > first],
+            stats=Stats(sum(chunk.num_bytes for chunk in sent), len(sent)),
+            num_bytes=num_bytes,
+            inbox=np.empty((POSTED_RECEIVES, max((chunk.num_bytes for chunk in chunks), default=0)), np.uint8),
+            payload=None if codec.in_place else np.empty(num_bytes, np.uint8),
+        )

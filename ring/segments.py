@@ -1,0 +1,96 @@
+"""Where a vector is cut: segments (one per worker) of chunks (one per message).
+
+Everything here is arithmetic on (length, size, chunk size, codec), so that every rank and every driver cuts alike.
+Cuts balance the bytes on the wire, not the elements: where a codec compresses parts of the vector by different
+ratios, equal cuts of the vector would leave one payload several times as long as the mean.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from ring.codec import Region
+
+
+class Chunk(NamedTuple):
+    """One message: elements [start, stop) of the vector, bytes [first_byte, last_byte) of the whole payload."""
+
+    start: int
+    stop: int
+    first_byte: int
+    last_byte: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.last_byte - self.first_byte
+
+
+class PayloadMap:
+    """Translates between elements of the vector and bytes of its payload."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self._regions = tuple(region for region in regions if region.length)
+        self._elements = (0, *accumulate(region.length for region in self._regions))
+        self._bytes = (0, *accumulate(region.num_bytes for region in self._regions))
+        self.length = self._elements[-1]
+        self.num_bytes = self._bytes[-1]
+
+    def byte_at(self, element: int) -> int:
+        """Bytes of the payload before `element`, which must be a place where the vector may be cut."""
+        if element == self.length:
+            return self.num_bytes
+        index = bisect_right(self._elements, element) - 1
+        units, rest = divmod(element - self._elements[index], self._regions[index].unit)
+        assert not rest, f"no cut at element {element} in {self._regions[index]}"
+        return self._bytes[index] + units * self._regions[index].unit_bytes
+
+    def cut_near(self, byte: int) -> int:
+        """The element at which a cut comes closest to `byte`, the earlier one if two are as close."""
+        if byte <= 0:
+            return 0
+        if byte >= self.num_bytes:
+            return self.length
+        index = bisect_right(self._bytes, byte) - 1
+        region, offset = self._regions[index], self._elements[index]
+        units = (byte - self._bytes[index]) // region.unit_bytes if region.unit_bytes else 0
+        before = min(offset + units * region.unit, self._elements[index + 1])
+        after = min(offset + (units + 1) * region.unit, self._elements[index + 1])
+        return before if byte - self.byte_at(before) <= self.byte_at(after) - byte else after
+
+    def cut(self, start: int, stop: int, parts: int) -> list[int]:
+        """`parts` + 1 ascending elements from `start` to `stop` that split the bytes between them most evenly."""
+        first, last = self.byte_at(start), self.byte_at(stop)
+        inner = (self.cut_near(first + (last - first) * part // parts) for part in range(1, parts))
+        return [start, *(min(max(cut, start), stop) for cut in inner), stop]
+
+
+def cut_segments(
+    regions: Sequence[Region], size: int, chunk_bytes: int, bounds: Sequence[int] | None = None
+) -> list[list[Chunk]]:
+    """The chunks of each of the `size` segments; a segment may be empty.
+
+    Args:
+        regions: what the codec says of the vector.
+        size: number of workers.
+        chunk_bytes: the most bytes of payload in a chunk, unless a single unit is larger.
+        bounds: size + 1 ascending elements to cut the segments at, instead of equal payloads.
+    """
+    payload = PayloadMap(regions)
+    if bounds is None:
+        bounds = payload.cut(0, payload.length, size)
+    elif len(bounds) != size + 1 or bounds[0] != 0 or bounds[-1] != payload.length or sorted(bounds) != list(bounds):
+        raise ValueError(f"`bounds` must ascend from 0 to {payload.length} in {size + 1} numbers, got {list(bounds)}")
+    return [_cut_chunks(payload, start, stop, chunk_bytes) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+def _cut_chunks(payload: PayloadMap, start: int, stop: int, chunk_bytes: int) -> list[Chunk]:
+    num_bytes = payload.byte_at(stop) - payload.byte_at(start)
+    cuts = payload.cut(start, stop, max(1, -(-num_bytes // chunk_bytes)))
+    return [
+        Chunk(first, last, payload.byte_at(first), payload.byte_at(last))
+        for first, last in zip(cuts, cuts[1:], strict=False)
+        if first < last
+    ]
