@@ -1,8 +1,10 @@
 """The ring all-reduce: the algorithm (`ring.algorithm`), its codecs, and the drivers that run it."""
 
-from ring.codec import Codec, Composite, Hop, Identity, Region
+from ring.codec import Codec, Composite, Hop, Identity
 from ring.errors import RingError, RingMismatch, RingTimeout
+from ring.handle import Ring
 from ring.plan import Stats
+from ring.segments import Region
 from ring.timeline import Timeline
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "Hop",
     "Identity",
     "Region",
+    "Ring",
     "RingError",
     "RingMismatch",
     "RingTimeout",

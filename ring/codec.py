@@ -11,45 +11,20 @@ linear codec encodes its own contribution while the other one is still arriving,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ring.segments import PayloadMap, Region
+
 Array = npt.NDArray[Any]
 Payload = npt.NDArray[np.uint8]
 
 #: NumPy has no bfloat16 of its own; an array with the dtype of the ml_dtypes package is accepted.
 DTYPES = ("float16", "float32", "float64", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Region:
-    """A stretch of the vector that is cut only between units.
-
-    Attributes:
-        length: elements in the region.
-        unit: elements that stay together (1 for the identity, K for slices, the bucket for QSGD).
-        unit_bytes: bytes of a full unit on the wire.
-        tail_bytes: bytes of the last unit where `unit` does not divide `length`; otherwise unused.
-    """
-
-    length: int
-    unit: int
-    unit_bytes: int
-    tail_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        if self.length < 0 or self.unit < 1 or self.unit_bytes < 0 or self.tail_bytes < 0:
-            raise ValueError(f"a region needs length >= 0, unit >= 1 and bytes >= 0, got {self}")
-
-    @property
-    def num_bytes(self) -> int:
-        full, rest = divmod(self.length, self.unit)
-        return full * self.unit_bytes + (self.tail_bytes if rest else 0)
 
 
 class Hop(NamedTuple):
@@ -77,7 +52,7 @@ class Codec(ABC):
 
     @abstractmethod
     def regions(self, length: int, dtype: np.dtype[Any]) -> Sequence[Region]:
-        """Where a vector of `length` may be cut, and the bytes of each piece. Raises ValueError if it can't be coded."""
+        """Where a vector of `length` may be cut, and the bytes of each piece. Raises ValueError if it can't code it."""
 
     @abstractmethod
     def encode(self, values: Array, start: int, payload: Payload, hop: Hop) -> None:
@@ -122,6 +97,15 @@ class Identity(Codec):
         values[:] = payload.view(values.dtype)
 
 
+class _Piece(NamedTuple):
+    """The share of one part in a chunk: elements of the chunk, where they start in the part, bytes of the payload."""
+
+    codec: Codec
+    elements: slice
+    start: int
+    wire: slice
+
+
 class Composite(Codec):
     """Different codecs for consecutive parts of one vector, in one pass around the ring.
 
@@ -135,6 +119,7 @@ class Composite(Codec):
         self.parts = tuple(parts)
         self.linear = all(codec.linear for _, codec in self.parts)
         self._offsets = (0, *accumulate(length for length, _ in self.parts))
+        self._kept: dict[tuple[int, int, np.dtype[Any]], list[_Piece]] = {}
 
     def describe(self, dtype: np.dtype[Any]) -> str:
         return " + ".join(f"{length} {codec.describe(dtype)}" for length, codec in self.parts)
@@ -144,29 +129,33 @@ class Composite(Codec):
             raise ValueError(f"the parts of this codec cover {self._offsets[-1]} elements, the vector has {length}")
         return [region for part, codec in self.parts for region in codec.regions(part, dtype)]
 
-    def _pieces(self, values: Array, start: int, payload: Payload) -> Iterator[tuple[Codec, slice, int, slice]]:
-        """(codec, elements of `values`, start within the part, bytes of `payload`) of each part that is touched."""
-        stop, taken = start + len(values), 0
-        for (length, codec), offset in zip(self.parts, self._offsets, strict=False):
-            first, last = max(start, offset), min(stop, offset + length)
-            if first < last:
-                num_bytes = sum(
-                    piece.num_bytes
-                    for piece in PayloadMap(codec.regions(length, values.dtype)).between(first - offset, last - offset)
-                )
-                yield codec, slice(first - start, last - start), first - offset, slice(taken, taken + num_bytes)
-                taken += num_bytes
+    def _pieces(self, values: Array, start: int) -> list[_Piece]:
+        """How a chunk is spread over the parts. Chunks come back in every call, so the answer is kept."""
+        key = (start, len(values), values.dtype)
+        pieces = self._kept.get(key)
+        if pieces is None:
+            pieces = self._kept[key] = []
+            stop, taken = start + len(values), 0
+            for (length, codec), offset in zip(self.parts, self._offsets, strict=False):
+                first, last = max(start, offset), min(stop, offset + length)
+                if first < last:
+                    part = PayloadMap(codec.regions(length, values.dtype))
+                    num_bytes = part.byte_at(last - offset) - part.byte_at(first - offset)
+                    elements, wire = slice(first - start, last - start), slice(taken, taken + num_bytes)
+                    pieces.append(_Piece(codec, elements, first - offset, wire))
+                    taken += num_bytes
+        return pieces
 
     def encode(self, values: Array, start: int, payload: Payload, hop: Hop) -> None:
-        for codec, elements, offset, wire in self._pieces(values, start, payload):
+        for codec, elements, offset, wire in self._pieces(values, start):
             codec.encode(values[elements], offset, payload[wire], hop)
 
     def reduce(self, incoming: Payload, values: Array, start: int, payload: Payload, hop: Hop) -> None:
-        for codec, elements, offset, wire in self._pieces(values, start, payload):
+        for codec, elements, offset, wire in self._pieces(values, start):
             if codec.linear and not self.linear:
                 codec.encode(values[elements], offset, payload[wire], hop)
             codec.reduce(incoming[wire], values[elements], offset, payload[wire], hop)
 
     def decode(self, payload: Payload, start: int, values: Array, size: int) -> None:
-        for codec, elements, offset, wire in self._pieces(values, start, payload):
+        for codec, elements, offset, wire in self._pieces(values, start):
             codec.decode(payload[wire], offset, values[elements], size)

@@ -84,18 +84,16 @@ def _run_in_lockstep(calls: Sequence[_Call]) -> list[Stats]:
         raise RingMismatch("; ".join(f"ranks {ranks} call {text}" for text, ranks in said.items()))
     links = [_Link() for _ in range(size)]
     ports = [_Port(links[(rank - 1) % size], links[rank], call.timeline) for rank, call in enumerate(calls)]
-    running = {}
-    for rank, call in enumerate(calls):
-        generator = call.plan.start(ports[rank], call.codec, call.vector, size)
-        running[rank] = [generator, next(generator, None)]
-    while any(wait is not None for _, wait in running.values()):
+    running = [call.plan.start(port, call.codec, call.vector, size) for port, call in zip(ports, calls, strict=True)]
+    waits = [next(algorithm, None) for algorithm in running]
+    while any(waits):
         moved = False
-        for state in running.values():
-            while state[1] is not None and state[1].request.Test():
-                state[1], moved = next(state[0], None), True
+        for rank, algorithm in enumerate(running):
+            while (wait := waits[rank]) and wait.request.Test():
+                waits[rank], moved = next(algorithm, None), True
         if not moved:
-            waits = {rank: (w.work.step, w.work.segment) for rank, (_, w) in running.items() if w is not None}
-            raise RingError(f"every worker waits for another; (step, segment) by rank: {waits}")
+            where = {rank: (wait.work.step, wait.work.segment) for rank, wait in enumerate(waits) if wait}
+            raise RingError(f"every worker waits for another; (step, segment) by rank: {where}")
     return [Stats(port.bytes_sent, port.messages) for port in ports]
 
 

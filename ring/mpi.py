@@ -36,8 +36,8 @@ from ring.timeline import Timeline
 #: The greeting: the call's number and a digest of what it does, 8 bytes each, then the same in words.
 KEY_BYTES = 16
 HEADER_BYTES = 512
-#: A first chunk up to this size travels in the greeting.
-GREETING_BYTES = 16 * 1024
+#: What travels in the greeting: a first chunk up to this size, or between two ranks a whole vector.
+GREETING_BYTES = 64 * 1024
 TAG = 7
 #: After so many seconds of polling with `sched_yield` a wait starts to sleep between polls, for at most so long.
 SPIN_S = 0.005
@@ -73,9 +73,16 @@ class _Greeting:
     """This rank's first message of every call of one plan: memory and a persistent request."""
 
     def __init__(self, comm: MPI.Intracomm, successor: int, predecessor: int, plan: Plan) -> None:
-        inline = plan.sent[0].num_bytes if plan.sent and plan.sent[0].num_bytes <= GREETING_BYTES else 0
-        self.leaves_with_chunk = inline > 0
+        first_sent = plan.sent[0].num_bytes if plan.sent else 0
+        self.leaves_with_chunk = 0 < first_sent <= GREETING_BYTES
         self.arrives_with_chunk = bool(plan.arriving) and plan.arriving[0].num_bytes <= GREETING_BYTES
+        self.carries_vector = (
+            comm.size == 2
+            and plan.operation == "all_reduce"
+            and plan.payload is None
+            and plan.num_bytes <= GREETING_BYTES
+        )
+        inline = plan.num_bytes if self.carries_vector else first_sent if self.leaves_with_chunk else 0
         self.memory = np.zeros(HEADER_BYTES + inline, np.uint8)
         digest = hashlib.blake2b(plan.description.encode(), digest_size=8).digest()
         words = plan.description.encode()[: HEADER_BYTES - KEY_BYTES]
@@ -166,10 +173,12 @@ class MPIRing(Ring):
         if greeting is None:
             greeting = _Greeting(self.comm, self.successor, self.predecessor, plan)
             self._greetings[plan.description] = greeting
-        port = _Port(self, greeting, timeline)
         self._calls += 1
         greeting.call[0] = self._calls
         self._listening.Start()
+        if greeting.carries_vector:
+            return self._exchange(greeting, plan, vector, timeline)
+        port = _Port(self, greeting, timeline)
         if not greeting.leaves_with_chunk:
             greeting.request.Start()
         for wait in plan.start(port, codec, vector, self.size):
@@ -183,6 +192,24 @@ class MPIRing(Ring):
         if not greeting.request.Test():
             self._wait(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
         return plan.stats
+
+    def _exchange(self, greeting: _Greeting, plan: Plan, vector: Array, timeline: Timeline | None) -> Stats:
+        """Two ranks and a small vector: each sends all of it, and both rounds of the ring become one step.
+
+        The bytes are the same, half the latency is saved, and as a + b = b + a, so are the sums.
+        """
+        greeting.chunk.view(vector.dtype)[:] = vector
+        greeting.request.Start()
+        self._hear_greeting(greeting, plan, timeline)
+        start = time.perf_counter() if timeline is not None else 0.0
+        np.add(vector, self.heard[HEADER_BYTES : HEADER_BYTES + plan.num_bytes].view(vector.dtype), vector)
+        if plan.mean:
+            np.divide(vector, 2, vector)
+        if timeline is not None:
+            timeline.add("add", time.perf_counter() - start)
+        if not greeting.request.Test():
+            self._wait(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
+        return Stats(plan.num_bytes, 1)
 
     def _hear_greeting(self, greeting: _Greeting, plan: Plan, timeline: Timeline | None) -> None:
         if not self._listening.Test():

@@ -131,6 +131,6 @@ class Planner:
             arriving=[item.chunk for item in work if item.step > first],
             stats=Stats(sum(chunk.num_bytes for chunk in sent), len(sent)),
             num_bytes=num_bytes,
-            inbox=np.empty((POSTED_RECEIVES, max((chunk.num_bytes for chunk in chunks), default=0)), np.uint8),
+            inbox=list(np.empty((POSTED_RECEIVES, max((c.num_bytes for c in chunks), default=0)), np.uint8)),
             payload=None if codec.in_place else np.empty(num_bytes, np.uint8),
         )

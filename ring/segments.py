@@ -9,10 +9,35 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from ring.codec import Region
+
+@dataclass(frozen=True)
+class Region:
+    """A stretch of the vector that is cut only between units.
+
+    Attributes:
+        length: elements in the region.
+        unit: elements that stay together (1 for the identity, K for slices, the bucket for QSGD).
+        unit_bytes: bytes of a full unit on the wire.
+        tail_bytes: bytes of the last unit where `unit` does not divide `length`; otherwise unused.
+    """
+
+    length: int
+    unit: int
+    unit_bytes: int
+    tail_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.length < 0 or self.unit < 1 or self.unit_bytes < 0 or self.tail_bytes < 0:
+            raise ValueError(f"a region needs length >= 0, unit >= 1 and bytes >= 0, got {self}")
+
+    @property
+    def num_bytes(self) -> int:
+        full, rest = divmod(self.length, self.unit)
+        return full * self.unit_bytes + (self.tail_bytes if rest else 0)
 
 
 class Chunk(NamedTuple):
@@ -83,7 +108,7 @@ def cut_segments(
         bounds = payload.cut(0, payload.length, size)
     elif len(bounds) != size + 1 or bounds[0] != 0 or bounds[-1] != payload.length or sorted(bounds) != list(bounds):
         raise ValueError(f"`bounds` must ascend from 0 to {payload.length} in {size + 1} numbers, got {list(bounds)}")
-    return [_cut_chunks(payload, start, stop, chunk_bytes) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [_cut_chunks(payload, start, stop, chunk_bytes) for start, stop in pairwise(bounds)]
 
 
 def _cut_chunks(payload: PayloadMap, start: int, stop: int, chunk_bytes: int) -> list[Chunk]:
@@ -91,6 +116,6 @@ def _cut_chunks(payload: PayloadMap, start: int, stop: int, chunk_bytes: int) ->
     cuts = payload.cut(start, stop, max(1, -(-num_bytes // chunk_bytes)))
     return [
         Chunk(first, last, payload.byte_at(first), payload.byte_at(last))
-        for first, last in zip(cuts, cuts[1:], strict=False)
+        for first, last in pairwise(cuts)
         if first < last
     ]

@@ -1,0 +1,50 @@
+# Two commands need nothing but Python 3.11 or newer and make:
+#   make run     set up, train ResNet-32 with each of the three systems, draw the figures (within 10 minutes on 2 cores)
+#   make test    set up, then run every check
+# PYTHON, VENV, NP (ranks) and ARGS (more options for the job) can be given: make run NP=4 ARGS="--batch-size 8"
+
+PYTHON ?= python3
+VENV ?= .venv
+NP ?= 6
+ARGS ?=
+
+BIN := $(VENV)/bin
+MPIRUN := $(BIN)/mpirun
+JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
+
+.PHONY: run timing figures busbw test lint setup clean
+
+run: setup
+	$(JOB) $(ARGS)
+
+# The time breakdown (Fig. 7b): few iterations of each system, no evaluation.
+timing: setup
+	$(JOB) --timing $(ARGS)
+
+# Draw everything again from what was recorded; trains nothing.
+figures: setup
+	$(BIN)/python -m bench.figures results
+
+# Our ring beside MPI_Allreduce, in nccl-tests' columns.
+busbw: setup
+	$(MPIRUN) -n 2 $(BIN)/python -m ring.bench
+	$(MPIRUN) -n $(NP) $(BIN)/python -m ring.bench
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; give another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpich,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
