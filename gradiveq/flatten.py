@@ -1,0 +1,186 @@
+"""A model's gradients as one flat vector, in the order in which neighbours correlate.
+
+Fig. 3a of Yu et al. 2018: the gradients at one coordinate of all F filters of a convolution stand together, then
+come depth, width and height. Element (f, d, h, w) of a (F, D, H, W) weight is at ((h*W + w)*D + d)*F + f of its
+block, so that a slice of F*D adjacent elements is one filter position (h, w).
+
+    | conv 1 (H, W, D, F) | conv 2 (H, W, D, F) | ... | biases, batch norm, fully connected, ... as PyTorch has them |
+      compressed                                        uncompressed, in the same pass around the ring
+
+Convolutions with groups (F filters don't see the same input there) and transposed ones count as "the rest".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+Vector = npt.NDArray[np.float32]
+
+#: Above this, a covariance (K x K floats) takes more than 64 MiB and the refit seconds.
+SLICE_LIMIT = 4096
+
+
+@dataclass(frozen=True)
+class Block:
+    """One parameter's place in the vector.
+
+    Attributes:
+        name: as in `model.named_parameters()`.
+        offset: first element in the vector.
+        length: number of elements.
+        shape: of the parameter, (F, D, *kernel) for a convolution.
+        compressed: whether it is a convolution in the order of Fig. 3a; otherwise it is stored as PyTorch has it.
+    """
+
+    name: str
+    offset: int
+    length: int
+    shape: tuple[int, ...]
+    compressed: bool
+
+    @property
+    def filters(self) -> int:
+        """F of a compressed block."""
+        return self.shape[0]
+
+    @property
+    def depth(self) -> int:
+        """D of a compressed block."""
+        return self.shape[1]
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.length
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The block's stretch of a flat tensor, as a view in the parameter's shape."""
+        part = flat[self.offset : self.stop]
+        if not self.compressed:
+            return part.view(self.shape)
+        filters, depth, *kernel = self.shape
+        axes = range(len(kernel))
+        return part.view(*kernel, depth, filters).permute(len(kernel) + 1, len(kernel), *axes)
+
+
+def default_slice_size(filters: int, depth: int, limit: int = SLICE_LIMIT) -> int:
+    """K = F*D' with D' the largest divisor of D for which F*D' <= limit.
+
+    D' divides D, so the slices fit the layer without padding. Where F alone exceeds the limit, K = F: the correlation
+    is among the F filters, so a slice is never less than that, and the covariance is then larger than the limit
+    intends (4*F*F bytes).
+    """
+    fitting = (d for d in range(depth, 0, -1) if depth % d == 0 and filters * d <= limit)
+    return filters * next(fitting, 1)
+
+
+def slice_sizes(blocks: Sequence[Block], slice_size: int | None = None) -> dict[str, int]:
+    """K of each compressed block, by name.
+
+    Args:
+        slice_size: any K from 1 on for all layers, where a layer shorter than K is one slice (K = its length); None
+            for each layer's `default_slice_size`.
+    Raises:
+        ValueError: if K is below 1, or fits no layer.
+    """
+    layers = [block for block in blocks if block.compressed]
+    if slice_size is None:
+        return {block.name: default_slice_size(block.filters, block.depth) for block in layers}
+    largest = max(layers, key=lambda block: block.length, default=None)
+    if slice_size < 1:
+        raise ValueError(f"`slice_size` must be at least 1, got {slice_size}")
+    if largest is not None and slice_size > largest.length:
+        raise ValueError(
+            f"`slice_size` must be at most {largest.length} (F*D*H*W of {largest.name}, the largest layer), "
+            f"got {slice_size}"
+        )
+    return {block.name: min(slice_size, block.length) for block in layers}
+
+
+def _convolution_weights(model: nn.Module) -> set[int]:
+    """The ids of the weights that are flattened as in Fig. 3a."""
+    return {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+    }
+
+
+class Layout:
+    """Where each parameter's gradient is in the vector, and the copies there and back.
+
+    Parameters that don't require a gradient when the layout is made are left out: nothing is sent for them. One that
+    several modules share is counted once.
+
+    A parameter whose `.grad` is None (this worker's batch didn't use it) contributes zeros, and `unpack` gives it the
+    aggregated gradient: other workers may have used it, and all have to take the same step. A parameter that no worker
+    uses thereby gets a zero gradient instead of None, to which an optimiser applies weight decay and momentum, on all
+    workers alike; freeze it to leave it alone.
+
+    Attributes:
+        blocks: convolutions first, then the rest, both in the order of `model.named_parameters()`.
+        length: elements of the vector.
+        compressed_length: elements of the convolutions, which is where the rest begins.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for name, p in named:
+            if not p.is_floating_point():
+                raise ValueError(f"gradients must be real numbers, {name} is {p.dtype}")
+        convolutions = _convolution_weights(model)
+        ordered = sorted(named, key=lambda item: id(item[1]) not in convolutions)  # stable
+        blocks, offset = [], 0
+        for name, p in ordered:
+            shape = tuple(p.shape)
+            blocks.append(Block(name, offset, prod(shape), shape, id(p) in convolutions))
+            offset += blocks[-1].length
+        self.blocks = tuple(blocks)
+        self.length = offset
+        self.compressed_length = sum(block.length for block in blocks if block.compressed)
+        self._parameters = tuple(p for _, p in ordered)
+
+    def _flat(self, vector: Vector) -> Tensor:
+        if vector.dtype != np.float32 or vector.shape != (self.length,) or not vector.flags.c_contiguous:
+            raise ValueError(
+                f"the vector must be contiguous float32 of shape ({self.length},), got {vector.dtype} {vector.shape}"
+            )
+        return torch.from_numpy(vector)
+
+    @torch.no_grad()
+    def pack(self, vector: Vector) -> None:
+        """Copy each `.grad` into the vector, whatever its device, memory format or floating-point type.
+
+        Args:
+            vector: float32 of shape (length,); overwritten.
+        Cost: one strided copy per parameter.
+        """
+        flat = self._flat(vector)
+        for block, p in zip(self.blocks, self._parameters, strict=True):
+            if p.grad is None:
+                flat[block.offset : block.stop].zero_()
+            elif p.grad.layout != torch.strided:
+                raise ValueError(f"gradients must be dense, {block.name} has a {p.grad.layout} one")
+            else:
+                block.view(flat).copy_(p.grad)
+
+    @torch.no_grad()
+    def unpack(self, vector: Vector, scale: float = 1.0) -> None:
+        """Copy the vector back into each `.grad`, times `scale`. A `.grad` that is None is made (see the class).
+
+        Args:
+            vector: float32 of shape (length,). Not modified.
+        """
+        flat = self._flat(vector)
+        for block, p in zip(self.blocks, self._parameters, strict=True):
+            if p.grad is None:
+                p.grad = torch.empty_like(p)
+            p.grad.copy_(block.view(flat))
+            if scale != 1.0:
+                p.grad.mul_(scale)
