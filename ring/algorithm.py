@@ -59,6 +59,9 @@ class Port(Protocol):
     def send(self, buffer: Payload) -> Request:
         """Start sending `buffer` to the successor."""
 
+    def fetch(self, chunk: Chunk, buffer: Payload) -> Payload:
+        """Where a chunk is whose receive into `buffer` is complete: there, or in memory shared with the predecessor."""
+
     def compute(self, kind: str, function: Callable[..., Any], *args: Any) -> None:
         """Call `function(*args)` and account for it as `kind`."""
 
@@ -156,13 +159,15 @@ def ring(
         if not codec.in_place and (step == first or (step < size and codec.linear)):
             port.compute("encode", codec.encode, values, chunk.start, wire, hop)
         if step > first:
-            incoming, request = posted[0]
+            buffer, request = posted.popleft()
             if not request.Test():
                 yield Wait(request, item, False)
+            incoming = port.fetch(chunk, buffer)
             if step < size:
                 kind = "add" if codec.linear else "recode"
                 port.compute(kind, codec.reduce, incoming, values, chunk.start, wire, hop)
-            posted.popleft()
+            elif incoming is not buffer:
+                port.compute("add", np.copyto, buffer, incoming)
         if mean and codec.in_place and step == size - 1 and first == 0:
             port.compute("add", np.divide, values, size, values)
         if step < last:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from ring.codec import Array, Codec, Identity
 from ring.plan import CHUNK_BYTES, Plan, Planner, Stats
 from ring.timeline import Timeline
@@ -26,6 +29,13 @@ class Ring(ABC):
     def __init__(self, rank: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.rank, self.size, self.chunk_bytes = rank, size, chunk_bytes
         self._planner = Planner(rank, size)
+
+    def empty(self, length: int, dtype: npt.DTypeLike = np.float32) -> Array:
+        """A vector, uninitialised. Every worker calls this with the same arguments.
+
+        A driver may place it where neighbours can read it without a copy; collectives take other vectors as well.
+        """
+        return np.empty(length, dtype)
 
     def all_reduce(
         self,

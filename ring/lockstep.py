@@ -11,6 +11,7 @@ from ring.codec import Array, Codec, Payload
 from ring.errors import RingError, RingMismatch
 from ring.handle import Ring
 from ring.plan import CHUNK_BYTES, Plan, Stats
+from ring.segments import Chunk
 from ring.timeline import Timeline
 
 T = TypeVar("T")
@@ -58,6 +59,9 @@ class _Port:
         self.bytes_sent += len(buffer)
         self.messages += 1
         return self._downstream.send(buffer)
+
+    def fetch(self, chunk: Chunk, buffer: Payload) -> Payload:
+        return buffer
 
     def compute(self, kind: str, function: Callable[..., Any], *args: Any) -> None:
         if self._timeline is None:

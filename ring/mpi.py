@@ -5,6 +5,12 @@ is about to do, and behind it, if it is small, the first chunk. No receive is po
 predecessor's greeting was compared with this rank's own, because a message longer than its buffer is an error that
 MPI implementations handle badly. A rank that finds a disagreement knows who said what without an extra collective.
 
+How bytes move. Between hosts, and for vectors of the caller's own, as MPI messages. A vector from `MPIRing.empty`
+lies in memory that neighbours on the same host can read: then a message only says that a chunk is ready, and the
+successor adds it from where it is. Nothing has to protect a chunk that was sent from being overwritten within the
+call, because what overwrites it is the finished sum, which contains it; at the end of the call each rank tells its
+predecessor that it will read no more.
+
 How a rank waits. MPI moves large messages only inside MPI calls, and its own blocking waits spin, which is fatal with
 more ranks than cores. So a wait tests, yields the core, tests again; after some milliseconds it sleeps in between.
 
@@ -19,11 +25,13 @@ import os
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
+import numpy.typing as npt
 from mpi4py import MPI
 
 from ring.algorithm import Request, Wait
@@ -31,19 +39,27 @@ from ring.codec import Array, Codec, Payload
 from ring.errors import RingError, RingMismatch, RingTimeout
 from ring.handle import Ring
 from ring.plan import CHUNK_BYTES, Plan, Stats
+from ring.segments import Chunk
 from ring.timeline import Timeline
 
-#: The greeting: the call's number and a digest of what it does, 8 bytes each, then the same in words.
+#: The greeting: the call's number and a digest of what it does; in which shared window the vector lies and where in it
+#: (or -1), 8 bytes each; then what the call does in words.
 KEY_BYTES = 16
+WORDS = 32
 HEADER_BYTES = 512
 #: What travels in the greeting: a first chunk up to this size, or between two ranks a whole vector.
 GREETING_BYTES = 64 * 1024
-TAG = 7
+#: From this size on, vectors in shared memory are read in place.
+SHARED_BYTES = 128 * 1024
+TAG, DONE_READING = 7, 8
+NOTHING = np.empty(0, np.uint8)
 #: After so many seconds of polling with `sched_yield` a wait starts to sleep between polls, for at most so long.
 SPIN_S = 0.005
 LONGEST_SLEEP_S = 0.001
 #: How long a failing rank goes on trying to tell the others.
 LAST_WORDS_S = 1.0
+#: Plans come and go with the codecs; so many greetings are kept.
+MOST_GREETINGS = 16
 
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -70,9 +86,9 @@ DONE = _Done()
 
 
 class _Greeting:
-    """This rank's first message of every call of one plan: memory and a persistent request."""
+    """This rank's first message of every call of one plan: memory, and persistent requests that send it."""
 
-    def __init__(self, comm: MPI.Intracomm, successor: int, predecessor: int, plan: Plan) -> None:
+    def __init__(self, comm: MPI.Intracomm, successor: int, plan: Plan) -> None:
         first_sent = plan.sent[0].num_bytes if plan.sent else 0
         self.leaves_with_chunk = 0 < first_sent <= GREETING_BYTES
         self.arrives_with_chunk = bool(plan.arriving) and plan.arriving[0].num_bytes <= GREETING_BYTES
@@ -84,48 +100,70 @@ class _Greeting:
         )
         inline = plan.num_bytes if self.carries_vector else first_sent if self.leaves_with_chunk else 0
         self.memory = np.zeros(HEADER_BYTES + inline, np.uint8)
-        digest = hashlib.blake2b(plan.description.encode(), digest_size=8).digest()
-        words = plan.description.encode()[: HEADER_BYTES - KEY_BYTES]
-        self.memory[8 : KEY_BYTES + len(words)] = np.frombuffer(digest + words, np.uint8)
-        self.call = self.memory[:8].view(np.int64)
+        self.numbers = self.memory[:WORDS].view(np.int64)
+        self.numbers[1:2].view(np.uint8)[:] = np.frombuffer(
+            hashlib.blake2b(plan.description.encode(), digest_size=8).digest(), np.uint8
+        )
+        words = np.frombuffer(plan.description.encode()[: HEADER_BYTES - WORDS], np.uint8)
+        self.memory[WORDS : WORDS + len(words)] = words
         self.key = self.memory[:KEY_BYTES]
         self.chunk = self.memory[HEADER_BYTES:]
-        self.request = comm.Send_init((self.memory, MPI.BYTE), successor, TAG)
+        self.with_chunk = comm.Send_init((self.memory, MPI.BYTE), successor, TAG)
+        self.alone = comm.Send_init((self.memory[:HEADER_BYTES], MPI.BYTE), successor, TAG)
+        self.request = self.alone
+
+    def send(self, with_chunk: bool) -> None:
+        self.request = self.with_chunk if with_chunk else self.alone
+        self.request.Start()
+
+    def free(self) -> None:
+        self.with_chunk.Free()
+        self.alone.Free()
 
 
 class _Port:
     """One call's side of the links, between `MPIRing._execute` and the algorithm."""
 
-    def __init__(self, owner: MPIRing, greeting: _Greeting, timeline: Timeline | None) -> None:
-        self._owner, self._greeting, self._timeline = owner, greeting, timeline
-        self._leaves_with_greeting = greeting.leaves_with_chunk
+    def __init__(self, owner: MPIRing, greeting: _Greeting, shared: bool, timeline: Timeline | None) -> None:
+        self._owner, self._greeting, self._shared, self._timeline = owner, greeting, shared, timeline
+        self.leaves_with_greeting = greeting.leaves_with_chunk and not shared
         self._arrives_with_greeting = greeting.arrives_with_chunk
-        self.deferred: list[_Deferred] | None = []
+        self._deferred: list[_Deferred] = []
+        self.greeted = False
+        self.readable: Payload | None = None
+
+    def greet(self) -> None:
+        """The predecessor's greeting is here and was checked: start what had to wait for it."""
+        self.greeted = True
+        window, offset = self._owner.heard_numbers[2:]
+        if window >= 0:
+            self.readable = self._owner.windows[window].predecessors[offset:]
+        for receive in self._deferred:
+            receive.request = self.receive(receive.buffer)
 
     def receive(self, buffer: Payload) -> Request:
-        if self.deferred is not None:
-            self.deferred.append(_Deferred(buffer))
-            return self.deferred[-1]
+        if not self.greeted:
+            self._deferred.append(_Deferred(buffer))
+            return self._deferred[-1]
+        if self.readable is not None:
+            return self._owner.comm.Irecv((NOTHING, MPI.BYTE), self._owner.predecessor, TAG)
         if self._arrives_with_greeting:
             self._arrives_with_greeting = False
             buffer[:] = self._owner.heard[HEADER_BYTES : HEADER_BYTES + len(buffer)]
             return DONE
         return self._owner.comm.Irecv((buffer, MPI.BYTE), self._owner.predecessor, TAG)
 
-    def greeted(self) -> None:
-        """Start what had to wait for the predecessor's greeting."""
-        assert self.deferred is not None
-        waiting, self.deferred = self.deferred, None
-        for receive in waiting:
-            receive.request = self.receive(receive.buffer)
+    def fetch(self, chunk: Chunk, buffer: Payload) -> Payload:
+        return buffer if self.readable is None else self.readable[chunk.first_byte : chunk.last_byte]
 
     def send(self, buffer: Payload) -> Request:
-        if self._leaves_with_greeting:
-            self._leaves_with_greeting = False
+        if self.leaves_with_greeting:
+            self.leaves_with_greeting = False
             self._greeting.chunk[:] = buffer
-            self._greeting.request.Start()
+            self._greeting.send(with_chunk=True)
             return DONE
-        return self._owner.comm.Isend((buffer, MPI.BYTE), self._owner.successor, TAG)
+        message = NOTHING if self._shared else buffer
+        return self._owner.comm.Isend((message, MPI.BYTE), self._owner.successor, TAG)
 
     def compute(self, kind: str, function: Callable[..., Any], *args: Any) -> None:
         if self._timeline is None:
@@ -134,6 +172,27 @@ class _Port:
             start = time.perf_counter()
             function(*args)
             self._timeline.add(kind, time.perf_counter() - start)
+
+
+class _Window:
+    """Memory of one vector per rank that its neighbours on the same host can read."""
+
+    def __init__(self, comm: MPI.Intracomm, host: MPI.Intracomm, before: int, after: int, num_bytes: int) -> None:
+        before_here, after_here = comm.Get_group().Translate_ranks([before, after], host.Get_group())
+        window = MPI.Win.Allocate_shared(num_bytes, 1, comm=host)
+        self.own: Payload = np.asarray(window.Shared_query(host.rank)[0])
+        self.address = self.own.ctypes.data
+        self.read_by_successor = after_here != MPI.UNDEFINED
+        self.predecessors: Payload = NOTHING
+        if before_here != MPI.UNDEFINED:
+            self.predecessors = np.asarray(window.Shared_query(before_here)[0])
+
+
+def _free_requests(listening: MPI.Prequest, greetings: dict[str, _Greeting]) -> None:
+    if not MPI.Is_finalized():
+        listening.Free()
+        for greeting in greetings.values():
+            greeting.free()
 
 
 class MPIRing(Ring):
@@ -160,9 +219,36 @@ class MPIRing(Ring):
         self.successor, self.predecessor = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         self._calls = 0
         self._greetings: dict[str, _Greeting] = {}
+        self.windows: list[_Window] = []
+        self._neighbours = cast(MPI.Intracomm, self.comm.Split_type(MPI.COMM_TYPE_SHARED))
         self.heard = np.zeros(HEADER_BYTES + GREETING_BYTES, np.uint8)
         self._heard_key = self.heard[:KEY_BYTES]
+        self.heard_numbers = self.heard[:WORDS].view(np.int64)
         self._listening = self.comm.Recv_init((self.heard, MPI.BYTE), self.predecessor, TAG)
+        weakref.finalize(self, _free_requests, self._listening, self._greetings)
+
+    def empty(self, length: int, dtype: npt.DTypeLike = np.float32) -> Array:
+        """A vector, uninitialised, that neighbours on the same host read in place. Collective.
+
+        Its memory is kept until the process ends, so allocate once and use it again.
+        """
+        dtype = np.dtype(dtype)
+        if self.size == 1 or length == 0:
+            return np.empty(length, dtype)
+        self.windows.append(
+            _Window(self.comm, self._neighbours, self.predecessor, self.successor, length * dtype.itemsize)
+        )
+        vector: Array = self.windows[-1].own.view(dtype)
+        return vector
+
+    def _place(self, plan: Plan, vector: Array) -> tuple[int, int]:
+        """The window that the successor can read `vector` in, and where in it; (-1, 0) if there is none."""
+        if self.windows and plan.payload is None and plan.num_bytes >= SHARED_BYTES:
+            address = vector.ctypes.data
+            for index, window in enumerate(self.windows):
+                if window.address <= address < window.address + len(window.own) and window.read_by_successor:
+                    return index, address - window.address
+        return -1, 0
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -171,26 +257,36 @@ class MPIRing(Ring):
     def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
         greeting = self._greetings.get(plan.description)
         if greeting is None:
-            greeting = _Greeting(self.comm, self.successor, self.predecessor, plan)
-            self._greetings[plan.description] = greeting
+            if len(self._greetings) >= MOST_GREETINGS:
+                self._greetings.pop(next(iter(self._greetings))).free()
+            greeting = self._greetings[plan.description] = _Greeting(self.comm, self.successor, plan)
         self._calls += 1
-        greeting.call[0] = self._calls
+        greeting.numbers[0] = self._calls
         self._listening.Start()
         if greeting.carries_vector:
             return self._exchange(greeting, plan, vector, timeline)
-        port = _Port(self, greeting, timeline)
-        if not greeting.leaves_with_chunk:
-            greeting.request.Start()
+        window, _ = greeting.numbers[2:] = self._place(plan, vector)
+        port = _Port(self, greeting, window >= 0, timeline)
+        if not port.leaves_with_greeting:
+            greeting.send(with_chunk=False)
         for wait in plan.start(port, codec, vector, self.size):
-            if port.deferred is not None:
+            if not port.greeted:
                 self._hear_greeting(greeting, plan, timeline)
-                port.greeted()
+                port.greet()
             if not wait.request.Test():
                 self._wait(wait, plan, timeline)
-        if port.deferred is not None:
+        if not port.greeted:
             self._hear_greeting(greeting, plan, timeline)
-        if not greeting.request.Test():
-            self._wait(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
+            port.greet()
+        last = plan.work[-1] if plan.work else plan.greeting_work
+        waits = [Wait(greeting.request, plan.greeting_work, True)]
+        if port.readable is not None:
+            waits.append(Wait(self.comm.Isend((NOTHING, MPI.BYTE), self.predecessor, DONE_READING), last, False))
+        if window >= 0:
+            waits.append(Wait(self.comm.Irecv((NOTHING, MPI.BYTE), self.successor, DONE_READING), last, True))
+        for wait in waits:
+            if not wait.request.Test():
+                self._wait(wait, plan, timeline)
         return plan.stats
 
     def _exchange(self, greeting: _Greeting, plan: Plan, vector: Array, timeline: Timeline | None) -> Stats:
@@ -199,7 +295,7 @@ class MPIRing(Ring):
         The bytes are the same, half the latency is saved, and as a + b = b + a, so are the sums.
         """
         greeting.chunk.view(vector.dtype)[:] = vector
-        greeting.request.Start()
+        greeting.send(with_chunk=True)
         self._hear_greeting(greeting, plan, timeline)
         start = time.perf_counter() if timeline is not None else 0.0
         np.add(vector, self.heard[HEADER_BYTES : HEADER_BYTES + plan.num_bytes].view(vector.dtype), vector)
@@ -216,7 +312,7 @@ class MPIRing(Ring):
             self._wait(Wait(self._listening, plan.greeting_work, False), plan, timeline)
         if self._heard_key.tobytes() != greeting.key.tobytes():
             theirs, ours = (
-                f"{bytes(memory[KEY_BYTES:HEADER_BYTES]).rstrip(bytes(1)).decode(errors='replace')} "
+                f"{bytes(memory[WORDS:HEADER_BYTES]).rstrip(bytes(1)).decode(errors='replace')} "
                 f"as collective number {memory[:8].view(np.int64)[0]}"
                 for memory in (self.heard, greeting.memory)
             )
