@@ -145,13 +145,19 @@ class Layout:
         self.length = offset
         self.compressed_length = sum(block.length for block in blocks if block.compressed)
         self._parameters = tuple(p for _, p in ordered)
+        self._last: tuple[Vector, list[Tensor]] | None = None
 
-    def _flat(self, vector: Vector) -> Tensor:
+    def _views(self, vector: Vector) -> list[Tensor]:
+        """Each block in its parameter's shape. The last vector's are kept: making them takes as long as copying."""
+        if self._last is not None and self._last[0] is vector:
+            return self._last[1]
         if vector.dtype != np.float32 or vector.shape != (self.length,) or not vector.flags.c_contiguous:
             raise ValueError(
                 f"the vector must be contiguous float32 of shape ({self.length},), got {vector.dtype} {vector.shape}"
             )
-        return torch.from_numpy(vector)
+        flat = torch.from_numpy(vector)
+        self._last = vector, [block.view(flat) for block in self.blocks]
+        return self._last[1]
 
     @torch.no_grad()
     def pack(self, vector: Vector) -> None:
@@ -161,14 +167,17 @@ class Layout:
             vector: float32 of shape (length,); overwritten.
         Cost: one strided copy per parameter.
         """
-        flat = self._flat(vector)
-        for block, p in zip(self.blocks, self._parameters, strict=True):
+        targets, sources = [], []
+        for block, view, p in zip(self.blocks, self._views(vector), self._parameters, strict=True):
             if p.grad is None:
-                flat[block.offset : block.stop].zero_()
+                view.zero_()
             elif p.grad.layout != torch.strided:
                 raise ValueError(f"gradients must be dense, {block.name} has a {p.grad.layout} one")
             else:
-                block.view(flat).copy_(p.grad)
+                targets.append(view)
+                sources.append(p.grad)
+        if targets:
+            torch._foreach_copy_(targets, sources)
 
     @torch.no_grad()
     def unpack(self, vector: Vector, scale: float = 1.0) -> None:
@@ -177,10 +186,12 @@ class Layout:
         Args:
             vector: float32 of shape (length,). Not modified.
         """
-        flat = self._flat(vector)
-        for block, p in zip(self.blocks, self._parameters, strict=True):
+        views = self._views(vector)
+        for p in self._parameters:
             if p.grad is None:
                 p.grad = torch.empty_like(p)
-            p.grad.copy_(block.view(flat))
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        if grads:
+            torch._foreach_copy_(grads, views)
             if scale != 1.0:
-                p.grad.mul_(scale)
+                torch._foreach_mul_(grads, scale)
