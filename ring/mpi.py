@@ -392,10 +392,11 @@ def end_together(comm: MPI.Intracomm | None = None) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, RingError):
-            print(f"rank {comm.rank}: {kind.__name__}: {error}", file=sys.stderr, flush=True)
+            text = f"{kind.__name__}: {error}\n"
         else:
-            text = "".join(traceback.format_exception(kind, error, trace))
-            print(f"rank {comm.rank}:\n{text}", file=sys.stderr, flush=True)
+            text = "\n" + "".join(traceback.format_exception(kind, error, trace))
+        sys.stderr.write(f"rank {comm.rank}: {text}")  # in one piece, as other ranks write there too
+        sys.stderr.flush()
         time.sleep(LAST_WORDS_S)
         comm.Abort(1)
 

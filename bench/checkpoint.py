@@ -1,0 +1,193 @@
+"""Checkpoints of a run that many ranks write: one counts only once every rank's part is on disk.
+
+    checkpoint/
+        manifest.json                        which parts belong together, and what is finished
+        <method>-<iteration>-rank<r>.pt      a rank's part
+
+    1. Each rank writes its part under a temporary name, brings it to the disk and renames it.
+    2. The ranks tell each other the size and the digest of what they wrote. Nobody goes on before all have.
+    3. Rank 0 replaces the manifest, which is one rename.
+    4. Only then each rank removes the parts that the manifest no longer names.
+
+So at any moment the manifest names parts that are all there, whoever is killed when: either the old ones or the new
+ones. Parts are read back without unpickling code (`weights_only`). All ranks have to see the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.record import read_json, write_atomically, write_json
+from ring.handle import Ring
+
+FOLDER = "checkpoint"
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint can't be written or read; raised on all ranks where it was found while writing."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one rank sees them. `save` and `finish` are collective.
+
+    Args:
+        run_folder: of the run; its `checkpoint` folder is made when it is needed.
+        ring: all ranks of the run.
+
+    Attributes:
+        finished: method -> what rank 0 passed to `finish`, in the order of the methods.
+        current: the manifest's entry of the method that was interrupted, or None: "method", "iteration", and what
+            rank 0 passed to `save` as `extra`.
+    """
+
+    def __init__(self, run_folder: Path, ring: Ring) -> None:
+        self.folder = run_folder / FOLDER
+        self.ring = ring
+        manifest = read_manifest(run_folder, ring.size)
+        self.finished: dict[str, Any] = manifest["finished"]
+        self.current: dict[str, Any] | None = manifest["current"]
+
+    def save(self, method: str, iteration: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        """Make this the checkpoint to resume from.
+
+        Args:
+            method: which runs.
+            iteration: how many iterations are done.
+            state: this rank's: tensors, NumPy arrays, numbers, text, and dicts, lists and tuples of these.
+            extra: for the manifest; rank 0's counts.
+        Raises:
+            CheckpointError: on all ranks, if one of them could not write.
+        """
+        if self.current and (self.current["method"], self.current["iteration"]) == (method, iteration):
+            return  # writing the same parts again would leave a moment in which they don't match the manifest
+        name = f"{method}-{iteration}-rank{{}}.pt"
+        num_bytes, digest = self._write_part(self.folder / name.format(self.ring.rank), state)
+        said = np.zeros((self.ring.size, 1 + len(digest)))
+        said[self.ring.rank] = [num_bytes, *digest]
+        self.ring.all_reduce(said.reshape(-1))
+        failed = [rank for rank in range(self.ring.size) if said[rank, 0] == 0]
+        if failed:
+            raise CheckpointError(f"rank {failed[0]} could not write its part of the checkpoint in {self.folder}")
+        self.current = {
+            "method": method,
+            "iteration": iteration,
+            **extra,
+            "parts": [
+                {
+                    "file": name.format(rank),
+                    "bytes": int(said[rank, 0]),
+                    "sha256": bytes(said[rank, 1:].astype(np.uint8)).hex(),
+                }
+                for rank in range(self.ring.size)
+            ],
+        }
+        self._publish()
+
+    def finish(self, method: str, result: Mapping[str, Any]) -> None:
+        """Record that a method is done; there is nothing of it to resume from then."""
+        self.finished[method] = dict(result)
+        self.current = None
+        self._publish()
+
+    def load(self) -> Any:
+        """This rank's part of the checkpoint that `current` describes.
+
+        Raises:
+            CheckpointError: if it is missing or damaged; not collective.
+        """
+        assert self.current is not None
+        part = self.current["parts"][self.ring.rank]
+        path = self.folder / part["file"]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != part["sha256"]:
+            raise CheckpointError(
+                f"{path}: damaged, {len(data):,} bytes with SHA-256 {digest[:12]}…, "
+                f"expected {part['bytes']:,} with {part['sha256'][:12]}…"
+            )
+        return _restore(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+
+    def _write_part(self, path: Path, state: Mapping[str, Any]) -> tuple[int, bytes]:
+        """Bytes and digest of what was written; (0, …) if it could not be."""
+        data = io.BytesIO()
+        torch.save(_storable(state), data)
+        content = data.getvalue()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content)
+        except OSError:
+            return 0, bytes(32)
+        return len(content), hashlib.sha256(content).digest()
+
+    def _publish(self) -> None:
+        if self.ring.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(
+                self.folder / MANIFEST,
+                {"version": VERSION, "ranks": self.ring.size, "finished": self.finished, "current": self.current},
+            )
+        self.ring.barrier()
+        keep = {part["file"] for part in self.current["parts"]} if self.current else set()
+        for path in self.folder.glob(f"*-rank{self.ring.rank}.pt*"):
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+
+
+def read_manifest(run_folder: Path, size: int) -> dict[str, Any]:
+    """The manifest, or an empty one where no checkpoint was written.
+
+    Raises:
+        CheckpointError: if there is one that can't be read, or is not of `size` ranks.
+    """
+    path = run_folder / FOLDER / MANIFEST
+    if not path.exists():
+        return {"version": VERSION, "ranks": size, "finished": {}, "current": None}
+    try:
+        manifest: dict[str, Any] = read_json(path)
+        version, ranks = manifest["version"], manifest["ranks"]
+        if version != VERSION:
+            raise CheckpointError(f"{path}: version {version}, expected {VERSION}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a manifest ({error!r})") from error
+    if ranks != size:
+        raise CheckpointError(f"{path}: written by {ranks} ranks, now there are {size}")
+    return manifest
+
+
+def _storable(value: Any) -> Any:
+    """NumPy's arrays and scalars as tensors and numbers, which `torch.load` reads without running pickled code."""
+    if isinstance(value, np.ndarray):
+        return {"__ndarray__": torch.from_numpy(np.array(value, order="C"))}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _storable(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_storable(item) for item in value)
+    if isinstance(value, list):
+        return [_storable(item) for item in value]
+    return value
+
+
+def _restore(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "__ndarray__" in value:
+            return value["__ndarray__"].numpy()
+        return {key: _restore(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_restore(item) for item in value)
+    if isinstance(value, list):
+        return [_restore(item) for item in value]
+    return value

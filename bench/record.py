@@ -1,0 +1,236 @@
+"""A run's folder: what was measured, how it came about, and where. Figures and tables are made from these files alone.
+
+    results/<run>/
+        environment.json         written when the run begins
+        metrics-<method>.jsonl   grows while a method runs; one JSON object per line
+        summary.json             written when a method ends, so it lists those that are finished
+        weights-<method>.pt      the trained parameters, the same on every rank (a dict of tensors for `torch.load`)
+        checkpoint/              what `--resume` needs; `bench.checkpoint`
+
+All numbers are JSON numbers, `null` where there is none or it is not finite. Times are seconds; `time_s` is training
+time only: evaluations, checkpoints, start-up and the measuring of held-out losses are not in it. A resumed run goes on
+counting where it was stopped.
+
+**metrics-<method>.jsonl** holds lines of three types, in the order in which things happened:
+
+    {"type": "iteration", "iteration": 17, "epoch": 0.27, "phase": "compress", "loss": 2.31, "lr": 0.1,
+     "bytes_sent": 412345, "dense_bytes": 3094360, "ratio": 7.5, "fit_bytes": 0, "measure_bytes": 0,
+     "skipped": false,
+     "seconds": {"data": …, "forward": …, "backward": …, "pack": …, "encode": …, "add": …, "recode": …, "decode": …,
+                 "wait": …, "fit": …, "update": …, "control": …, "measure": …, "other": …},
+     "iteration_s": 0.41, "time_s": 7.2, "losses": …}
+    {"type": "evaluation", "iteration": 40, "epoch": 0.65, "time_s": 16.3, "test_accuracy": 0.71, "test_loss": 0.83,
+     "evaluation_s": 2.9}
+    {"type": "window", "iteration": 40, "time_s": 16.3, "window": {…}}
+
+* `iteration` counts from 0 in lines of type iteration; elsewhere it is the number of iterations that were done.
+* `phase` is "plain", "qsgd", "warm-up", "sample" or "compress".
+* `loss` is the mean over all ranks' batches; everything else in an iteration's line is rank 0's own.
+* `bytes_sent` is payload that the rank sent to aggregate the gradient, `fit_bytes` (to agree on bases) included;
+  `dense_bytes` what plain ring all-reduce sends; `ratio` that of the gradients' payload alone. `measure_bytes` were
+  sent to measure a held-out loss and are in none of them.
+* `seconds` lists only kinds that occurred, and adds up to `iteration_s`: "other" is what no kind accounts for. "wait" is
+  exposed communication; "recode" is decoding, adding and encoding again at a hop; "pack" copies gradients to and from
+  the flat vector; "control" is the exchange of the mean loss (and of whether somebody asked to stop); "measure" is the
+  exact all-reduce that a held-out loss is measured with, which is in `iteration_s` but not in `time_s`.
+* `losses` is there in iterations in which the aggregator measured any (`gradiveq.aggregator.Report.losses`).
+* `window` is an entry of `gradiveq.aggregator.Aggregator.window_log`: per layer d, ratio, in-sample and held-out loss,
+  and so on. Its line comes when the window is complete, which is after the next window's first iteration.
+
+**summary.json**
+
+    {"title", "data_source", "model", "ranks", "ranks_per_machine", "cores" (of the first machine), "batch_size",
+     "iterations", "complete": true if all methods ended, "notes": [lines for people], "options": {…},
+     "methods": {"gradiveq": {
+        "test_accuracy", "test_loss", "train_loss" (mean of the last tenth), "iterations", "skipped", "time_s",
+        "bytes_per_iteration", "dense_bytes_per_iteration", "ratio" (of these two), "seconds": {kind: s},
+        "groups": {group: s},
+        "compute_cpu_s", "evaluation_s", "checkpoint_s", "weights_sha256", "windows" (how many),
+        "last_window": {"window", "iteration", "layers": {name: {"d", "slice_size", "ratio", "in_sample_loss",
+        "held_out_loss"}}} or null,
+        "phases": {"compress": {"iterations", "bytes_per_iteration", "ratio", "time_s", "seconds", "groups"}, …}}, …}}
+
+Seconds and bytes there are means over the ranks, totals over the run unless the name says otherwise. `groups` sums the
+kinds as the tables and the breakdown show them, see `GROUPS`. `compute_cpu_s` is the processor time of forward,
+backward and update: where ranks share cores it is less than the seconds that passed.
+
+**environment.json** has the versions, the processor, the ranks, the command line, every option (`options`), the seed,
+the commit, `data_source` and `data_sha256`, and under `resumed` the same of each process that went on with the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from bench.data import Dataset
+
+ENVIRONMENT = "environment.json"
+SUMMARY = "summary.json"
+
+#: All kinds of seconds, in the order of an iteration.
+KINDS = (
+    "data", "forward", "backward", "pack", "encode", "add", "recode", "decode", "wait", "fit", "update", "control",
+    "measure", "other",
+)  # fmt: skip
+#: What the tables and the breakdown show -> the kinds that it sums.
+GROUPS = {
+    "compute": ("forward", "backward", "update"),
+    "encode": ("encode", "recode", "pack"),
+    "add": ("add",),
+    "exposed communication": ("wait",),
+    "decode": ("decode",),
+    "fit": ("fit",),
+    "measure": ("measure",),
+    "other": ("data", "control", "other"),
+}
+
+
+def metrics_name(method: str) -> str:
+    return f"metrics-{method}.jsonl"
+
+
+def weights_name(method: str) -> str:
+    return f"weights-{method}.pt"
+
+
+def grouped(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by group; kinds that `GROUPS` doesn't name count as "other"."""
+    groups = {group: sum(seconds.get(kind, 0.0) for kind in kinds) for group, kinds in GROUPS.items()}
+    groups["other"] += sum(value for kind, value in seconds.items() if kind not in KINDS)
+    return groups
+
+
+def plain(value: Any) -> Any:
+    """The same in JSON's types: arrays as lists, other numbers as int or float, None for what isn't finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy's and torch's arrays and scalars
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file has all of `data`, or is as it was, whenever the process or the machine stops."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last (where the system can open a folder)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically, see `write_atomically`."""
+    write_atomically(path, (json.dumps(plain(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+class Metrics:
+    """A metrics file that is appended to, from a known position on.
+
+    Args:
+        path: of the file; made if it is not there.
+        position: bytes to keep; what lies behind them was written after the checkpoint and is cut off.
+    """
+
+    def __init__(self, path: Path, position: int = 0) -> None:
+        self._file: IO[bytes] = path.open("ab")
+        length = os.fstat(self._file.fileno()).st_size
+        if length < position:
+            self._file.close()
+            raise ValueError(f"{path} has {length:,} bytes, but the checkpoint was written after {position:,}")
+        self._file.truncate(position)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Bring everything to the disk; return how many bytes that is."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def dataset_digest(dataset: Dataset) -> str:
+    """SHA-256 of all images and labels."""
+    digest = hashlib.sha256()
+    for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+        digest.update(str(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def environment(packages: tuple[str, ...] = ("numpy", "torch", "numba", "mpi4py")) -> dict[str, Any]:
+    """What this machine and installation are; the caller adds MPI, the command and the data."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": processor(),
+        "commit": commit(),
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of this source, with "+changes" if files differ from it; None where git can't say."""
+    try:
+        texts = [
+            subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *arguments],
+                capture_output=True, text=True, timeout=10, check=True,
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return texts[0] + ("+changes" if texts[1] else "")

@@ -1,0 +1,145 @@
+"""The tables of a run, from what it recorded: `python -m bench.report results/<run>` prints them again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from bench.record import GROUPS, SUMMARY, read_json
+
+#: Shown in seconds; measuring held-out losses is no part of training and is told in a line of its own.
+SHOWN = tuple(group for group in GROUPS if group != "measure")
+HEADINGS = {"exposed communication": "exposed\ncommunication"}
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def title(summary: Mapping[str, Any]) -> str:
+    """What ran on what; the data set's source is always in it."""
+    return (
+        f"{summary['model']} on {summary['data_source']}, {summary['ranks']} ranks x {summary['batch_size']} images, "
+        f"{summary['iterations']} iterations"
+    )
+
+
+def methods_table(summary: Mapping[str, Any]) -> str:
+    """A row per method: accuracy, bytes, and where the seconds went."""
+    rows = []
+    for name, method in summary["methods"].items():
+        groups = [f"{method['groups'][group]:.1f}" for group in SHOWN]
+        rows.append(
+            [
+                name,
+                number(method["test_accuracy"], ".4f"),
+                f"{method['bytes_per_iteration']:,.0f}",
+                number(method["ratio"], ".2f"),
+                *groups,
+                f"{method['time_s']:.1f}",
+            ]
+        )
+    headings = ["method", "test\naccuracy", "bytes per\niteration", "ratio", *(HEADINGS.get(g, g) for g in SHOWN)]
+    return str(
+        tabulate(rows, [*headings, "total s"], disable_numparse=True, colalign=["left"] + ["right"] * len(rows[0][1:]))
+    )
+
+
+def phases_table(summary: Mapping[str, Any]) -> str:
+    """A row per method and phase: milliseconds of an iteration."""
+    rows = []
+    for name, method in summary["methods"].items():
+        for phase in sorted(method["phases"], key=_order):
+            part = method["phases"][phase]
+            scale = 1e3 / part["iterations"]
+            rows.append(
+                [
+                    name,
+                    phase,
+                    str(part["iterations"]),
+                    f"{part['bytes_per_iteration']:,.0f}",
+                    number(part["ratio"], ".2f"),
+                    *(f"{scale * part['groups'][group]:.1f}" for group in SHOWN),
+                    f"{scale * part['time_s']:.1f}",
+                ]
+            )
+    headings = ["method", "phase", "iterations", "bytes per\niteration", "ratio"]
+    headings += [*(HEADINGS.get(g, g) for g in SHOWN), "total ms"]
+    alignment = ["left", "left"] + ["right"] * (len(headings) - 2)
+    return str(tabulate(rows, headings, disable_numparse=True, colalign=alignment))
+
+
+def _order(phase: str) -> int:
+    order = ("plain", "qsgd", "warm-up", "sample", "compress")
+    return order.index(phase) if phase in order else len(order)
+
+
+def remarks(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tables has to know."""
+    lines = []
+    methods: Mapping[str, Any] = summary["methods"]
+    ranks, cores = summary["ranks_per_machine"], summary["cores"]
+    if ranks > cores:
+        wall = sum(method["groups"]["compute"] for method in methods.values())
+        cpu = sum(method["compute_cpu_s"] for method in methods.values())
+        lines.append(
+            f"{ranks} ranks share {cores} cores: per rank, computing took {wall:.0f} s but {cpu:.0f} s of processor "
+            "time; the rest, and part of the exposed communication, is waiting for a core."
+        )
+    for name, method in methods.items():
+        if method["skipped"]:
+            lines.append(f"{name}: {method['skipped']} iterations were skipped because of a non-finite gradient.")
+        if method["groups"]["measure"] > 0.05:
+            lines.append(
+                f"{name}: {method['groups']['measure']:.1f} s to measure held-out losses are in no total; "
+                "training doesn't need them."
+            )
+        window = method.get("last_window")
+        if window:
+            layers = list(window["layers"].values())
+            held_out = [layer["held_out_loss"] for layer in layers if layer["held_out_loss"] is not None]
+            text = f"{name}: in the last window in-sample loss {_span([x['in_sample_loss'] for x in layers])}"
+            if held_out:
+                text += f", held-out loss {_span(held_out)}"
+            lines.append(f"{text}, ratio {_span([x['ratio'] for x in layers])} over {len(layers)} layers.")
+    return lines
+
+
+def _span(values: list[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}"
+
+
+def text(summary: Mapping[str, Any]) -> str:
+    """The tables with titles and remarks, for the terminal."""
+    if not summary["methods"]:
+        return f"{title(summary)}: no method has ended"
+    heading = title(summary)
+    parts = [
+        f"{heading}\nSeconds of training, mean over ranks; bytes sent per rank",
+        methods_table(summary),
+        f"{heading}\nMilliseconds per iteration by phase",
+        phases_table(summary),
+    ]
+    notes = [*remarks(summary), *summary["notes"]]
+    return "\n\n".join([*parts, "\n".join(f"* {note}" for note in notes)]) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, nargs="+", help="a run's folder, such as results/<run>")
+    for run in parser.parse_args(arguments).run:
+        try:
+            print(text(read_json(run / SUMMARY)))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"error: {run / SUMMARY}: not a run's summary ({error!r})", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

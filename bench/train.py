@@ -1,0 +1,456 @@
+"""Data-parallel training with one aggregation method: what happens in an iteration, and in which order.
+
+    batch of the rank -> forward -> backward -> aggregate: the mean gradient of all ranks -> SGD step -> mean loss
+
+Everything that depends on chance depends on (seed, iteration) alone, so runs with different methods see the same
+initial weights and the same data, and a run that is stopped and resumed computes the same bits as one that is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bench.data import Batches, Dataset, evaluation_batches
+from bench.record import KINDS, grouped
+from gradiveq.aggregator import Aggregator
+from gradiveq.methods import Method
+from ring.handle import Ring
+from ring.timeline import Timeline
+
+#: The paper's schedule (section 4 of Yu et al. 2018).
+PAPER_ITERATIONS = 45_000
+PAPER_WARMUP, PAPER_SAMPLE, PAPER_COMPRESS = 2_500, 100, 400
+#: A scaled schedule has at least so many warm-up and sampling iterations (or a tenth of the run, if that is less):
+#: PCA finds at most Lt - 1 components in Lt samples.
+LEAST = 20
+EVALUATION_BATCH = 50
+
+
+class Windows(NamedTuple):
+    """The lengths of GradiVeQ's phases, in iterations."""
+
+    warmup: int
+    sample: int
+    compress: int
+
+
+def scaled_schedule(iterations: int) -> Windows:
+    """The paper's schedule for a run of another length.
+
+    Warm-up and Lt shrink with the run, down to `LEAST`; Lc remains four times Lt. A run that is longer than the
+    paper's has the paper's.
+    """
+    share = min(1.0, iterations / PAPER_ITERATIONS)
+    least = min(LEAST, max(2, iterations // 10))
+    sample = max(round(PAPER_SAMPLE * share), least)
+    return Windows(max(round(PAPER_WARMUP * share), least), sample, sample * PAPER_COMPRESS // PAPER_SAMPLE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for every method of a run.
+
+    Attributes:
+        iterations: SGD steps.
+        batch_size: images per rank and iteration.
+        lr: the learning rate; divided by 10 after half and again after three quarters of the run.
+        lr_warmup: iterations in which it first rises linearly to `lr`.
+        momentum, weight_decay: of SGD.
+        seed: of initial weights, data order, augmentation and quantisation.
+    """
+
+    iterations: int
+    batch_size: int
+    lr: float = 0.1
+    lr_warmup: int = 0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"`iterations` must be at least 1, got {self.iterations}")
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"`lr` must be a positive number, got {self.lr}")
+        if not 0 <= self.lr_warmup <= self.iterations:
+            raise ValueError(f"`lr_warmup` must be 0 to {self.iterations} (the iterations), got {self.lr_warmup}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"`momentum` must be at least 0 and below 1, got {self.momentum}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"`weight_decay` must be at least 0, got {self.weight_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` must be 0 to 2**63 - 1, got {self.seed}")
+
+
+def learning_rate(iteration: int, settings: Settings) -> float:
+    """The learning rate of an iteration, counted from 0."""
+    if iteration < settings.lr_warmup:
+        return settings.lr * (iteration + 1) / settings.lr_warmup
+    drops = (2 * iteration >= settings.iterations) + (4 * iteration >= 3 * settings.iterations)
+    return settings.lr * 0.1**drops
+
+
+class Totals:
+    """Sums over the iterations of one phase."""
+
+    def __init__(self) -> None:
+        self.iterations = self.bytes_sent = self.dense_bytes = 0
+        self.time_s = 0.0
+        self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        self.iterations += 1
+        self.bytes_sent += line["bytes_sent"]
+        self.dense_bytes += line["dense_bytes"]
+        self.time_s += line["iteration_s"] - line["seconds"].get("measure", 0.0)
+        for kind, value in line["seconds"].items():
+            self.seconds[kind if kind in self.seconds else "other"] += value
+
+
+class Trainer:
+    """One rank's side of a run with one method. All ranks call `step`, `evaluate` and `result` together.
+
+    Args:
+        ring: of all ranks.
+        model: with the same weights on every rank; trained in place.
+        dataset: the same on every rank.
+        method: how gradients are aggregated.
+        nonfinite: "fail", or "skip" to leave out a step to which some rank has no finite gradient.
+        device: where the model is.
+
+    Attributes:
+        iteration: how many are done.
+        time_s: seconds that they took on this rank, less those spent to measure held-out losses.
+    """
+
+    def __init__(
+        self,
+        ring: Ring,
+        model: nn.Module,
+        dataset: Dataset,
+        method: Method,
+        settings: Settings,
+        *,
+        nonfinite: str = "fail",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.ring, self.dataset, self.settings = ring, dataset, settings
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.timeline = Timeline()
+        self.aggregator = Aggregator(
+            self.model, ring, method, seed=settings.seed, nonfinite=nonfinite, timeline=self.timeline
+        )
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+        self.batches = Batches(
+            dataset, settings.batch_size, ring.rank, ring.size, seed=settings.seed, device=self.device
+        )
+        self.iteration = self.skipped = self.windows = 0
+        self.time_s = self.evaluation_s = self.compute_cpu_s = 0.0
+        self.late_loss = 0.0  # sum over the last tenth of the run
+        self.totals: dict[str, Totals] = defaultdict(Totals)
+        self.last_evaluation: dict[str, Any] = {}
+
+    @property
+    def epoch(self) -> float:
+        return self.iteration / self.batches.batches_per_epoch
+
+    @property
+    def late(self) -> int:
+        """The first iteration of the last tenth."""
+        return self.settings.iterations - max(1, self.settings.iterations // 10)
+
+    def step(self, stop: bool = False) -> tuple[dict[str, Any], bool]:
+        """One iteration.
+
+        Args:
+            stop: whether this rank was asked to stop.
+        Returns:
+            The line for the metrics (`bench.record`), and whether any rank was asked to stop.
+        """
+        start = time.perf_counter()
+        before = self.timeline.totals()
+        span = self.timeline.span
+        lr = learning_rate(self.iteration, self.settings)
+
+        with span("data"):
+            images, labels = self.batches.batch(self.iteration)
+        cpu = time.process_time()
+        with span("forward"):
+            self.model.train()
+            loss = functional.cross_entropy(self.model(images), labels)
+            local_loss = loss.item()
+        with span("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._synchronise()
+        self.compute_cpu_s += time.process_time() - cpu
+
+        report = self.aggregator.aggregate()
+
+        cpu = time.process_time()
+        with span("update"):
+            if not report.skipped:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+                self.optimizer.step()
+            self._synchronise()
+        self.compute_cpu_s += time.process_time() - cpu
+
+        with span("control"):
+            said = np.array([local_loss, stop], np.float64)
+            self.ring.all_reduce(said)
+        mean_loss = float(said[0]) / self.ring.size
+
+        iteration_s = time.perf_counter() - start
+        seconds = {
+            kind: value - before.get(kind, 0.0)
+            for kind, value in self.timeline.totals().items()
+            if value != before.get(kind, 0.0)
+        }
+        seconds["other"] = seconds.get("other", 0.0) + iteration_s - sum(seconds.values())
+        self.time_s += iteration_s - seconds.get("measure", 0.0)
+        line = {
+            "type": "iteration",
+            "iteration": self.iteration,
+            "epoch": self.epoch,
+            "phase": report.phase,
+            "loss": mean_loss,
+            "lr": lr,
+            "bytes_sent": report.bytes_sent,
+            "dense_bytes": report.dense_bytes,
+            "ratio": report.ratio,
+            "fit_bytes": report.fit_bytes,
+            "measure_bytes": report.measure_bytes,
+            "skipped": report.skipped,
+            "seconds": seconds,
+            "iteration_s": iteration_s,
+            "time_s": self.time_s,
+        }
+        if report.losses:
+            line["losses"] = report.losses
+        self.totals[report.phase].add(line)
+        self.skipped += report.skipped
+        if self.iteration >= self.late:
+            self.late_loss += mean_loss
+        self.iteration += 1
+        return line, bool(said[1] > 0)
+
+    def new_windows(self) -> list[dict[str, Any]]:
+        """Lines for the metrics about windows that are complete since the last call.
+
+        The first sample of a window belongs to the record of the one before; at the end of the run nothing follows.
+        """
+        log = self.aggregator.window_log
+        complete = len(log) if self.iteration == self.settings.iterations else max(0, len(log) - 1)
+        lines = [
+            {"type": "window", "iteration": self.iteration, "time_s": self.time_s, "window": entry}
+            for entry in log[self.windows : complete]
+        ]
+        self.windows = complete
+        return lines
+
+    def evaluate(self) -> dict[str, Any]:
+        """Accuracy and mean loss on all test images, of a copy with the batch norm statistics averaged over ranks.
+
+        Returns:
+            The line for the metrics; the same numbers on every rank.
+        """
+        start = time.perf_counter()
+        model = copy.deepcopy(self.model)
+        average_statistics(model, self.ring)
+        model.eval()
+        sums = np.zeros(3, np.float64)  # images, right ones, loss
+        with torch.no_grad():
+            for images, labels in evaluation_batches(
+                self.dataset, EVALUATION_BATCH, self.ring.rank, self.ring.size, device=self.device
+            ):
+                logits = model(images)
+                right = int((logits.argmax(1) == labels).sum())
+                sums += [len(labels), right, functional.cross_entropy(logits, labels, reduction="sum").item()]
+        self.ring.all_reduce(sums)
+        evaluation_s = time.perf_counter() - start
+        self.evaluation_s += evaluation_s
+        self.last_evaluation = {
+            "type": "evaluation",
+            "iteration": self.iteration,
+            "epoch": self.epoch,
+            "time_s": self.time_s,
+            "test_accuracy": sums[1] / sums[0],
+            "test_loss": sums[2] / sums[0],
+            "evaluation_s": evaluation_s,
+        }
+        return self.last_evaluation
+
+    def result(self) -> dict[str, Any]:
+        """The method's entry in the summary: means over the ranks. The same on every rank.
+
+        Raises:
+            RuntimeError: on all ranks, if their weights are not the same bits.
+        """
+        phases = sorted(self.totals)  # all ranks go through the same ones
+        numbers = [self.time_s, self.compute_cpu_s, self.evaluation_s]
+        for phase in phases:
+            total = self.totals[phase]
+            numbers += [total.bytes_sent, total.dense_bytes, total.time_s, *total.seconds.values()]
+        vector = np.array(numbers, np.float64)
+        self.ring.all_reduce(vector, op="mean")
+        time_s, compute_cpu_s, evaluation_s, *rest = vector.tolist()
+
+        by_phase, seconds = {}, dict.fromkeys(KINDS, 0.0)
+        bytes_sent = dense_bytes = 0.0
+        for phase in phases:
+            sent, dense, phase_s, *kinds = rest[: 3 + len(KINDS)]
+            rest = rest[3 + len(KINDS) :]
+            bytes_sent, dense_bytes = bytes_sent + sent, dense_bytes + dense
+            phase_seconds = dict(zip(KINDS, kinds, strict=True))
+            for kind, value in phase_seconds.items():
+                seconds[kind] += value
+            by_phase[phase] = {
+                "iterations": self.totals[phase].iterations,
+                "bytes_per_iteration": sent / self.totals[phase].iterations,
+                "ratio": dense / sent if sent else None,
+                "time_s": phase_s,
+                "seconds": phase_seconds,
+                "groups": grouped(phase_seconds),
+            }
+        return {
+            "test_accuracy": self.last_evaluation.get("test_accuracy"),
+            "test_loss": self.last_evaluation.get("test_loss"),
+            "train_loss": self.late_loss / max(1, self.iteration - self.late),
+            "iterations": self.iteration,
+            "skipped": self.skipped,
+            "time_s": time_s,
+            "bytes_per_iteration": bytes_sent / self.iteration,
+            "dense_bytes_per_iteration": dense_bytes / self.iteration,
+            "ratio": dense_bytes / bytes_sent if bytes_sent else None,
+            "seconds": seconds,
+            "groups": grouped(seconds),
+            "compute_cpu_s": compute_cpu_s,
+            "evaluation_s": evaluation_s,
+            "weights_sha256": self._agreed_digest(),
+            "windows": self.windows,
+            "last_window": self._last_window(),
+            "phases": by_phase,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that this rank needs to go on; it differs by rank (batch norm, what the aggregator holds, times)."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "aggregator": self.aggregator.state_dict(),
+            "totals": {phase: dict(vars(total)) for phase, total in self.totals.items()},
+            **{name: getattr(self, name) for name in _COUNTERS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.aggregator.load_state_dict(state["aggregator"])
+        self.totals.clear()
+        for phase, total in state["totals"].items():
+            vars(self.totals[phase]).update(total)
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+
+    def _last_window(self) -> dict[str, Any] | None:
+        """The last one that has bases."""
+        fitted = [entry for entry in self.aggregator.window_log if entry["layers"]]
+        return {key: fitted[-1][key] for key in ("window", "iteration", "layers")} if fitted else None
+
+    def _synchronise(self) -> None:
+        """Make spans on an accelerator last as long as the work that they started."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _agreed_digest(self) -> str:
+        digest = weights_digest(self.model)
+        said = np.zeros((self.ring.size, len(digest) // 2), np.float32)
+        said[self.ring.rank] = list(bytes.fromhex(digest))
+        self.ring.all_reduce(said.reshape(-1))
+        differing = [rank for rank in range(self.ring.size) if (said[rank] != said[0]).any()]
+        if differing:
+            raise RuntimeError(f"the weights of ranks {differing} differ from those of rank 0")
+        return digest
+
+
+_COUNTERS = (
+    "iteration", "skipped", "windows", "time_s", "evaluation_s", "compute_cpu_s", "late_loss", "last_evaluation",
+)  # fmt: skip
+
+
+def train(
+    trainer: Trainer,
+    write: Callable[[dict[str, Any]], None],
+    save: Callable[[], None],
+    *,
+    eval_every: int,
+    checkpoint_every: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Run until the last iteration, or until a rank is asked to stop.
+
+    Args:
+        write: takes the lines for the metrics, in order.
+        save: makes a checkpoint; called between iterations, on all ranks in the same ones.
+        eval_every: iterations from one evaluation to the next; the last iteration is always followed by one.
+        checkpoint_every: iterations from one checkpoint to the next; 0 for none.
+        stop: whether this rank is asked to stop; looked at once an iteration.
+    Returns:
+        Whether the run is complete. If not, a checkpoint was made.
+    """
+    iterations = trainer.settings.iterations
+    while trainer.iteration < iterations:
+        line, stopping = trainer.step(stop())
+        write(line)
+        for window in trainer.new_windows():
+            write(window)
+        last = trainer.iteration == iterations
+        if last or trainer.iteration % eval_every == 0:
+            write(trainer.evaluate())
+        if stopping and not last:
+            save()
+            return False
+        if checkpoint_every and trainer.iteration % checkpoint_every == 0 and not last:
+            save()
+    return True
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module, ring: Ring) -> None:
+    """Replace batch norm's running means and variances by their means over all ranks, in place."""
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    vector = torch.cat([buffer.reshape(-1).cpu().double() for buffer in buffers]).numpy()
+    ring.all_reduce(vector, op="mean")
+    offset = 0
+    for buffer in buffers:
+        part = torch.from_numpy(vector[offset : offset + buffer.numel()])
+        buffer.copy_(part.view(buffer.shape))
+        offset += buffer.numel()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all parameters; batch norm's statistics are not among them, as they differ by rank."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,263 @@
+"""The algorithm over MPI: the same bits as lockstep, and an end to every failure."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+
+import pytest
+from conftest import Launch
+
+COMPARE = """
+    import sys
+    import numpy as np
+    from mpi4py import MPI
+    from ring import Composite, Identity
+    from ring.lockstep import run
+    from ring.mpi import MPIRing, end_together
+    from gradiveq.qsgd import QSGD
+    from toy_codecs import HalfPerHop, PairSums
+
+    end_together()
+    ring = MPIRing(timeout_s=30)
+
+    def contribution(rank, length, dtype):
+        return np.random.default_rng([rank, length]).standard_normal(length).astype(dtype)
+
+    shared = {dtype: ring.empty(300_000, dtype) for dtype in (np.float16, np.float32, np.float64)}
+    cases = [
+        (length, dtype, codec, chunk_bytes, op)
+        for length in (0, 1, 5, 6, 1001, 40_000, 300_000)
+        for dtype in (np.float16, np.float32, np.float64)
+        for codec in (Identity(), PairSums(), HalfPerHop(), QSGD(seed=3), Composite([(length, QSGD()), (0, Identity())]))
+        for chunk_bytes in ((16, 1 << 18) if length < 200 else (1 << 14, sys.maxsize))
+        for op in ("sum", "mean")
+        if (dtype == np.float32 or isinstance(codec, Identity)) and (op == "sum" or length in (5, 40_000, 300_000))
+    ]
+    for length, dtype, codec, chunk_bytes, op in cases:
+        own = contribution(ring.rank, length, dtype)
+        vectors = [own.copy(), shared[dtype][:length]]
+        vectors[1][:] = own
+        stats = [ring.all_reduce(vector, codec, chunk_bytes=chunk_bytes, op=op) for vector in vectors]
+        if ring.rank == 0:
+            def work(worker):
+                vector = contribution(worker.rank, length, dtype)
+                return worker.all_reduce(vector, codec, chunk_bytes=chunk_bytes, op=op), vector.tobytes()
+            expected = run(ring.size, work)
+        else:
+            expected = None
+        their_stats, bits = MPI.COMM_WORLD.scatter(expected)
+        case = (length, dtype.__name__, codec.describe(np.dtype(dtype)), chunk_bytes, op)
+        assert vectors[0].tobytes() == vectors[1].tobytes() == bits, case
+        if ring.size != 2:  # between two ranks a small vector is one message
+            assert stats[0] == stats[1] == their_stats, case
+        assert stats[0].bytes_sent == their_stats.bytes_sent or length % 2, case
+    bounds = [40_000 * segment // ring.size for segment in range(ring.size + 1)]
+    for vector in (np.zeros(40_000, np.float32), shared[np.float32][:40_000]):
+        vector[:] = ring.rank + np.arange(40_000)
+        ring.reduce_scatter(vector, bounds=bounds)
+        mine = slice(*bounds[(ring.rank + 1) % ring.size:][:2])
+        finished = vector[mine].copy()
+        vector[:] = 0
+        vector[mine] = finished
+        ring.all_gather(vector, bounds=bounds)
+        assert (vector == ring.size * np.arange(40_000) + sum(range(ring.size))).all()
+    ring.barrier()
+    if ring.rank == 0:
+        print("compared", len(cases))
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6])
+def test_bitwise_what_lockstep_gives(mpirun: Launch, ranks: int) -> None:
+    done = mpirun(ranks, COMPARE, timeout_s=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"compared (\d+)", done.stdout), done.stdout
+    assert done.stderr == ""
+
+
+def test_bytes_do_not_depend_on_who_came_late(mpirun: Launch) -> None:
+    done = mpirun(
+        3,
+        """
+        import time, numpy as np
+        from ring import Timeline
+        from ring.mpi import MPIRing, end_together
+        end_together()
+        ring = MPIRing(timeout_s=30)
+        vectors = [np.ones(100_000, np.float32), ring.empty(100_000)]
+        vectors[1][:] = 1
+        for late in range(3):
+            for vector in vectors:
+                if ring.rank == late:
+                    time.sleep(0.1)
+                timeline = Timeline()
+                stats = ring.all_reduce(vector, op="mean", timeline=timeline)
+                assert stats.bytes_sent <= 4 * 4 / 3 * 100_000 + 8, stats
+                assert (vector == 1).all()
+                waited = timeline.totals().get("wait", 0.0)
+                assert waited > 0.05 or ring.rank == late, (waited, late)
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("ring.all_reduce(np.zeros(6, np.float32))", "6 float32 as identity"),
+        ("ring.all_reduce(np.zeros(50_000, np.float32))", "50000 float32 as identity"),
+        ("ring.all_reduce(np.zeros(5, np.float64))", "5 float64 as identity"),
+        ("ring.all_reduce(np.zeros(5, np.float32), HalfPerHop())", "5 float32 as half per hop"),
+        ("ring.all_reduce(np.zeros(5, np.float32), chunk_bytes=8)", "chunks of 8 bytes"),
+        ("(ring.barrier(), ring.all_reduce(np.zeros(5, np.float32)))", "1 float32 as identity"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_disagree_are_told_who_said_what(mpirun: Launch, ranks: int, call: str, said: str) -> None:
+    start = time.monotonic()
+    done = mpirun(
+        ranks,
+        f"""
+        import numpy as np
+        from ring.mpi import MPIRing, end_together
+        from toy_codecs import HalfPerHop
+        end_together()
+        ring = MPIRing(timeout_s=20)
+        if ring.rank == 1:
+            {call}
+        else:
+            vector = np.zeros(5, np.float32)
+            ring.all_reduce(vector)
+        """,
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - start < 15
+    assert "Traceback" not in done.stderr
+    for rank in range(ranks):
+        assert f"rank {rank}: RingMismatch" in done.stderr
+    line = next(line for line in done.stderr.splitlines() if "RingMismatch" in line)
+    assert "rank 1 calls" in line
+    assert said in line
+    assert "5 float32 as identity" in line
+
+
+def test_a_rank_that_hangs_is_named_by_all_others(mpirun: Launch) -> None:
+    start = time.monotonic()
+    done = mpirun(
+        4,
+        """
+        import time, numpy as np
+        from ring.mpi import MPIRing, end_together
+        end_together()
+        ring = MPIRing(timeout_s=1.5)
+        vector = np.zeros(100_000, np.float32)
+        ring.all_reduce(vector)
+        if ring.rank == 2:
+            time.sleep(60)
+        ring.all_reduce(vector)
+        """,
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - start < 15
+    for rank in (0, 1, 3):
+        line = next(line for line in done.stderr.splitlines() if line.startswith(f"rank {rank}: RingTimeout"))
+        assert re.search(r"for rank \d|send to rank \d", line)
+        assert re.search(r"in step \d \(segment \d\) of all_reduce, collective number 2", line)
+        assert "gave up after 1.5 s" in line
+    assert "rank 3 waited for rank 2" in done.stderr
+
+
+def test_an_exception_on_one_rank_ends_all(mpirun: Launch) -> None:
+    start = time.monotonic()
+    done = mpirun(
+        3,
+        """
+        import numpy as np
+        from ring.mpi import MPIRing, end_together
+        end_together()
+        ring = MPIRing(timeout_s=50)
+        if ring.rank == 1:
+            raise LookupError("only here")
+        ring.all_reduce(np.zeros(5))
+        """,
+    )
+    assert done.returncode != 0
+    assert "LookupError: only here" in done.stderr
+    assert time.monotonic() - start < 15
+
+
+def test_invalid_arguments_on_all_ranks_are_plain_errors(mpirun: Launch) -> None:
+    done = mpirun(
+        2,
+        """
+        import numpy as np
+        from ring.mpi import MPIRing
+        for make, name in ((lambda: MPIRing(timeout_s=0), "timeout_s"),
+                           (lambda: MPIRing().all_reduce(np.zeros(3, int)), "vector")):
+            try:
+                make()
+            except (ValueError, TypeError) as error:
+                assert name in str(error), error
+            else:
+                raise AssertionError(name)
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_foreign_mpirun_is_recognised(mpirun: Launch, variable: str) -> None:
+    """Another MPI's launcher starts processes that each see a world of one, and says how many in the environment."""
+    program = f"""
+        import os
+        from ring.mpi import MPIRing, end_together
+        os.environ["{variable}"] = "6"
+        end_together()
+        MPIRing()
+        """
+    done = mpirun(1, program)
+    assert done.returncode != 0
+    assert "RingError" in done.stderr
+    assert f"started 6 processes ({variable}=6)" in done.stderr
+    assert "belongs to another MPI" in done.stderr
+
+
+def test_bench_writes_rows_with_right_sums(mpirun: Launch, tmp_path) -> None:
+    arguments = ["--min-bytes", "1K", "--max-bytes", "256K", "--factor", "16", "--repeats", "3", "--seconds", "0.001"]
+    done = mpirun(3, ["-m", "ring.bench", *arguments, "--json", "rows.json"])
+    assert done.returncode == 0, done.stderr
+    recorded = json.loads((tmp_path / "rows.json").read_text())
+    assert recorded["environment"]["ranks"] == 3
+    rows = recorded["rows"]
+    assert [(row["implementation"], row["size_bytes"]) for row in rows] == [
+        (name, size) for size in (1024, 16384, 262144) for name in ("ring", "MPI_Allreduce", "limit")
+    ]
+    for row in rows:
+        assert row["wrong"] == (None if row["implementation"] == "limit" else 0)
+        assert row["algbw_gb_per_s"] == pytest.approx(row["size_bytes"] / row["time_s"] / 1e9)
+        assert row["busbw_gb_per_s"] == pytest.approx(row["algbw_gb_per_s"] * 4 / 3)
+    assert [word for word in ("size", "count", "time", "algbw", "busbw", "wrong") if word not in done.stdout] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--factor", "1"], "--factor must be at least 2"),
+        (["--min-bytes", "x"], "a size is a positive number"),
+        (["--json", "nowhere/rows.json"], "no folder nowhere"),
+    ],
+)
+def test_bench_refuses_bad_options(mpirun: Launch, arguments: list[str], message: str) -> None:
+    done = mpirun(2, ["-m", "ring.bench", *arguments])
+    assert done.returncode != 0
+    assert done.stderr.count(message) == 1
+
+
+def test_ring_does_not_start_mpi_or_torch() -> None:
+    import subprocess
+
+    code = "import ring, ring.lockstep, sys; sys.exit(bool({'mpi4py', 'mpi4py.MPI', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
