@@ -148,7 +148,8 @@ def main() -> None:
                 total = exact.sum()
                 least = int(np.argmax(np.cumsum(exact) >= (1 - threshold) * total)) + 1
                 print(
-                    f"    loss threshold {threshold:g}: {median:.2f} s, CPU {cpu:.2f} s, d = {found}, exact least d = {least}"
+                    f"    loss threshold {threshold:g}: {median:.2f} s, CPU {cpu:.2f} s, "
+                    f"d = {found}, exact least d = {least}"
                 )
 
 
