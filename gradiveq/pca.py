@@ -259,7 +259,7 @@ def leading_eigenpairs(
     capture enough (the sum of d eigenvalues <= sqrt(d) * Frobenius norm), and at least doubles; from a quarter of the
     matrix on, LAPACK's decomposition of all of it (float32) is cheaper.
 
-    `python -m bench.pca_refit` measures both for n = 4096 and d = 512. One 2.6 GHz core took 2.4 CPU seconds at most, and
+    `python -m bench.pca_refit` measures both for n = 4096 and d = 512. One 2.6 GHz core took at most 2.4 s of CPU, and
     the vectors captured 0.99999, 0.9990 and 0.989 of the exact solver's variance where the k-th eigenvalue falls as
     k^-2, k^-1 and k^-0.5 (the last is nearly noise). With a threshold, 235 components took 2.1 s, and those that end in
     the full decomposition (1072, 2681) 13 to 17 s.
