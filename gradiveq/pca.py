@@ -309,6 +309,7 @@ def leading_eigenpairs(
         values = values.astype(np.float64)
     else:
         values, vectors = np.linalg.eigh(matrix.astype(np.float64), UPLO="L")
+    total = min(total, float(np.cumsum(values[::-1])[-1]))  # the trace may be larger by rounding, and λ = 0 ask for it
     found = cut(values[::-1], vectors[:, ::-1])
     assert found is not None
     return found
