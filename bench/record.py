@@ -29,10 +29,10 @@ counting where it was stopped.
 * `bytes_sent` is payload that the rank sent to aggregate the gradient, `fit_bytes` (to agree on bases) included;
   `dense_bytes` what plain ring all-reduce sends; `ratio` that of the gradients' payload alone. `measure_bytes` were
   sent to measure a held-out loss and are in none of them.
-* `seconds` lists only kinds that occurred, and adds up to `iteration_s`: "other" is what no kind accounts for. "wait" is
-  exposed communication; "recode" is decoding, adding and encoding again at a hop; "pack" copies gradients to and from
-  the flat vector; "control" is the exchange of the mean loss (and of whether somebody asked to stop); "measure" is the
-  exact all-reduce that a held-out loss is measured with, which is in `iteration_s` but not in `time_s`.
+* `seconds` lists only kinds that occurred, and adds up to `iteration_s`: "other" is what no kind accounts for. "wait"
+  is exposed communication; "recode" is decoding, adding and encoding again at a hop; "pack" copies gradients to and
+  from the flat vector; "control" is the exchange of the mean loss (and of whether somebody asked to stop); "measure" is
+  the exact all-reduce that a held-out loss is measured with, which is in `iteration_s` but not in `time_s`.
 * `losses` is there in iterations in which the aggregator measured any (`gradiveq.aggregator.Report.losses`).
 * `window` is an entry of `gradiveq.aggregator.Aggregator.window_log`: per layer d, ratio, in-sample and held-out loss,
   and so on. Its line comes when the window is complete, which is after the next window's first iteration.
