@@ -409,7 +409,7 @@ def train(
     Args:
         write: takes the lines for the metrics, in order.
         save: makes a checkpoint; called between iterations, on all ranks in the same ones.
-        eval_every: iterations from one evaluation to the next; the last iteration is always followed by one.
+        eval_every: iterations from one evaluation to the next, and one at the end; 0 for none at all.
         checkpoint_every: iterations from one checkpoint to the next; 0 for none.
         stop: whether this rank is asked to stop; looked at once an iteration.
     Returns:
@@ -422,7 +422,7 @@ def train(
         for window in trainer.new_windows():
             write(window)
         last = trainer.iteration == iterations
-        if last or trainer.iteration % eval_every == 0:
+        if eval_every and (last or trainer.iteration % eval_every == 0):
             write(trainer.evaluate())
         if stopping and not last:
             save()

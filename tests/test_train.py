@@ -1,0 +1,305 @@
+"""The training loop in lockstep: it learns, all ranks keep the same bits, and it can be stopped anywhere."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bench.data import Dataset
+from bench.models import resnet_cifar
+from bench.record import GROUPS, KINDS, grouped
+from bench.train import (
+    LEAST,
+    PAPER_ITERATIONS,
+    Settings,
+    Trainer,
+    Windows,
+    average_statistics,
+    learning_rate,
+    scaled_schedule,
+    train,
+    weights_digest,
+)
+from gradiveq.aggregator import NonFiniteGradient
+from gradiveq.methods import GradiVeQ, Method, Plain, QSGDRing
+from ring.handle import Ring
+from ring.lockstep import run
+
+CLASSES = 3
+GRADIVEQ = GradiVeQ(warmup=2, sample=4, compress=5, n_components=3, fit_slices="all", holdout_every=2)
+EVERY_METHOD = pytest.mark.parametrize("method", [Plain(), QSGDRing(), GRADIVEQ], ids=lambda method: method.name)
+
+
+def stripes(count: int, seed: int) -> tuple[Any, Any]:
+    """Images of three kinds that a network tells apart at once: bright above, in the middle, below."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % CLASSES
+    images = rng.integers(0, 60, (count, 3, 32, 32))
+    for image, label in zip(images, labels, strict=True):
+        image[:, 11 * label : 11 * label + 9] += 150
+    return images.astype(np.uint8), labels.astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    train_images, train_labels = stripes(48, 0)
+    test_images, test_labels = stripes(25, 1)
+    mean = tuple(float(train_images[:, c].mean() / 255) for c in range(3))
+    std = tuple(float(train_images[:, c].std() / 255) for c in range(3))
+    return Dataset(
+        "stripes", "48 + 25 stripes", train_images, train_labels, test_images, test_labels, CLASSES,
+        (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]),
+    )  # fmt: skip
+
+
+def settings(iterations: int = 12, **other: Any) -> Settings:
+    return Settings(iterations, batch_size=4, **{"lr": 0.05, "seed": 7, **other})
+
+
+def trainer(ring: Ring, dataset: Dataset, method: Method, options: Settings, **other: Any) -> Trainer:
+    return Trainer(ring, resnet_cifar(8, CLASSES, seed=options.seed), dataset, method, options, **other)
+
+
+def all_of(job: Trainer, eval_every: int = 100) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    assert train(job, lines.append, lambda: None, eval_every=eval_every, checkpoint_every=0)
+    return lines
+
+
+@EVERY_METHOD
+def test_loss_falls_and_all_ranks_have_the_same_weights(dataset: Dataset, method: Method) -> None:
+    def work(ring: Ring) -> tuple[list[dict[str, Any]], str, dict[str, Any]]:
+        job = trainer(ring, dataset, method, settings(24))
+        lines = all_of(job, 12)
+        return lines, weights_digest(job.model), job.result()
+
+    results = run(3, work)
+    lines, digest, result = results[0]
+    assert {other for _, other, _ in results} == {digest}
+    losses = [line["loss"] for line in lines if line["type"] == "iteration"]
+    assert len(losses) == 24
+    assert np.mean(losses[-4:]) < 0.7 * np.mean(losses[:4])
+    evaluations = [line for line in lines if line["type"] == "evaluation"]
+    assert [line["iteration"] for line in evaluations] == [12, 24]
+    assert evaluations[-1]["test_accuracy"] > 0.6
+    assert result["weights_sha256"] == digest
+    assert result["test_accuracy"] == evaluations[-1]["test_accuracy"]
+    # What all ranks know is the same on all; accuracy is a number of whole images.
+    for other, _, other_result in results:
+        assert [line.get("loss") for line in other] == [line.get("loss") for line in lines]
+        assert other_result == result
+    assert (25 * evaluations[-1]["test_accuracy"]) == pytest.approx(round(25 * evaluations[-1]["test_accuracy"]))
+
+
+@EVERY_METHOD
+def test_seconds_and_bytes_add_up(dataset: Dataset, method: Method) -> None:
+    def work(ring: Ring) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        job = trainer(ring, dataset, method, settings(14))
+        lines = [line for line in all_of(job) if line["type"] == "iteration"]
+        return lines, job.result()
+
+    (lines, result), (other_lines, _) = run(2, work)
+    elapsed = 0.0
+    for line in lines:
+        assert set(line["seconds"]) <= set(KINDS)
+        assert sum(line["seconds"].values()) == pytest.approx(line["iteration_s"])
+        assert min(line["seconds"].values()) >= -1e-9
+        elapsed += line["iteration_s"] - line["seconds"].get("measure", 0.0)
+        assert line["time_s"] == pytest.approx(elapsed)
+        assert line["bytes_sent"] < line["dense_bytes"] * 1.01
+    sent = [sum(line["bytes_sent"] for line in one) for one in (lines, other_lines)]
+    assert 14 * result["bytes_per_iteration"] == pytest.approx(sum(sent) / 2)
+    assert sum(part["iterations"] for part in result["phases"].values()) == 14
+    assert sum(result["groups"].values()) == pytest.approx(sum(result["seconds"].values()))
+    for kind in KINDS:
+        parts = sum(part["seconds"][kind] for part in result["phases"].values())
+        assert result["seconds"][kind] == pytest.approx(parts, abs=1e-12)
+    if method.name == "gradiveq":
+        assert {name: part["iterations"] for name, part in result["phases"].items()} == {
+            "warm-up": 2, "sample": 7, "compress": 5,
+        }  # fmt: skip
+
+
+def test_methods_begin_with_the_same_weights_and_data(dataset: Dataset) -> None:
+    def first_loss(method: Method) -> float:
+        return run(2, lambda ring: trainer(ring, dataset, method, settings()).step()[0]["loss"])[0]
+
+    assert first_loss(Plain()) == first_loss(QSGDRing()) == first_loss(GRADIVEQ)
+
+
+def test_ranks_together_take_the_step_of_one_rank_with_all_images(dataset: Dataset) -> None:
+    """Up to rounding, and to batch norm, which a network without it doesn't have."""
+
+    def weights(size: int) -> torch.Tensor:
+        def work(ring: Ring) -> torch.Tensor:
+            model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, CLASSES))
+            generator = torch.Generator().manual_seed(3)
+            for parameter in model.parameters():
+                nn.init.normal_(parameter, std=0.01, generator=generator)
+            job = Trainer(ring, model, dataset, Plain(), Settings(5, batch_size=12 // size, lr=0.01))
+            all_of(job)
+            return nn.utils.parameters_to_vector(job.model.parameters()).detach()
+
+        return run(size, work)[0]
+
+    torch.testing.assert_close(weights(3), weights(1), rtol=1e-4, atol=1e-6)
+
+
+@EVERY_METHOD
+def test_resumed_at_any_iteration_is_not_interrupted(dataset: Dataset, method: Method) -> None:
+    iterations = 13
+
+    def uninterrupted(ring: Ring) -> tuple[str, list[Any], list[dict[str, Any]]]:
+        job = trainer(ring, dataset, method, settings(iterations))
+        states = []
+        lines: list[dict[str, Any]] = []
+        train(
+            job, lines.append, lambda: states.append(copy.deepcopy(job.state_dict())), eval_every=5, checkpoint_every=1
+        )
+        return weights_digest(job.model), states, lines
+
+    whole = run(2, uninterrupted)
+    assert len(whole[0][1]) == iterations - 1
+
+    for position in range(iterations - 1):
+
+        def resumed(ring: Ring, position: int = position) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
+            job = trainer(ring, dataset, method, settings(iterations))
+            job.load_state_dict(whole[ring.rank][1][position])
+            lines: list[dict[str, Any]] = []
+            train(job, lines.append, lambda: None, eval_every=5, checkpoint_every=0)
+            return weights_digest(job.model), lines, job.result()
+
+        results = run(2, resumed)
+        assert {digest for digest, _, _ in results} == {whole[0][0]}
+        assert timeless(results[0][1]) == timeless(whole[0][2])[-len(results[0][1]) :]
+        assert results[0][2]["iterations"] == iterations
+        assert sum(part["iterations"] for part in results[0][2]["phases"].values()) == iterations
+
+
+def timeless(lines: list[dict[str, Any]]) -> list[str]:
+    """Lines without seconds; as text, so that NaN equals itself."""
+    untimed = copy.deepcopy(lines)
+    for line in untimed:
+        line.get("window", {}).pop("fit_s", None)
+    return [str({key: value for key, value in line.items() if not key.endswith(("_s", "seconds"))}) for line in untimed]
+
+
+def test_a_rank_that_is_asked_to_stop_stops_all_in_the_same_iteration(dataset: Dataset) -> None:
+    def work(ring: Ring) -> tuple[bool, int, list[int]]:
+        job = trainer(ring, dataset, Plain(), settings())
+        saved: list[int] = []
+        complete = train(
+            job, lambda line: None, lambda: saved.append(job.iteration), eval_every=100, checkpoint_every=4,
+            stop=lambda: ring.rank == 1 and job.iteration == 5,
+        )  # fmt: skip
+        return complete, job.iteration, saved
+
+    assert run(3, work) == [(False, 6, [4, 6])] * 3
+
+
+def test_skipped_steps_leave_the_weights_alone(dataset: Dataset) -> None:
+    """One rank's weights are spoilt for one iteration. With "skip" nobody steps; with "fail" all are told whose."""
+
+    def work(ring: Ring, policy: str) -> tuple[str, str, bool, dict[str, Any]]:
+        job = trainer(ring, dataset, Plain(), settings(2), nonfinite=policy)
+        before = weights_digest(job.model)
+        kept = job.model.fc.bias.detach().clone()
+        if ring.rank == 1:
+            job.model.fc.bias.data[0] = math.nan
+        line, _ = job.step()
+        with torch.no_grad():
+            job.model.fc.bias.copy_(kept)
+        after = weights_digest(job.model)
+        job.step()
+        return before, after, line["skipped"], job.result()
+
+    for before, after, skipped, result in run(2, lambda ring: work(ring, "skip")):
+        assert before == after
+        assert skipped
+        assert result["skipped"] == 1
+        assert result["weights_sha256"] != after
+    with pytest.raises(NonFiniteGradient, match=r"conv1\.weight, .* and 20 more on rank 1$"):
+        run(2, lambda ring: work(ring, "fail"))
+
+
+def test_ranks_with_different_weights_are_found(dataset: Dataset) -> None:
+    def work(ring: Ring) -> None:
+        job = trainer(ring, dataset, Plain(), settings(1))
+        all_of(job)
+        if ring.rank == 2:
+            job.model.fc.bias.data[0] += 1e-6
+        job.result()
+
+    with pytest.raises(RuntimeError, match=r"ranks \[2\] differ"):
+        run(3, work)
+
+
+def test_batch_norm_is_averaged_on_a_copy(dataset: Dataset) -> None:
+    def work(ring: Ring) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        job = trainer(ring, dataset, Plain(), settings(1))
+        job.step()
+        own = job.model.bn1.running_mean.clone()
+        job.evaluate()
+        assert torch.equal(job.model.bn1.running_mean, own)
+        assert job.model.training
+        average_statistics(job.model, ring)
+        return own, job.model.bn1.running_mean, job.model.layer3[0].bn2.running_var
+
+    results = run(3, work)
+    assert not torch.equal(results[0][0], results[1][0])
+    mean = torch.stack([own for own, _, _ in results]).double().mean(0).float()
+    torch.testing.assert_close(results[0][1], mean)
+    assert all(torch.equal(result[1], results[0][1]) and torch.equal(result[2], results[0][2]) for result in results)
+
+
+def test_learning_rate() -> None:
+    options = settings(100, lr=0.4, lr_warmup=4)
+    rates = [learning_rate(iteration, options) for iteration in range(100)]
+    assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert rates[49] == pytest.approx(0.4)
+    assert rates[50] == rates[74] == pytest.approx(0.04)
+    assert rates[75] == rates[99] == pytest.approx(0.004)
+
+
+def test_the_schedule_is_the_papers_and_shrinks_with_the_run() -> None:
+    assert scaled_schedule(PAPER_ITERATIONS) == scaled_schedule(100_000) == Windows(2_500, 100, 400)
+    assert scaled_schedule(PAPER_ITERATIONS // 2) == Windows(1_250, 50, 200)
+    assert scaled_schedule(900) == Windows(50, LEAST, 4 * LEAST)
+    for iterations in (1, 5, 20, 57, 100, 200, 600, 9_999):
+        windows = scaled_schedule(iterations)
+        assert windows.sample >= 2  # PCA needs two
+        assert windows.compress == 4 * windows.sample
+        assert windows.warmup >= 2
+        GradiVeQ(*windows)
+    for iterations in (20, 57, 200, 600):  # all phases are seen
+        windows = scaled_schedule(iterations)
+        assert windows.warmup + windows.sample + windows.compress <= iterations
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("iterations", 0), ("iterations", -5), ("batch_size", 0), ("lr", 0.0), ("lr", math.nan), ("lr", math.inf),
+        ("lr_warmup", -1), ("lr_warmup", 13), ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-4),
+        ("seed", -1),
+    ],
+)  # fmt: skip
+def test_settings_are_checked(name: str, value: float) -> None:
+    values = {"iterations": 12, "batch_size": 4} | {name: value}
+    with pytest.raises(ValueError, match=rf"`{name}` must be .* got {value}"):
+        Settings(**values)  # type: ignore[arg-type]
+
+
+def test_every_kind_is_in_one_group() -> None:
+    assert sorted(kind for kinds in GROUPS.values() for kind in kinds) == sorted(KINDS)
+    groups = grouped({"forward": 1, "backward": 2, "wait": 4, "new kind": 8})
+    assert groups["compute"] == 3
+    assert groups["exposed communication"] == 4
+    assert groups["other"] == 8
