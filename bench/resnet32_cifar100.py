@@ -42,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "model": "resnet32",
     "data": None,
     "paper": False,
+    "timing": False,
     "iterations": 200,
     "batch_size": 16,
     "lr": 0.1,
@@ -87,6 +88,8 @@ PAPER: dict[str, Any] = {
     "loss_threshold": 0.01,
     "reuse": "inf",
 }
+#: What `--timing` sets, likewise: long enough to see every phase.
+TIMING: dict[str, Any] = {"iterations": 60, "eval_every": 0, "checkpoint_every": 0}
 #: Options that a resumed run may have otherwise than it began: the trained weights don't depend on them. Of the data,
 #: the content is compared instead.
 FREE = {"data", "timeout", "checkpoint_every", "figures", "progress", "out", "resume"}
@@ -112,6 +115,10 @@ CHOSEN = (
     "batch norm: each worker's own statistics in training, their average on a copy for evaluation",
     "weights: He et al. 2015, from seed {seed}, the same for all methods",
 )
+
+
+#: Exit status of a run that somebody stopped: 128 + SIGINT, as shells have it.
+INTERRUPTED = 130
 
 
 class UsageError(Exception):
@@ -179,6 +186,11 @@ def make_parser() -> Parser:
         action="store_true",
     )  # fmt: skip
     add(
+        run, "--timing",
+        f"only what the time breakdown needs: {TIMING['iterations']} iterations, no evaluation, no checkpoint",
+        action="store_true",
+    )  # fmt: skip
+    add(
         run, "--data",
         "CIFAR-100 or CIFAR-10 in binary form (archive or folder), a folder with Fashion-MNIST's IDX files, or "
         "'cifar-100' or 'cifar-10' to download it (default: the shipped sample of Fashion-MNIST)",
@@ -239,7 +251,10 @@ def make_parser() -> Parser:
     add(machine, "--timeout", "seconds that a rank waits for a neighbour", type=float, metavar="S")
 
     output = parser.add_argument_group("output")
-    add(output, "--eval-every", "iterations between evaluations (default: a fifth of the run)", type=int, metavar="N")
+    add(
+        output, "--eval-every", "iterations between evaluations; 0: none (default: a fifth of the run)",
+        type=int, metavar="N",
+    )  # fmt: skip
     add(
         output, "--checkpoint-every",
         "iterations between checkpoints; 0: none (default: a tenth of the run, at most 500)",
@@ -265,7 +280,8 @@ def parse(arguments: list[str] | None, *, quiet: bool = False) -> tuple[dict[str
         compare_options(given, options, given["resume"])
         return {**options, **{name: value for name, value in given.items() if name in FREE}}, given, recorded
 
-    options = {**DEFAULTS, **(PAPER if given.get("paper") else {}), **given}
+    presets = {**(PAPER if given.get("paper") else {}), **(TIMING if given.get("timing") else {})}
+    options = {**DEFAULTS, **presets, **given}
     if {"n_components", "ratio"} & given.keys() and "loss_threshold" not in given:
         options["loss_threshold"] = None
     check_options(options)
@@ -277,7 +293,7 @@ def parse(arguments: list[str] | None, *, quiet: bool = False) -> tuple[dict[str
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Bounds that nothing else checks."""
-    least = {"iterations": 1, "batch_size": 1, "eval_every": 1, "checkpoint_every": 0, "threads": 1, "chunk_bytes": 1}
+    least = {"iterations": 1, "batch_size": 1, "eval_every": 0, "checkpoint_every": 0, "threads": 1, "chunk_bytes": 1}
     for name, bound in least.items():
         value = options[name]
         if value is not None and value < bound:
@@ -477,13 +493,13 @@ def main(arguments: list[str] | None = None) -> int:
         return prepare_and_run(arguments, comm, local)
     except Failure as failure:
         if comm.rank == 0:
-            print(f"error: {failure}", file=sys.stderr, flush=True)
+            print(f"{'' if failure.status == INTERRUPTED else 'error: '}{failure}", file=sys.stderr, flush=True)
         return failure.status
     except KeyboardInterrupt:  # before or after training, when there is nothing to save
         if comm.rank == 0:
             print("interrupted", file=sys.stderr, flush=True)
-        comm.Abort(130)
-        return 130
+        comm.Abort(INTERRUPTED)
+        return INTERRUPTED
 
 
 def prepare_and_run(arguments: list[str] | None, comm: MPI.Intracomm, local: tuple[int, int, int]) -> int:
@@ -775,7 +791,7 @@ class Run:
                     if self.lead:
                         write_json(self.folder / SUMMARY, self._summary(checkpoints.finished))
             except Interrupted as interrupted:
-                raise Failure(f"{interrupted}; go on with --resume {self.folder}", 130) from None
+                raise Failure(f"{interrupted}; go on with --resume {self.folder}", INTERRUPTED) from None
             except (NonFiniteGradient, CheckpointError) as error:  # raised on all ranks alike
                 resumable = (self.folder / FOLDER / MANIFEST).exists()
                 self.comm.Barrier()  # all have looked
