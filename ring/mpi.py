@@ -53,7 +53,9 @@ GREETING_BYTES = 64 * 1024
 SHARED_BYTES = 128 * 1024
 TAG, DONE_READING = 7, 8
 NOTHING = np.empty(0, np.uint8)
-#: After so many seconds of polling with `sched_yield` a wait starts to sleep between polls, for at most so long.
+#: So many times a wait just tests; then it yields the core between tests, and after some seconds it sleeps in between,
+#: for at most so long.
+QUICK_POLLS = 20
 SPIN_S = 0.005
 LONGEST_SLEEP_S = 0.001
 #: How long a failing rank goes on trying to tell the others.
@@ -88,7 +90,7 @@ DONE = _Done()
 class _Greeting:
     """This rank's first message of every call of one plan: memory, and persistent requests that send it."""
 
-    def __init__(self, comm: MPI.Intracomm, successor: int, plan: Plan) -> None:
+    def __init__(self, comm: MPI.Intracomm, successor: int, plan: Plan, dtype: np.dtype[Any], heard: Payload) -> None:
         first_sent = plan.sent[0].num_bytes if plan.sent else 0
         self.leaves_with_chunk = 0 < first_sent <= GREETING_BYTES
         self.arrives_with_chunk = bool(plan.arriving) and plan.arriving[0].num_bytes <= GREETING_BYTES
@@ -108,6 +110,10 @@ class _Greeting:
         self.memory[WORDS : WORDS + len(words)] = words
         self.key = self.memory[:KEY_BYTES]
         self.chunk = self.memory[HEADER_BYTES:]
+        if self.carries_vector:
+            self.leaving: Array = self.chunk.view(dtype)
+            self.arriving: Array = heard[HEADER_BYTES : HEADER_BYTES + plan.num_bytes].view(dtype)
+            self.stats = Stats(plan.num_bytes, 1)
         self.with_chunk = comm.Send_init((self.memory, MPI.BYTE), successor, TAG)
         self.alone = comm.Send_init((self.memory[:HEADER_BYTES], MPI.BYTE), successor, TAG)
         self.request = self.alone
@@ -259,7 +265,9 @@ class MPIRing(Ring):
         if greeting is None:
             if len(self._greetings) >= MOST_GREETINGS:
                 self._greetings.pop(next(iter(self._greetings))).free()
-            greeting = self._greetings[plan.description] = _Greeting(self.comm, self.successor, plan)
+            greeting = self._greetings[plan.description] = _Greeting(
+                self.comm, self.successor, plan, vector.dtype, self.heard
+            )
         self._calls += 1
         greeting.numbers[0] = self._calls
         self._listening.Start()
@@ -273,8 +281,7 @@ class MPIRing(Ring):
             if not port.greeted:
                 self._hear_greeting(greeting, plan, timeline)
                 port.greet()
-            if not wait.request.Test():
-                self._wait(wait, plan, timeline)
+            self._complete(wait, plan, timeline)
         if not port.greeted:
             self._hear_greeting(greeting, plan, timeline)
             port.greet()
@@ -285,8 +292,7 @@ class MPIRing(Ring):
         if window >= 0:
             waits.append(Wait(self.comm.Irecv((NOTHING, MPI.BYTE), self.successor, DONE_READING), last, True))
         for wait in waits:
-            if not wait.request.Test():
-                self._wait(wait, plan, timeline)
+            self._complete(wait, plan, timeline)
         return plan.stats
 
     def _exchange(self, greeting: _Greeting, plan: Plan, vector: Array, timeline: Timeline | None) -> Stats:
@@ -294,22 +300,21 @@ class MPIRing(Ring):
 
         The bytes are the same, half the latency is saved, and as a + b = b + a, so are the sums.
         """
-        greeting.chunk.view(vector.dtype)[:] = vector
+        greeting.leaving[:] = vector
         greeting.send(with_chunk=True)
         self._hear_greeting(greeting, plan, timeline)
         start = time.perf_counter() if timeline is not None else 0.0
-        np.add(vector, self.heard[HEADER_BYTES : HEADER_BYTES + plan.num_bytes].view(vector.dtype), vector)
+        np.add(vector, greeting.arriving, vector)
         if plan.mean:
             np.divide(vector, 2, vector)
         if timeline is not None:
             timeline.add("add", time.perf_counter() - start)
         if not greeting.request.Test():
-            self._wait(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
-        return Stats(plan.num_bytes, 1)
+            self._complete(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
+        return greeting.stats
 
     def _hear_greeting(self, greeting: _Greeting, plan: Plan, timeline: Timeline | None) -> None:
-        if not self._listening.Test():
-            self._wait(Wait(self._listening, plan.greeting_work, False), plan, timeline)
+        self._complete(Wait(self._listening, plan.greeting_work, False), plan, timeline)
         if self._heard_key.tobytes() != greeting.key.tobytes():
             theirs, ours = (
                 f"{bytes(memory[WORDS:HEADER_BYTES]).rstrip(bytes(1)).decode(errors='replace')} "
@@ -318,7 +323,19 @@ class MPIRing(Ring):
             )
             self._fail(RingMismatch(f"rank {self.predecessor} calls {theirs}; rank {self.rank} calls {ours}"))
 
-    def _wait(self, wait: Wait, plan: Plan, timeline: Timeline | None) -> None:
+    def _complete(self, wait: Wait, plan: Plan, timeline: Timeline | None) -> None:
+        """Wait until the request is complete."""
+        start = time.perf_counter() if timeline is not None else 0.0
+        test = wait.request.Test
+        for _ in range(QUICK_POLLS):
+            if test():
+                break
+        else:
+            self._wait(wait, plan)
+        if timeline is not None:
+            timeline.add("wait", time.perf_counter() - start)
+
+    def _wait(self, wait: Wait, plan: Plan) -> None:
         """Poll until the request is complete, somebody fails, or the deadline passes."""
         start = now = time.perf_counter()
         test, sleep_s, polls = wait.request.Test, 20e-6, 0
@@ -335,8 +352,6 @@ class MPIRing(Ring):
             if now - start >= SPIN_S:
                 time.sleep(sleep_s)
                 sleep_s = min(2 * sleep_s, LONGEST_SLEEP_S)
-        if timeline is not None:
-            timeline.add("wait", time.perf_counter() - start)
 
     def _where(self, wait: Wait, plan: Plan) -> str:
         peer = f"to send to rank {self.successor}" if wait.sending else f"for rank {self.predecessor}"

@@ -13,8 +13,8 @@ from ring.algorithm import Port, Wait, Work, ring, schedule, steps
 from ring.codec import DTYPES, Array, Codec, Hop, Payload
 from ring.segments import Chunk, cut_segments
 
-#: Large enough to make the cost of a message small, small enough to stay in a core's second-level cache.
-CHUNK_BYTES = 256 * 1024
+#: Large enough to make the cost of a message small, small enough to pipeline and to stay in a second-level cache.
+CHUNK_BYTES = 512 * 1024
 #: How many receives are posted ahead.
 POSTED_RECEIVES = 3
 

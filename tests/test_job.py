@@ -1,0 +1,371 @@
+"""The command from end to end under mpirun: killed and resumed, stopped, and given what it can't use."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from conftest import MPIRUN, ROOT
+
+from bench.record import KINDS
+from bench.report import text
+from bench.resnet32_cifar100 import DEFAULTS, PAPER, UsageError, make_parser, parse
+
+DEADLINE_S = 100
+METHODS = ("rar", "qsgd", "gradiveq")
+ITERATIONS = 24
+SMALL = [
+    "--model", "resnet8", "--iterations", str(ITERATIONS), "--batch-size", "4", "--lr", "0.05", "--seed", "5",
+    "--warmup", "3", "--sample", "5", "--compress", "6", "--fit-slices", "all", "--n-components", "4",
+    "--eval-every", "8", "--checkpoint-every", "5", "--no-figures",
+]  # fmt: skip
+
+
+def command(ranks: int, arguments: list[str]) -> list[str]:
+    launcher = [str(MPIRUN), "-n", str(ranks)] if ranks > 1 else []
+    return [*launcher, sys.executable, "-m", "bench.resnet32_cifar100", *arguments]
+
+
+def environment(**other: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"} | other
+
+
+def job(ranks: int, arguments: list[str], folder: Path, **other: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(ranks, arguments),
+        cwd=folder, env=environment(**other), capture_output=True, text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+
+
+def write_idx(folder: Path, images: int = 64, test_images: int = 21) -> Path:
+    """A small data set in Fashion-MNIST's form: classes 0 to 3 are bright in one quarter each."""
+    folder.mkdir()
+    rng = np.random.default_rng(3)
+    for part, count in (("train", images), ("t10k", test_images)):
+        labels = (np.arange(count) % 4).astype(np.uint8)
+        pixels = rng.integers(0, 80, (count, 28, 28))
+        for image, label in zip(pixels, labels, strict=True):
+            image[14 * (label // 2) :, 14 * (label % 2) :][:14, :14] += 150
+        header = b"\0\0\x08\x03" + np.array([count, 28, 28], ">u4").tobytes()
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(header + pixels.astype(np.uint8).tobytes())
+        )  # fmt: skip
+        header = b"\0\0\x08\x01" + np.array([count], ">u4").tobytes()
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    return folder
+
+
+def lines_of(run: Path, method: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"metrics-{method}.jsonl").read_text().splitlines()]
+
+
+def timeless(value: Any) -> Any:
+    """Without the seconds, which no two runs share."""
+    if isinstance(value, dict):
+        timed = ("_s", "seconds", "groups")
+        return {key: timeless(item) for key, item in value.items() if not key.endswith(timed)}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A run of all three methods that nobody disturbed: (its working directory, its folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("job")
+    write_idx(folder / "data")
+    result = job(2, [*SMALL, "--data", "data", "--out", "whole"], folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return folder, folder / "whole", result.stdout
+
+
+def test_what_a_run_prints_and_records(whole: tuple[Path, Path, str]) -> None:
+    _, run, printed = whole
+    summary = json.loads((run / "summary.json").read_text())
+    environment = json.loads((run / "environment.json").read_text())
+    source = "IDX images (64 + 21 images from data, not the published Fashion-MNIST), not CIFAR"
+    assert summary["data_source"] == environment["data_source"] == source
+    # The data's source is said at the start and in the title of each table.
+    assert printed.startswith(f"* Data: {source}.")
+    assert printed.count(f"resnet8 on {source}, 2 ranks x 4 images, {ITERATIONS} iterations\n") == 2
+    assert text(summary) in printed
+    assert summary["complete"]
+    assert tuple(summary["methods"]) == METHODS
+
+    versions = environment["versions"]
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert versions["numpy"] == np.__version__
+    assert environment["ranks"] == 2
+    assert environment["seed"] == 5
+    assert environment["command"].startswith("mpirun -n 2 python -m bench.resnet32_cifar100 --model resnet8")
+    for name in ("mpi", "cpu", "cores", "data_sha256"):
+        assert environment[name]
+
+    sent = {}
+    for method in METHODS:
+        lines = lines_of(run, method)
+        iterations = [line for line in lines if line["type"] == "iteration"]
+        assert [line["iteration"] for line in iterations] == list(range(ITERATIONS))
+        assert [line["iteration"] for line in lines if line["type"] == "evaluation"] == [8, 16, 24]
+        for line in iterations:
+            assert set(line["seconds"]) <= set(KINDS)
+            assert sum(line["seconds"].values()) == pytest.approx(line["iteration_s"])
+        entry = summary["methods"][method]
+        assert entry["test_accuracy"] == [line for line in lines if line["type"] == "evaluation"][-1]["test_accuracy"]
+        sent[method] = entry["bytes_per_iteration"]
+        assert (run / f"weights-{method}.pt").stat().st_size > 100_000
+    assert sent["rar"] > sent["gradiveq"]
+    assert sent["rar"] > 7 * sent["qsgd"]
+    phases = [line["phase"] for line in lines_of(run, "gradiveq") if line["type"] == "iteration"]
+    assert phases == (["warm-up"] * 3 + (["sample"] * 5 + ["compress"] * 6) * 2)[:ITERATIONS]
+    windows = [line["window"] for line in lines_of(run, "gradiveq") if line["type"] == "window"]
+    assert [window["iteration"] for window in windows] == [3, 14]
+    assert all(layer["held_out_loss"] > 0 for window in windows for layer in window["layers"].values())
+    # Weights, data and order are the same, so the first loss is.
+    assert len({lines_of(run, method)[0]["loss"] for method in METHODS}) == 1
+    assert not list(run.glob("checkpoint/*.pt"))
+
+
+def kill_when(process: subprocess.Popen[bytes], due: Callable[[], bool]) -> None:
+    """SIGKILL for the launcher, what it started, and what that started, once `due`."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not due():
+        assert process.poll() is None, "the run ended before it was to be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    own = psutil.Process(process.pid)
+    for victim in [*own.children(recursive=True), own]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    process.wait(DEADLINE_S)
+
+
+def count(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_killed_twice_and_resumed_is_bitwise_the_same(whole: tuple[Path, Path, str]) -> None:
+    folder, expected, _ = whole
+    run = folder / "killed"
+    steps = [
+        ([*SMALL, "--data", "data", "--out", "killed"], "rar", 13),
+        (["--resume", "killed"], "gradiveq", 15),
+    ]
+    for arguments, method, lines in steps:
+        process = subprocess.Popen(
+            command(2, arguments),
+            cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        metrics = run / f"metrics-{method}.jsonl"
+        kill_when(process, lambda metrics=metrics, lines=lines: count(metrics) >= lines)  # type: ignore[misc]
+        manifest = json.loads((run / "checkpoint" / "manifest.json").read_text())
+        assert manifest["current"]["method"] == method
+        assert 0 < manifest["current"]["iteration"] < ITERATIONS
+    # What a kill can leave behind at the worst moment.
+    with metrics.open("a") as file:
+        file.write('{"type": "iter')
+    (run / "checkpoint" / ".gradiveq-15-rank0.pt.tmp").write_bytes(b"half")
+
+    result = job(2, ["--resume", "killed", *SMALL], folder)  # to repeat the options is allowed
+    assert result.returncode == 0, result.stderr
+    assert "rar: finished before" in result.stdout
+    assert "gradiveq: resumed after" in result.stdout
+    mine, theirs = (json.loads((path / "summary.json").read_text()) for path in (run, expected))
+    assert [mine["methods"][method]["weights_sha256"] for method in METHODS] == [
+        theirs["methods"][method]["weights_sha256"] for method in METHODS
+    ]
+    assert timeless(mine["methods"]) == timeless(theirs["methods"])
+    for method in METHODS:
+        assert timeless(lines_of(run, method)) == timeless(lines_of(expected, method))
+        weights = [(path / f"weights-{method}.pt").read_bytes() for path in (run, expected)]
+        assert weights[0] == weights[1]
+    assert len(json.loads((run / "environment.json").read_text())["resumed"]) == 2
+    assert not list((run / "checkpoint").glob("*rank*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_politely(whole: tuple[Path, Path, str], number: signal.Signals) -> None:
+    folder, _, _ = whole
+    run = folder / number.name
+    arguments = [*SMALL, "--data", "data", "--out", run.name, "--methods", "rar,gradiveq", "--eval-every", "1000"]
+    arguments += ["--iterations", "5000", "--checkpoint-every", "0"]
+    process = subprocess.Popen(
+        command(2, arguments), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + DEADLINE_S
+    while count(run / "metrics-rar.jsonl") < 5:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode != 0
+    assert b"Traceback" not in errors
+    current = json.loads((run / "checkpoint" / "manifest.json").read_text())["current"]
+    assert f"stopped after {current['iteration']} of 5000 with rar; go on with --resume {run.name}".encode() in errors
+    assert count(run / "metrics-rar.jsonl") == current["iteration"]
+    assert len(list((run / "checkpoint").glob("rar-*-rank?.pt"))) == 2
+
+
+def test_one_process_without_mpirun(whole: tuple[Path, Path, str]) -> None:
+    folder, _, _ = whole
+    result = job(1, [*SMALL, "--data", "data", "--out", "alone", "--iterations", "14", "--nonfinite", "skip"], folder)
+    assert result.returncode == 0, result.stderr
+    assert "1 ranks x 4 images, 14 iterations" in result.stdout
+    summary = json.loads((folder / "alone" / "summary.json").read_text())
+    assert summary["methods"]["rar"]["bytes_per_iteration"] == 0
+
+
+# --- bad input: one line from rank 0, a status, no files, in seconds --------------------------------------------------
+
+
+def refused(
+    ranks: int, arguments: list[str], folder: Path, message: str, status: tuple[int, ...] = (2,), **other: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    start = time.monotonic()
+    result = job(ranks, arguments, folder, **other)
+    assert time.monotonic() - start < 60  # on a machine that does something else as well
+    lines = result.stderr.splitlines()
+    assert result.returncode in status, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with data, good and bad."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_idx(folder / "data")
+    write_idx(folder / "tiny", images=3, test_images=2)
+    write_idx(folder / "cut")
+    images = folder / "cut" / "train-images-idx3-ubyte.gz"
+    images.write_bytes(images.read_bytes()[:-2000])
+    (folder / "cifar-100-binary.tar.gz").write_bytes(b"\x1f\x8b not an archive")
+    (folder / "empty").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.txt").write_text("the only copy")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "rar,foo"], "unknown method 'foo' in --methods, known are rar, qsgd, gradiveq"),
+        (["--data", "cut"], "train-images-idx3-ubyte.gz: damaged or truncated gzip file"),
+        (["--data", "tiny", "--batch-size", "2"], "2 ranks x 2 images each need 4 training images, but there are 3"),
+        (["--slice-size", "1000000"], "`slice_size` must be at most 36864"),
+        (["--data", "data", "--lr", "1e38", "--methods", "rar"], "non-finite gradient in iteration"),
+    ],
+    ids=["method", "data", "ranks", "slice size", "gradient"],
+)
+def test_bad_input_on_two_ranks(inputs: Path, arguments: list[str], message: str) -> None:
+    refused(2, ["--model", "resnet8", "--no-figures", "--progress", "none", *arguments], inputs, message, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss-threshold", "1.0"], "`loss_threshold` must be at least 0 and below 1"),
+        (["--data", "cifar-100-binary.tar.gz"], "cifar-100-binary.tar.gz: 17 bytes with MD5"),
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--out", "full"], "full exists and is not an empty folder"),
+        (["--resume", "empty"], "empty is not a run's folder"),
+        (["--sample", "10", "--n-components", "10"], "`n_components` must be at most 9"),
+    ],
+    ids=["loss threshold", "archive", "folder", "out", "resume", "components"],
+)
+def test_bad_input_on_one_rank(inputs: Path, arguments: list[str], message: str) -> None:
+    refused(1, ["--model", "resnet8", *arguments], inputs, message)
+
+
+def test_a_foreign_mpirun_is_explained(inputs: Path) -> None:
+    for rank in ("0", "1"):
+        result = job(1, [], inputs, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=rank)
+        assert result.returncode == 2
+        lines = result.stderr.splitlines()
+        assert len(lines) == (rank == "0"), result.stderr
+        assert all("this `mpirun` belongs to another MPI" in line for line in lines)
+
+
+def test_another_configuration_is_not_resumed(whole: tuple[Path, Path, str]) -> None:
+    folder, _, _ = whole
+    write_idx(folder / "other", images=65)
+    refused(1, ["--resume", "whole"], folder, "the run in whole has 2 ranks, now there are 1")
+    refused(2, ["--resume", "whole", "--data", "other"], folder, "the run in whole was begun with other data: IDX")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--iterations", "0"], "--iterations must be at least 1, got 0"),
+        (["--iterations", "many"], "argument --iterations: invalid int value: 'many'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--batch-size", "-3"], "--batch-size must be at least 1, got -3"),
+        (["--sample", "few"], "argument --sample: invalid length value: 'few'"),
+        (["--timeout", "0"], "--timeout must be a positive number of seconds, got 0"),
+        (["--methods", "rar,qsgd,rar"], "names a method twice"),
+        (["--methods", "rar", "--ratio", "8"], "--ratio is an option of gradiveq, which --methods leaves out"),
+        (["--nonfinite", "ignore"], "argument --nonfinite: invalid choice: 'ignore'"),
+        (["--whatever"], "unrecognized arguments: --whatever"),
+        (["--resume", "/nonexistent/run"], "--resume: there is no folder /nonexistent/run"),
+    ],
+)
+def test_options_that_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=r"^[^\n]*$") as caught:
+        parse(arguments)
+    assert message in str(caught.value)
+
+
+def test_resume_takes_the_recorded_options(tmp_path: Path) -> None:
+    options = {**DEFAULTS, "methods": ["rar"], "seed": 3}
+    record = {"options": options, "ranks": 2, "data_sha256": "", "data_source": "", "mpi": ""}
+    (tmp_path / "environment.json").write_text(json.dumps(record))
+    resume = ["--resume", str(tmp_path)]
+    assert parse(resume)[0]["seed"] == 3
+    assert parse([*resume, "--seed", "3", "--methods", "rar", "--timeout", "9"])[0]["timeout"] == 9
+    with pytest.raises(UsageError, match=r"--seed is 4, but the run in .* was begun with 3"):
+        parse([*resume, "--seed", "4"])
+    with pytest.raises(UsageError, match=r"--methods is rar,qsgd, but the run in .* was begun with rar"):
+        parse([*resume, "--methods", "rar,qsgd"])
+    for damaged in ("", "{}", "[]", json.dumps({"options": {"seed": 3}}), json.dumps({"options": DEFAULTS})):
+        (tmp_path / "environment.json").write_text(damaged)
+        with pytest.raises(UsageError, match=r"environment\.json"):
+            parse(resume)
+
+
+def test_paper_sets_its_values_and_leaves_the_rest_to_options() -> None:
+    options, given, _ = parse(["--paper", "--data", "somewhere"])
+    assert given.keys() == {"paper", "data"}
+    assert {name: options[name] for name in PAPER if name != "data"} == {
+        name: value for name, value in PAPER.items() if name != "data"
+    }
+    assert (options["iterations"], options["warmup"], options["sample"], options["compress"]) == (
+        45_000,
+        2_500,
+        100,
+        400,
+    )
+    assert options["data"] == "somewhere"
+    assert parse(["--paper", "--ratio", "8"])[0]["loss_threshold"] is None
+    timing = parse(["--timing"])[0]
+    assert timing["eval_every"] == 0
+    assert timing["iterations"] < DEFAULTS["iterations"]
+
+
+def test_every_option_has_a_default_and_a_place() -> None:
+    actions = {action.dest for action in make_parser()._actions} - {"help"}
+    assert actions == DEFAULTS.keys()
