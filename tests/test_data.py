@@ -553,9 +553,9 @@ def test_seed_and_iteration_change_order_and_augmentation() -> None:
 
 
 def test_global_generators_are_left_alone() -> None:
-    numpy_state, torch_state = str(np.random.get_state()), torch.get_rng_state()
+    numpy_state, torch_state = str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
     Batches(small_dataset(), 8).batch(3)
-    assert str(np.random.get_state()) == numpy_state
+    assert str(np.random.get_state()) == numpy_state  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
