@@ -9,6 +9,7 @@ sample of Fashion-MNIST that ends within 10 minutes on 2 cores, with the paper's
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import json
@@ -503,7 +504,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare_and_run(arguments: list[str] | None, comm: MPI.Intracomm, local: tuple[int, int, int]) -> int:
-    options, given, recorded = attempt(
+    options, _, recorded = attempt(
         comm, lambda: parse(arguments, quiet=comm.rank > 0), UsageError
     )  # fmt: skip
     if options["threads"] is None:
@@ -533,7 +534,7 @@ def prepare_and_run(arguments: list[str] | None, comm: MPI.Intracomm, local: tup
     torch.backends.cudnn.deterministic = True
     chunk_bytes = {} if options["chunk_bytes"] is None else {"chunk_bytes": options["chunk_bytes"]}
     ring = MPIRing(comm, timeout_s=options["timeout"], **chunk_bytes)
-    return Run(comm, ring, options, given, recorded, local).run()
+    return Run(comm, ring, options, recorded, local).run()
 
 
 class Run:
@@ -544,11 +545,10 @@ class Run:
         comm: MPI.Intracomm,
         ring: MPIRing,
         options: dict[str, Any],
-        given: Mapping[str, Any],
         recorded: Mapping[str, Any],
         local: tuple[int, int, int],
     ) -> None:
-        self.comm, self.ring, self.options, self.given, self.recorded = comm, ring, options, given, recorded
+        self.comm, self.ring, self.options, self.recorded = comm, ring, options, recorded
         self.local_rank, self.local_size, self.cores = local
         self.lead = comm.rank == 0
         self.scaled = ""
@@ -712,19 +712,22 @@ class Run:
             path = self.comm.bcast(str(Path("results") / name))
         folder = Path(path)
 
-        def create() -> bool:
+        def create() -> list[Path]:
             if self.recorded:
-                return False
+                return []
+            missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise OSError(f"{folder} exists and is not an empty folder; choose another --out, or --resume it")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / ENVIRONMENT, self._environment())
             except OSError as error:
+                remove(missing)
                 raise OSError(f"{folder} can't be made or written ({error.strerror or error})") from error
-            return True
+            return missing or [folder]
 
-        self.created = bool(attempt(self.comm, create, OSError, here=self.lead))
+        #: What this command made, innermost first.
+        self.created: list[Path] = attempt(self.comm, create, OSError, here=self.lead) or []
         if self.recorded and self.lead:
             resumed = [*self.recorded.get("resumed", []), {**self._environment(), "options": None, "resumed": None}]
             write_json(folder / ENVIRONMENT, {**self.recorded, "resumed": resumed})
@@ -795,8 +798,8 @@ class Run:
             except (NonFiniteGradient, CheckpointError) as error:  # raised on all ranks alike
                 resumable = (self.folder / FOLDER / MANIFEST).exists()
                 self.comm.Barrier()  # all have looked
-                if self.lead and self.created and not resumable:
-                    shutil.rmtree(self.folder)
+                if self.created and not resumable:
+                    remove(self.created)
                 rest = f"; checkpoints and metrics until then are in {self.folder}" if resumable else ""
                 raise Failure(f"{error}{rest}", 1) from None
 
@@ -869,6 +872,15 @@ class Run:
             progress.close()
             if metrics is not None:
                 metrics.close()
+
+
+def remove(folders: list[Path]) -> None:
+    """Remove the first with all that is in it, and those around it where nothing else is in them."""
+    if folders:
+        shutil.rmtree(folders[0], ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in folders[1:]:
+                folder.rmdir()
 
 
 def _weights(trainer: Trainer) -> bytes:
