@@ -114,8 +114,8 @@ def _span(values: list[float]) -> str:
     return f"{min(values):.3g} to {max(values):.3g}"
 
 
-def text(summary: Mapping[str, Any]) -> str:
-    """The tables with titles and remarks, for the terminal."""
+def text(summary: Mapping[str, Any], *, notes: bool = True) -> str:
+    """The tables with titles and remarks, for the terminal; `notes` are those that the run itself began with."""
     if not summary["methods"]:
         return f"{title(summary)}: no method has ended"
     heading = title(summary)
@@ -125,8 +125,8 @@ def text(summary: Mapping[str, Any]) -> str:
         f"{heading}\nMilliseconds per iteration by phase",
         phases_table(summary),
     ]
-    notes = [*remarks(summary), *summary["notes"]]
-    return "\n\n".join([*parts, "\n".join(f"* {note}" for note in notes)]) + "\n"
+    lines = [*remarks(summary), *(summary["notes"] if notes else [])]
+    return "\n\n".join([*parts, *(["\n".join(f"* {line}" for line in lines)] if lines else [])]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

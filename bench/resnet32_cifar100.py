@@ -105,16 +105,15 @@ STATED = (
     "s infinite (one compressor a layer), 4-bit QSGD in sampling iterations"
 )
 CHOSEN = (
-    "batch size: {batch_size} a worker (32 x 6 = 192 images, so that 45,000 iterations are 173 epochs; He et al. 2016 "
-    "have 164)",
-    "learning rate: {lr:g}, divided by 10 after 1/2 and 3/4 of the run, linear warm-up over {lr_warmup} iterations",
+    "batch size {batch_size} a worker (32 x 6 = 192 images make 45,000 iterations 173 epochs; He et al. 2016 have 164)",
+    "learning rate {lr:g}, divided by 10 after 1/2 and 3/4 of the run, linear warm-up over {lr_warmup} iterations",
     "SGD with momentum {momentum:g} and weight decay {weight_decay:g}",
-    "augmentation: 4 black pixels around, random crop, random flip; pixels normalised by channel",
-    "slice size: K = F*D', D' the largest divisor of the depth with K <= 4,096 (stated: a multiple of F*D)",
-    "PCA on the samples of each layer's first slice, so d <= Lt - 1",
-    "QSGD: the bucket's maximum as norm, buckets of 512, at every hop of the ring",
+    "augmentation by 4 black pixels around, random crop, random flip; pixels normalised by channel",
+    "slice size K = {slice_size} (the paper: a multiple of F*D)",
+    "PCA fitted on {fit_slices} slice(s) of a group, so d <= Lt - 1 with 'first'",
+    "QSGD with the norm '{qsgd_norm}' of buckets of {qsgd_bucket}",
     "batch norm: each worker's own statistics in training, their average on a copy for evaluation",
-    "weights: He et al. 2015, from seed {seed}, the same for all methods",
+    "weights as in He et al. 2015, from seed {seed}, the same for all methods",
 )
 
 
@@ -693,10 +692,18 @@ class Run:
             )
         if options["paper"]:
             notes.append(f"The paper states: {STATED}.")
-            notes += [f"The paper leaves out, chosen here: {text.format(**options)}." for text in CHOSEN]
-            changed = [f"--{name.replace('_', '-')} {options[name]}" for name in PAPER if options[name] != PAPER[name]]
-            if changed or size != 6:
-                notes.append(f"Not the paper's: {', '.join([*changed, *([f'{size} workers'] if size != 6 else [])])}.")
+            values = {**options, "slice_size": options["slice_size"] or "F*D', at most 4,096, D' a divisor of D"}
+            notes += [f"The paper leaves out, chosen here: {text.format(**values)}." for text in CHOSEN]
+            changed = [
+                f"--{name.replace('_', '-')} {options[name]}"
+                for name in PAPER
+                if options[name] != PAPER[name] and name not in ("data", "batch_size")
+            ]
+            changed += [f"{size} workers"] if size != 6 else []
+            changed += [self.dataset.name] if self.dataset.name != "CIFAR-100" else []
+            changed += [options["model"]] if options["model"] != "resnet32" else []
+            if changed:
+                notes.append(f"Not the paper's: {', '.join(changed)}.")
         return notes
 
     # --- with a folder
@@ -804,7 +811,7 @@ class Run:
                 raise Failure(f"{error}{rest}", 1) from None
 
         if self.lead:
-            print("\n" + text(self._summary(checkpoints.finished)))
+            print("\n" + text(self._summary(checkpoints.finished), notes=False))
             if self.options["figures"]:
                 self._draw()
             print(f"Everything is in {self.folder}", flush=True)

@@ -99,7 +99,8 @@ def test_what_a_run_prints_and_records(whole: tuple[Path, Path, str]) -> None:
     # The data's source is said at the start and in the title of each table.
     assert printed.startswith(f"* Data: {source}.")
     assert printed.count(f"resnet8 on {source}, 2 ranks x 4 images, {ITERATIONS} iterations\n") == 2
-    assert text(summary) in printed
+    assert text(summary, notes=False) in printed
+    assert text(summary).endswith("\n".join(f"* {note}" for note in summary["notes"]) + "\n")
     assert summary["complete"]
     assert tuple(summary["methods"]) == METHODS
 
