@@ -12,7 +12,9 @@ BIN := $(VENV)/bin
 MPIRUN := $(BIN)/mpirun
 JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
 
-.PHONY: run timing figures busbw test lint setup clean
+DATA ?=
+
+.PHONY: run timing figures busbw cifar100 test lint setup clean
 
 run: setup
 	$(JOB) $(ARGS)
@@ -27,8 +29,18 @@ figures: setup
 
 # Our ring beside MPI_Allreduce, in nccl-tests' columns.
 busbw: setup
-	$(MPIRUN) -n 2 $(BIN)/python -m ring.bench
-	$(MPIRUN) -n $(NP) $(BIN)/python -m ring.bench
+	mkdir -p results/busbw
+	$(MPIRUN) -n 2 $(BIN)/python -m ring.bench --json results/busbw/2-ranks.json
+	$(MPIRUN) -n 6 $(BIN)/python -m ring.bench --json results/busbw/6-ranks.json
+
+# The comparison on CIFAR-100 and Fig. 4 and 5 that are recorded in results/: make cifar100 DATA=folder-or-archive
+CIFAR100 := --data $(DATA) --iterations 1100 --warmup 100 --sample 100 --compress 400 --eval-every 220
+cifar100: setup
+	$(if $(DATA),,$(error give the data: make cifar100 DATA=cifar-100-binary.tar.gz))
+	$(JOB) $(CIFAR100) --out results/cifar100-6x16
+	$(JOB) $(CIFAR100) --methods gradiveq --fit-slices all --ratio 8 --out results/cifar100-6x16-all-slices-ratio-8
+	$(MPIRUN) -n 6 $(BIN)/python -m bench.gradients --data $(DATA) --out results/cifar100-gradients
+	$(BIN)/python -m bench.figures results
 
 test: setup lint
 	$(BIN)/python -m pytest
