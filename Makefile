@@ -39,7 +39,7 @@ cifar100: setup
 	$(if $(DATA),,$(error give the data: make cifar100 DATA=cifar-100-binary.tar.gz))
 	$(JOB) $(CIFAR100) --out results/cifar100-6x16
 	$(JOB) $(CIFAR100) --methods gradiveq --fit-slices all --ratio 8 --out results/cifar100-6x16-all-slices-ratio-8
-	$(MPIRUN) -n 6 $(BIN)/python -m bench.gradients --data $(DATA) --out results/cifar100-gradients
+	$(MPIRUN) -n 6 $(BIN)/python -m bench.record_gradients --data $(DATA) --out results/cifar100-gradients
 	$(BIN)/python -m bench.figures results
 
 test: setup lint

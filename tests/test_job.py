@@ -19,9 +19,9 @@ import psutil
 import pytest
 from conftest import MPIRUN, ROOT
 
+from bench.options import DEFAULTS, PAPER, UsageError, make_parser, parse
 from bench.record import KINDS
 from bench.report import text
-from bench.resnet32_cifar100 import DEFAULTS, PAPER, UsageError, make_parser, parse
 
 DEADLINE_S = 100
 METHODS = ("rar", "qsgd", "gradiveq")

@@ -1,0 +1,104 @@
+"""Record the gradients of some convolutions while ResNet-32 trains with plain ring all-reduce, for Fig. 4 and 5.
+
+    mpirun -n 6 python -m bench.record_gradients --data cifar-100-binary.tar.gz --out results/cifar100-gradients
+
+What is recorded is the mean over the ranks, as GradiVeQ samples it. `python -m bench.figures` draws the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from bench.launch import Failure, attempt, limit_threads, local_ranks
+
+FILE = "gradients.npz"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.record_gradients", description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--data", metavar="PATH", help="as for the training job; the shipped sample if left out")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"folder for {FILE}")
+    parser.add_argument("--layers", default="conv1,layer1.0.conv1", metavar="NAME,…", help="convolutions")
+    parser.add_argument("--skip", type=int, default=300, metavar="N", help="iterations before the first recorded one")
+    parser.add_argument("--count", type=int, default=150, metavar="N", help="iterations to record")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per worker and iteration")
+    parser.add_argument("--lr", type=float, default=0.1, metavar="X", help="learning rate")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, data order and augmentation")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    options = make_parser().parse_args(arguments)
+    _, here, cores = local_ranks(comm)
+    limit_threads(max(1, cores // here))
+    try:
+        record(comm, options, max(1, cores // here))
+    except Failure as failure:
+        if comm.rank == 0:
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+        return failure.status
+    return 0
+
+
+def record(comm: object, options: argparse.Namespace, threads: int) -> None:
+    """Train and write; collective. Raises Failure on all ranks for what can't be used."""
+    import torch
+    from mpi4py import MPI
+    from tqdm import trange
+
+    from bench.data import load
+    from bench.gradients import GradientRecorder
+    from bench.models import resnet32
+    from bench.train import Settings, Trainer
+    from gradiveq import Plain
+    from ring.mpi import MPIRing, end_together
+
+    assert isinstance(comm, MPI.Intracomm)
+    end_together(comm)
+    torch.set_num_threads(threads)
+    ring = MPIRing(comm)
+
+    def prepare() -> tuple[Trainer, GradientRecorder]:
+        if options.skip < 0:
+            raise ValueError(f"--skip must be at least 0, got {options.skip}")
+        model = resnet32(dataset.num_classes, seed=options.seed)
+        recorder = GradientRecorder(model, options.layers.split(","), options.count)
+        # Twice as long as it runs, so that the learning rate is the same throughout.
+        iterations = 2 * (options.skip + options.count)
+        settings = Settings(iterations, options.batch_size, options.lr, seed=options.seed)
+        return Trainer(ring, model, dataset, Plain(), settings), recorder
+
+    lead = comm.rank == 0  # reads first: it may have to download
+    dataset = attempt(comm, lambda: load(options.data), ValueError, here=lead)
+    dataset = attempt(comm, lambda: load(options.data), ValueError, here=not lead) or dataset
+    trainer, recorder = attempt(comm, prepare, ValueError)
+    for iteration in trange(options.skip + options.count, disable=not lead, mininterval=10, file=sys.stderr):
+        trainer.step()
+        if iteration >= options.skip:
+            recorder.add()
+    if lead:
+        about = {
+            "data": trainer.dataset.source,
+            "seed": options.seed,
+            "ranks": comm.size,
+            "batch_size": options.batch_size,
+            "first_iteration": options.skip,
+            "command": f"mpirun -n {comm.size} python -m bench.record_gradients {shlex.join(sys.argv[1:])}",
+        }
+        options.out.mkdir(parents=True, exist_ok=True)
+        recorder.save(options.out / FILE, about)
+        print(f"recorded {options.count} iterations of {options.layers} in {options.out / FILE}")
+    ring.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
