@@ -423,7 +423,7 @@ def draw_bandwidth(path: Path) -> list[Path]:
         ranks = rows[0]["ranks"]
         names = list(dict.fromkeys(row["implementation"] for row in rows))
         parts = [
-            f"{_ranks(ranks)} on {environment['cores']} cores ({environment['machine']})",
+            f"{_ranks(ranks)} on {environment['cores']} cores ({environment['cpu']})",
             environment["mpi"],
             f"median of {rows[0]['repeats']} measurements in turn, bars are quartiles",
             f"command: {environment['command']}",

@@ -74,6 +74,7 @@ from typing import IO, Any
 import numpy as np
 
 from bench.data import Dataset
+from ring.machine import processor
 
 ENVIRONMENT = "environment.json"
 SUMMARY = "summary.json"
@@ -208,17 +209,6 @@ def environment(packages: tuple[str, ...] = ("numpy", "torch", "numba", "mpi4py"
         "cpu": processor(),
         "commit": commit(),
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str | None:

@@ -11,8 +11,12 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.launch import Failure, attempt, limit_threads, local_ranks
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 FILE = "gradients.npz"
 
@@ -41,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     _, here, cores = local_ranks(comm)
     limit_threads(max(1, cores // here))
     try:
-        record(comm, options, max(1, cores // here))
+        record(comm, options, cores, max(1, cores // here))
     except Failure as failure:
         if comm.rank == 0:
             print(f"error: {failure}", file=sys.stderr, flush=True)
@@ -49,20 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def record(comm: object, options: argparse.Namespace, threads: int) -> None:
+def record(comm: MPI.Intracomm, options: argparse.Namespace, cores: int, threads: int) -> None:
     """Train and write; collective. Raises Failure on all ranks for what can't be used."""
     import torch
-    from mpi4py import MPI
     from tqdm import trange
 
     from bench.data import load
     from bench.gradients import GradientRecorder
     from bench.models import resnet32
+    from bench.record import environment
     from bench.train import Settings, Trainer
     from gradiveq import Plain
     from ring.mpi import MPIRing, end_together
 
-    assert isinstance(comm, MPI.Intracomm)
     end_together(comm)
     torch.set_num_threads(threads)
     ring = MPIRing(comm)
@@ -92,6 +95,9 @@ def record(comm: object, options: argparse.Namespace, threads: int) -> None:
             "ranks": comm.size,
             "batch_size": options.batch_size,
             "first_iteration": options.skip,
+            "model": "resnet32",
+            "cores": cores,
+            **environment(),
             "command": f"mpirun -n {comm.size} python -m bench.record_gradients {shlex.join(sys.argv[1:])}",
         }
         options.out.mkdir(parents=True, exist_ok=True)

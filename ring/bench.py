@@ -24,6 +24,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ring.codec import Array
+from ring.machine import processor
 from ring.mpi import MPIRing, end_together
 from ring.plan import CHUNK_BYTES
 
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "mpi": " ".join(MPI.Get_library_version().split("\n")[0].strip("\0 ").split()),
         "ranks": comm.size,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "machine": platform.machine(),
+        "cpu": processor(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "chunk_bytes": options.chunk_bytes,

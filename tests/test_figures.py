@@ -117,7 +117,7 @@ def make_bandwidth(path: Path, ranks: int = 2) -> Path:
         for name, speed in (("ring", 3e9), ("MPI_Allreduce", 2e9), ("limit", 8e9))
     ]  # fmt: skip
     environment = {
-        "mpi": "MPICH Version: 5.0", "ranks": ranks, "cores": 2, "machine": "x86_64", "python": "3.11", "numpy": "2",
+        "mpi": "MPICH Version: 5.0", "ranks": ranks, "cores": 2, "cpu": "some CPU", "python": "3.11", "numpy": "2",
         "chunk_bytes": 262144, "command": f"mpirun -n {ranks} python -m ring.bench",
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
