@@ -173,7 +173,7 @@ def ring(
         if step < last:
             sent[chunk] = port.send(wire), item
         if not codec.in_place and step >= size - 1:
-            port.compute("decode", codec.decode, wire, chunk.start, values, size)
+            port.compute("decode", codec.decode, wire, chunk.start, values, size if first == 0 else 1)
             if mean:
                 port.compute("decode", np.divide, values, size, values)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -65,6 +66,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.factor < 2 or options.max_bytes < options.min_bytes:
         parser.error("--factor must be at least 2 and --max-bytes at least --min-bytes")
+    if not 0 < options.seconds < math.inf or not 0 < options.timeout < math.inf:
+        parser.error("--seconds and --timeout must be positive numbers of seconds")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json: there is no folder {options.json.parent}")
     return options
@@ -100,11 +103,13 @@ def wrong(comm: MPI.Intracomm, reduce: Callable[[Array], object], vector: Array)
     return int(comm.allreduce(np.count_nonzero(vector != expected.astype(vector.dtype))))
 
 
-def measure(comm: MPI.Intracomm, ring: MPIRing, options: argparse.Namespace, size_bytes: int) -> list[dict[str, Any]]:
+def measure(
+    comm: MPI.Intracomm, ring: MPIRing, options: argparse.Namespace, memory: Array, size_bytes: int
+) -> list[dict[str, Any]]:
     """One row per implementation."""
     dtype = np.dtype(options.dtype)
     count = max(1, size_bytes // dtype.itemsize)
-    vector = ring.empty(count, dtype)
+    vector = memory[: count * dtype.itemsize].view(dtype)
     reducers: dict[str, Callable[[Array], object]] = {"ring": ring.all_reduce}
     if dtype != np.float16:  # MPI has no half precision
         reducers["MPI_Allreduce"] = lambda values: comm.Allreduce(MPI.IN_PLACE, values)
@@ -184,10 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if comm.rank == 0:
         print(", ".join(f"{key}: {value}" for key, value in environment.items()))
         print(HEAD)
+    memory = ring.empty(max(8, options.max_bytes), np.uint8)
     rows = []
     size_bytes = options.min_bytes
     while size_bytes <= options.max_bytes:
-        for row in measure(comm, ring, options, size_bytes):
+        for row in measure(comm, ring, options, memory, size_bytes):
             rows.append(row)
             if comm.rank == 0:
                 print(format_row(row), flush=True)

@@ -63,7 +63,7 @@ class Codec(ABC):
         """Put the sum of `incoming` and of this worker's own contribution into `payload`.
 
         A linear codec finds its own contribution encoded in `payload` and adds; a per-hop codec decodes
-        `incoming`, adds `values` and encodes. `incoming` is scratch and may be overwritten.
+        `incoming`, adds `values` and encodes. `incoming` is not modified: it may be the predecessor's own memory.
         """
 
     @abstractmethod

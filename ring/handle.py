@@ -19,11 +19,12 @@ class Ring(ABC):
     """One worker of a ring. Every worker calls the same collectives in the same order with the same arguments.
 
     Vectors are contiguous one-dimensional NumPy arrays of float16, float32, float64 or ml_dtypes' bfloat16, of any
-    length, and are worked on in place. After a call every worker holds the same bits.
+    length, and are worked on in place. After a call every worker holds the same bits. After a RingError a ring is of no
+    further use: messages of the failed call may still be on their way.
 
     Attributes:
         rank, size: as in MPI.
-        chunk_bytes: the most payload in one message, unless a call says otherwise.
+        chunk_bytes: the payload in one message, to within a unit of the codec, unless a call says otherwise.
     """
 
     def __init__(self, rank: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -52,7 +53,7 @@ class Ring(ABC):
             vector: shape (length,). Overwritten, on every rank with the same bits.
             codec: what travels; by default the vector itself.
             op: "sum" or "mean".
-            chunk_bytes: the most payload in one message; `sys.maxsize` for one message per segment and step.
+            chunk_bytes: the payload in one message; `sys.maxsize` for one message per segment and step.
             timeline: gets the seconds of "encode", "add" (or "recode"), "decode" and "wait".
         Returns:
             Bytes and messages that this rank sent.
@@ -63,7 +64,7 @@ class Ring(ABC):
             RingError: another rank failed.
         Cost: 2(N-1) steps; 2(N-1)/N of the payload's bytes sent per rank where N divides it.
         """
-        plan = self._planner.plan("all_reduce", vector, codec, op, chunk_bytes or self.chunk_bytes, None)
+        plan = self._plan("all_reduce", vector, codec, op, chunk_bytes, None)
         return self._execute(plan, codec, vector, timeline)
 
     def reduce_scatter(
@@ -82,7 +83,7 @@ class Ring(ABC):
             bounds: N + 1 elements at which the segments are cut; by default such that payloads are equal.
         Cost: N-1 steps; (N-1)/N of the payload's bytes sent per rank where N divides it.
         """
-        plan = self._planner.plan("reduce_scatter", vector, codec, op, chunk_bytes or self.chunk_bytes, bounds)
+        plan = self._plan("reduce_scatter", vector, codec, op, chunk_bytes, bounds)
         return self._execute(plan, codec, vector, timeline)
 
     def all_gather(
@@ -98,12 +99,25 @@ class Ring(ABC):
 
         Args, errors and cost as for `reduce_scatter`.
         """
-        plan = self._planner.plan("all_gather", vector, codec, "sum", chunk_bytes or self.chunk_bytes, bounds)
+        plan = self._plan("all_gather", vector, codec, "sum", chunk_bytes, bounds)
         return self._execute(plan, codec, vector, timeline)
 
-    @abstractmethod
     def barrier(self) -> None:
         """Wait until every worker is here."""
+        self.all_reduce(np.zeros(1, np.float32))
+
+    def _plan(
+        self,
+        operation: str,
+        vector: Array,
+        codec: Codec,
+        op: str,
+        chunk_bytes: int | None,
+        bounds: Sequence[int] | None,
+    ) -> Plan:
+        return self._planner.plan(
+            operation, vector, codec, op, self.chunk_bytes if chunk_bytes is None else chunk_bytes, bounds
+        )
 
     @abstractmethod
     def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:

@@ -12,7 +12,7 @@ from ring.errors import RingError, RingMismatch
 from ring.handle import Ring
 from ring.plan import CHUNK_BYTES, Plan, Stats
 from ring.segments import Chunk
-from ring.timeline import Timeline
+from ring.timeline import Timeline, compute_unmeasured
 
 T = TypeVar("T")
 
@@ -52,7 +52,8 @@ class _Link:
 
 class _Port:
     def __init__(self, upstream: _Link, downstream: _Link, timeline: Timeline | None) -> None:
-        self.receive, self._downstream, self._timeline = upstream.receive, downstream, timeline
+        self.receive, self._downstream = upstream.receive, downstream
+        self.compute = compute_unmeasured if timeline is None else timeline.compute
         self.bytes_sent = self.messages = 0
 
     def send(self, buffer: Payload) -> _Message:
@@ -62,13 +63,6 @@ class _Port:
 
     def fetch(self, chunk: Chunk, buffer: Payload) -> Payload:
         return buffer
-
-    def compute(self, kind: str, function: Callable[..., Any], *args: Any) -> None:
-        if self._timeline is None:
-            function(*args)
-        else:
-            with self._timeline.span(kind):
-                function(*args)
 
 
 class _Call:
@@ -106,25 +100,24 @@ class _Meeting:
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
-        self._calls: list[Any] = [None] * size
-        self._results: list[Any] = []
+        self._calls: dict[int, _Call] = {}
+        self._stats: list[Stats] = []
         self._error: BaseException | None = None
         self.barrier = threading.Barrier(size, action=self._act)
 
     def _act(self) -> None:
         try:
-            if isinstance(self._calls[0], _Call):
-                self._results = list(_run_in_lockstep(self._calls))
+            self._stats = _run_in_lockstep([self._calls[rank] for rank in range(self.size)])
             self._error = None
         except Exception as error:
             self._error = error
 
-    def attend(self, rank: int, call: _Call | None) -> Any:
+    def attend(self, rank: int, call: _Call) -> Stats:
         self._calls[rank] = call
         self.barrier.wait(self.timeout_s)
         if self._error is not None:
             raise self._error
-        return self._results[rank] if call is not None else None
+        return self._stats[rank]
 
 
 class LockstepRing(Ring):
@@ -134,13 +127,8 @@ class LockstepRing(Ring):
         super().__init__(rank, meeting.size, chunk_bytes)
         self._meeting = meeting
 
-    def barrier(self) -> None:
-        """Wait until every worker is here."""
-        self._meeting.attend(self.rank, None)
-
     def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
-        stats: Stats = self._meeting.attend(self.rank, _Call(plan, codec, vector, timeline))
-        return stats
+        return self._meeting.attend(self.rank, _Call(plan, codec, vector, timeline))
 
 
 def run(

@@ -15,32 +15,31 @@ How a rank waits. MPI moves large messages only inside MPI calls, and its own bl
 more ranks than cores. So a wait tests, yields the core, tests again; after some milliseconds it sleeps in between.
 
 How a call fails. Whoever fails tells all others on a communicator of its own, which every waiting rank looks at; so
-all raise `RingError` with the same story. An exception that nobody catches ends the whole job (`end_together`).
+all raise `RingError` with the same story. An exception that nobody catches ends the whole job: `ring.abort`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-import sys
 import time
-import traceback
 import weakref
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from ring.abort import LAST_WORDS_S, check_launcher, end_together
 from ring.algorithm import Request, Wait
 from ring.codec import Array, Codec, Payload
 from ring.errors import RingError, RingMismatch, RingTimeout
 from ring.handle import Ring
 from ring.plan import CHUNK_BYTES, Plan, Stats
 from ring.segments import Chunk
-from ring.timeline import Timeline
+from ring.timeline import Timeline, compute_unmeasured
 
 #: The greeting: the call's number and a digest of what it does; in which shared window the vector lies and where in it
 #: (or -1), 8 bytes each; then what the call does in words.
@@ -53,15 +52,15 @@ GREETING_BYTES = 64 * 1024
 SHARED_BYTES = 128 * 1024
 TAG, DONE_READING = 7, 8
 NOTHING = np.empty(0, np.uint8)
-#: So many times a wait just tests; then it yields the core between tests, and after some seconds it sleeps in between,
-#: for at most so long.
+#: So many times a wait just tests; then it yields the core between tests, and after some milliseconds it sleeps in
+#: between, for at most so long.
 QUICK_POLLS = 20
 SPIN_S = 0.005
 LONGEST_SLEEP_S = 0.001
-#: How long a failing rank goes on trying to tell the others.
-LAST_WORDS_S = 1.0
 #: Plans come and go with the codecs; so many greetings are kept.
 MOST_GREETINGS = 16
+
+__all__ = ["MPIRing", "check_launcher", "end_together"]
 
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -93,7 +92,7 @@ class _Greeting:
     def __init__(self, comm: MPI.Intracomm, successor: int, plan: Plan, dtype: np.dtype[Any], heard: Payload) -> None:
         first_sent = plan.sent[0].num_bytes if plan.sent else 0
         self.leaves_with_chunk = 0 < first_sent <= GREETING_BYTES
-        self.arrives_with_chunk = bool(plan.arriving) and plan.arriving[0].num_bytes <= GREETING_BYTES
+        self.arrives_with_chunk = bool(plan.arriving) and 0 < plan.arriving[0].num_bytes <= GREETING_BYTES
         self.carries_vector = (
             comm.size == 2
             and plan.operation == "all_reduce"
@@ -131,7 +130,8 @@ class _Port:
     """One call's side of the links, between `MPIRing._execute` and the algorithm."""
 
     def __init__(self, owner: MPIRing, greeting: _Greeting, shared: bool, timeline: Timeline | None) -> None:
-        self._owner, self._greeting, self._shared, self._timeline = owner, greeting, shared, timeline
+        self._owner, self._greeting, self._shared = owner, greeting, shared
+        self.compute = compute_unmeasured if timeline is None else timeline.compute
         self.leaves_with_greeting = greeting.leaves_with_chunk and not shared
         self._arrives_with_greeting = greeting.arrives_with_chunk
         self._deferred: list[_Deferred] = []
@@ -171,14 +171,6 @@ class _Port:
         message = NOTHING if self._shared else buffer
         return self._owner.comm.Isend((message, MPI.BYTE), self._owner.successor, TAG)
 
-    def compute(self, kind: str, function: Callable[..., Any], *args: Any) -> None:
-        if self._timeline is None:
-            function(*args)
-        else:
-            start = time.perf_counter()
-            function(*args)
-            self._timeline.add(kind, time.perf_counter() - start)
-
 
 class _Window:
     """Memory of one vector per rank that its neighbours on the same host can read."""
@@ -215,8 +207,8 @@ class MPIRing(Ring):
     def __init__(
         self, comm: MPI.Intracomm | None = None, *, chunk_bytes: int = CHUNK_BYTES, timeout_s: float = 300.0
     ) -> None:
-        if timeout_s <= 0:
-            raise ValueError(f"`timeout_s` must be positive, got {timeout_s}")
+        if not 0 < timeout_s < math.inf:
+            raise ValueError(f"`timeout_s` must be a positive number of seconds, got {timeout_s}")
         comm = MPI.COMM_WORLD if comm is None else comm
         check_launcher(comm)
         super().__init__(comm.rank, comm.size, chunk_bytes)
@@ -224,6 +216,7 @@ class MPIRing(Ring):
         self.timeout_s = timeout_s
         self.successor, self.predecessor = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         self._calls = 0
+        self._failure: RingError | None = None
         self._greetings: dict[str, _Greeting] = {}
         self.windows: list[_Window] = []
         self._neighbours = cast(MPI.Intracomm, self.comm.Split_type(MPI.COMM_TYPE_SHARED))
@@ -236,7 +229,8 @@ class MPIRing(Ring):
     def empty(self, length: int, dtype: npt.DTypeLike = np.float32) -> Array:
         """A vector, uninitialised, that neighbours on the same host read in place. Collective.
 
-        Its memory is kept until the process ends, so allocate once and use it again.
+        Its memory is kept until the process ends, so allocate once and use it again. MPI takes it from where the system
+        keeps shared memory (on Linux /dev/shm, of which a container may have little).
         """
         dtype = np.dtype(dtype)
         if self.size == 1 or length == 0:
@@ -256,10 +250,6 @@ class MPIRing(Ring):
                     return index, address - window.address
         return -1, 0
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.all_reduce(np.zeros(1, np.float32))
-
     def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
         greeting = self._greetings.get(plan.description)
         if greeting is None:
@@ -268,6 +258,8 @@ class MPIRing(Ring):
             greeting = self._greetings[plan.description] = _Greeting(
                 self.comm, self.successor, plan, vector.dtype, self.heard
             )
+        if self._failure is not None:
+            raise self._failure
         self._calls += 1
         greeting.numbers[0] = self._calls
         self._listening.Start()
@@ -303,12 +295,12 @@ class MPIRing(Ring):
         greeting.leaving[:] = vector
         greeting.send(with_chunk=True)
         self._hear_greeting(greeting, plan, timeline)
-        start = time.perf_counter() if timeline is not None else 0.0
-        np.add(vector, greeting.arriving, vector)
+        compute = compute_unmeasured if timeline is None else timeline.compute
+        # The same operands in the same order on both: which of two NaNs a sum becomes depends on it.
+        terms = (greeting.leaving, greeting.arriving) if self.rank == 0 else (greeting.arriving, greeting.leaving)
+        compute("add", np.add, *terms, vector)
         if plan.mean:
-            np.divide(vector, 2, vector)
-        if timeline is not None:
-            timeline.add("add", time.perf_counter() - start)
+            compute("add", np.divide, vector, 2, vector)
         if not greeting.request.Test():
             self._complete(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
         return greeting.stats
@@ -362,6 +354,7 @@ class MPIRing(Ring):
 
     def _fail(self, error: RingError) -> NoReturn:
         """Tell every other rank, then raise."""
+        self._failure = error
         text = f"{type(error).__name__}: {error}".encode()
         messages = [self._alarm.Isend((text, MPI.BYTE), peer) for peer in range(self.size) if peer != self.rank]
         deadline = time.monotonic() + LAST_WORDS_S
@@ -376,43 +369,5 @@ class MPIRing(Ring):
         self._alarm.Recv((text, MPI.BYTE), status.source)
         kind, _, story = text.decode().partition(": ")
         known = {"RingMismatch": RingMismatch, "RingTimeout": RingTimeout}.get(kind, RingError)
-        raise known(f"{story} ({self._where(wait, plan)} when it heard of this)")
-
-
-def check_launcher(comm: MPI.Intracomm) -> None:
-    """Recognise a foreign `mpirun`, whose N processes each believe to be alone.
-
-    Raises:
-        RingError: the launcher says that there are more processes than this MPI sees.
-    """
-    for variable in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
-        launched = os.environ.get(variable, "")
-        if comm is MPI.COMM_WORLD and comm.size == 1 and launched.isdigit() and int(launched) > 1:
-            library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
-            raise RingError(
-                f"the launcher started {launched} processes ({variable}={launched}), but mpi4py uses {library}, which "
-                "sees only one: this `mpirun` belongs to another MPI. Use the one installed with it, "
-                f"e.g. {os.path.join(os.path.dirname(sys.executable), 'mpirun')}"
-            )
-
-
-def end_together(comm: MPI.Intracomm | None = None) -> None:
-    """From now on, an exception that nobody catches on this rank ends the whole job with a non-zero status.
-
-    Without it, a rank that dies of an exception leaves the others waiting. A `RingError` is printed as one line,
-    because the ring has told its whole story; anything else with its traceback. Other ranks get a second to say
-    what they know.
-    """
-    comm = MPI.COMM_WORLD if comm is None else comm
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, RingError):
-            text = f"{kind.__name__}: {error}\n"
-        else:
-            text = "\n" + "".join(traceback.format_exception(kind, error, trace))
-        sys.stderr.write(f"rank {comm.rank}: {text}")  # in one piece, as other ranks write there too
-        sys.stderr.flush()
-        time.sleep(LAST_WORDS_S)
-        comm.Abort(1)
-
-    sys.excepthook = hook
+        self._failure = known(f"{story} ({self._where(wait, plan)} when it heard of this)")
+        raise self._failure

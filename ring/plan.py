@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,15 @@ class Plan:
         )  # fmt: skip
 
 
+def _brief(text: str, most: int = 160) -> str:
+    """The text, or if it is long its beginning and a digest, so that two that differ anywhere are told apart."""
+    if len(text) <= most:
+        return text
+    return (
+        f"{text[:most]}… ({len(text)} characters, digest {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()})"
+    )
+
+
 class Planner:
     """Makes and keeps the plans of one rank.
 
@@ -93,10 +103,13 @@ class Planner:
             operation, vector.shape, vector.dtype, codec.describe(vector.dtype), op, chunk_bytes,
             None if bounds is None else tuple(bounds),
         )  # fmt: skip
-        if not vector.flags.c_contiguous:
-            raise ValueError("`vector` must be contiguous, got one with strides")
+        flags = vector.flags
+        if not (flags.c_contiguous and flags.writeable):
+            raise ValueError("`vector` must be contiguous and writable, got one that is not")
         plan = self._plans.get(key)
-        if plan is None:
+        if plan is not None:
+            self._plans.move_to_end(key)
+        else:
             plan = self._plans[key] = self._make(operation, vector, codec, op, chunk_bytes, bounds)
             if len(self._plans) > self._keep:
                 self._plans.popitem(last=False)
@@ -105,6 +118,8 @@ class Planner:
     def _make(
         self, operation: str, vector: Array, codec: Codec, op: str, chunk_bytes: int, bounds: Sequence[int] | None
     ) -> Plan:
+        if not vector.dtype.isnative:
+            raise TypeError(f"`vector` must have this machine's byte order, got dtype {vector.dtype.str}")
         if vector.ndim != 1:
             raise ValueError(f"`vector` must have one dimension, got shape {vector.shape}")
         if vector.dtype.name not in DTYPES:
@@ -121,8 +136,9 @@ class Planner:
         num_bytes = sum(chunk.num_bytes for chunk in chunks)
         return Plan(
             operation=operation,
-            description=f"{operation}({op}) of {len(vector)} {vector.dtype.name} as {codec.describe(vector.dtype)}, "
-            f"chunks of {chunk_bytes} bytes" + ("" if bounds is None else f", segments at {list(bounds)}"),
+            description=f"{operation}({op}) of {len(vector)} {vector.dtype.name}, chunks of {chunk_bytes} bytes, "
+            + ("" if bounds is None else f"segments at {_brief(str(list(bounds)))}, ")
+            + f"as {_brief(codec.describe(vector.dtype))}",
             mean=op == "mean",
             first=first,
             last=last,

@@ -73,16 +73,17 @@ class PayloadMap:
         return self._bytes[index] + units * self._regions[index].unit_bytes
 
     def cut_near(self, byte: int) -> int:
-        """The element at which a cut comes closest to `byte`, the earlier one if two are as close."""
+        """An element at which a cut comes closest to `byte`."""
         if byte <= 0:
             return 0
         if byte >= self.num_bytes:
             return self.length
         index = bisect_right(self._bytes, byte) - 1
         region, offset = self._regions[index], self._elements[index]
-        units = (byte - self._bytes[index]) // region.unit_bytes if region.unit_bytes else 0
-        before = min(offset + units * region.unit, self._elements[index + 1])
-        after = min(offset + (units + 1) * region.unit, self._elements[index + 1])
+        full = region.length // region.unit
+        units = min((byte - self._bytes[index]) // region.unit_bytes, full) if region.unit_bytes else full
+        before = offset + units * region.unit
+        after = min(before + region.unit, self._elements[index + 1])
         return before if byte - self.byte_at(before) <= self.byte_at(after) - byte else after
 
     def cut(self, start: int, stop: int, parts: int) -> list[int]:
@@ -100,7 +101,7 @@ def cut_segments(
     Args:
         regions: what the codec says of the vector.
         size: number of workers.
-        chunk_bytes: the most bytes of payload in a chunk, unless a single unit is larger.
+        chunk_bytes: the bytes of payload in a chunk, to within a unit.
         bounds: size + 1 ascending elements to cut the segments at, instead of equal payloads.
     """
     payload = PayloadMap(regions)

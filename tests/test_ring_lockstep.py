@@ -215,13 +215,50 @@ def test_disagreement_says_who_said_what(change, said: str) -> None:
         run(3, lambda ring: change(ring) if ring.rank == 1 else ring.all_reduce(np.zeros(5)))
 
 
+def test_a_barrier_is_no_all_reduce() -> None:
+    with pytest.raises(RingMismatch, match=r"ranks \[0\] call .* of 1 float32.*ranks \[1, 2\] call .* of 5 float64"):
+        run(3, lambda ring: ring.all_reduce(np.zeros(5)) if ring.rank else ring.barrier())
+
+
+def test_long_descriptions_are_told_apart() -> None:
+    def work(ring: LockstepRing) -> None:
+        codec = Composite([(1, PairSums())] * 59 + [(1, Identity() if ring.rank else PairSums())])
+        ring.all_reduce(np.zeros(60), codec)
+
+    with pytest.raises(RingMismatch, match=r"digest (\w+)\).*digest (?!\1)") as caught:
+        run(2, work)
+    assert len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_all_gather_decodes_one_contribution(size: int) -> None:
+    """A codec that decodes by the number of contributions, as affine ones do, is told that there is one."""
+
+    class Counting(PairSums):
+        def decode(self, payload, start, values, size) -> None:
+            super().decode(payload, start, values, size)
+            values += 100 * size
+
+    def work(ring: LockstepRing):
+        vector = np.full(24, float(ring.rank))
+        ring.all_gather(vector, Counting(), chunk_bytes=16)
+        return vector
+
+    owners = np.repeat([(segment - 1) % size for segment in range(size)], 24 // size)
+    for vector in run(size, work):
+        np.testing.assert_array_equal(vector, owners + 100)
+
+
 @pytest.mark.parametrize(
     ("vector", "options", "error", "message"),
     [
         ([1.0], {}, TypeError, "must be a NumPy array, got list"),
         (np.zeros((2, 2)), {}, ValueError, r"one dimension, got shape \(2, 2\)"),
         (np.zeros(3, np.int32), {}, TypeError, "one of float16, float32, float64, bfloat16, got int32"),
-        (np.zeros(6)[::2], {}, ValueError, "must be contiguous"),
+        (np.zeros(6)[::2], {}, ValueError, "must be contiguous and writable"),
+        (np.broadcast_to(0.0, 1), {}, ValueError, "must be contiguous and writable"),
+        (np.zeros(3, ">f4"), {}, TypeError, "this machine's byte order, got dtype >f4"),
+        (np.zeros(3), {"chunk_bytes": 0}, ValueError, "`chunk_bytes` must be at least 1, got 0"),
         (np.zeros(3), {"op": "max"}, ValueError, "'sum' or 'mean', got 'max'"),
         (np.zeros(3), {"chunk_bytes": -1}, ValueError, "`chunk_bytes` must be at least 1, got -1"),
     ],

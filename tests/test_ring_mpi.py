@@ -16,7 +16,8 @@ COMPARE = """
     from mpi4py import MPI
     from ring import Composite, Identity
     from ring.lockstep import run
-    from ring.mpi import MPIRing, end_together
+    from ring.abort import end_together
+    from ring.mpi import MPIRing
     from gradiveq.qsgd import QSGD
     from toy_codecs import HalfPerHop, PairSums
 
@@ -84,7 +85,8 @@ def test_bytes_do_not_depend_on_who_came_late(mpirun: Launch) -> None:
         """
         import time, numpy as np
         from ring import Timeline
-        from ring.mpi import MPIRing, end_together
+        from ring.abort import end_together
+        from ring.mpi import MPIRing
         end_together()
         ring = MPIRing(timeout_s=30)
         vectors = [np.ones(100_000, np.float32), ring.empty(100_000)]
@@ -107,12 +109,12 @@ def test_bytes_do_not_depend_on_who_came_late(mpirun: Launch) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ("ring.all_reduce(np.zeros(6, np.float32))", "6 float32 as identity"),
-        ("ring.all_reduce(np.zeros(50_000, np.float32))", "50000 float32 as identity"),
-        ("ring.all_reduce(np.zeros(5, np.float64))", "5 float64 as identity"),
-        ("ring.all_reduce(np.zeros(5, np.float32), HalfPerHop())", "5 float32 as half per hop"),
+        ("ring.all_reduce(np.zeros(6, np.float32))", "6 float32, chunks"),
+        ("ring.all_reduce(np.zeros(50_000, np.float32))", "50000 float32, chunks"),
+        ("ring.all_reduce(np.zeros(5, np.float64))", "5 float64, chunks"),
+        ("ring.all_reduce(np.zeros(5, np.float32), HalfPerHop())", "as half per hop"),
         ("ring.all_reduce(np.zeros(5, np.float32), chunk_bytes=8)", "chunks of 8 bytes"),
-        ("(ring.barrier(), ring.all_reduce(np.zeros(5, np.float32)))", "1 float32 as identity"),
+        ("(ring.barrier(), ring.all_reduce(np.zeros(5, np.float32)))", "1 float32, chunks"),
     ],
 )
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -122,7 +124,8 @@ def test_ranks_that_disagree_are_told_who_said_what(mpirun: Launch, ranks: int, 
         ranks,
         f"""
         import numpy as np
-        from ring.mpi import MPIRing, end_together
+        from ring.abort import end_together
+        from ring.mpi import MPIRing
         from toy_codecs import HalfPerHop
         end_together()
         ring = MPIRing(timeout_s=20)
@@ -141,7 +144,7 @@ def test_ranks_that_disagree_are_told_who_said_what(mpirun: Launch, ranks: int, 
     line = next(line for line in done.stderr.splitlines() if "RingMismatch" in line)
     assert "rank 1 calls" in line
     assert said in line
-    assert "5 float32 as identity" in line
+    assert "5 float32, chunks" in line
 
 
 def test_a_rank_that_hangs_is_named_by_all_others(mpirun: Launch) -> None:
@@ -150,7 +153,8 @@ def test_a_rank_that_hangs_is_named_by_all_others(mpirun: Launch) -> None:
         4,
         """
         import time, numpy as np
-        from ring.mpi import MPIRing, end_together
+        from ring.abort import end_together
+        from ring.mpi import MPIRing
         end_together()
         ring = MPIRing(timeout_s=1.5)
         vector = np.zeros(100_000, np.float32)
@@ -176,7 +180,8 @@ def test_an_exception_on_one_rank_ends_all(mpirun: Launch) -> None:
         3,
         """
         import numpy as np
-        from ring.mpi import MPIRing, end_together
+        from ring.abort import end_together
+        from ring.mpi import MPIRing
         end_together()
         ring = MPIRing(timeout_s=50)
         if ring.rank == 1:
@@ -189,6 +194,61 @@ def test_an_exception_on_one_rank_ends_all(mpirun: Launch) -> None:
     assert time.monotonic() - start < 15
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_chunks_without_bytes_and_what_comes_after(mpirun: Launch, ranks: int) -> None:
+    """Nothing of a payload of no bytes is left in the link; and both ranks have the same bits of a NaN."""
+    done = mpirun(
+        ranks,
+        """
+        import numpy as np
+        from ring import Region
+        from ring.abort import end_together
+        from ring.mpi import MPIRing
+        from toy_codecs import PairSums
+
+        class Nothing(PairSums):
+            def regions(self, length, dtype):
+                return [Region(length, 1, 0)]
+            def encode(self, *args): pass
+            def reduce(self, *args): pass
+            def decode(self, *args): pass
+
+        end_together()
+        ring = MPIRing(timeout_s=20)
+        for _ in range(3):
+            assert ring.all_reduce(np.zeros(100), Nothing()).bytes_sent == 0
+            vector = np.full(5, ring.rank + 1.0)
+            ring.all_reduce(vector)
+            assert (vector == sum(range(ring.size + 1))).all(), vector
+        nan = np.array([np.nan if ring.rank else -np.nan], np.float32)
+        ring.all_reduce(nan)
+        bits = ring.comm.allgather(nan.tobytes())
+        assert len(set(bits)) == 1, bits
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_ring_that_failed_stays_failed(mpirun: Launch) -> None:
+    done = mpirun(
+        2,
+        """
+        import numpy as np
+        from ring import RingMismatch
+        from ring.mpi import MPIRing
+        ring = MPIRing(timeout_s=20)
+        for length in (5 + ring.rank, 7, 7):
+            try:
+                ring.all_reduce(np.zeros(length))
+            except RingMismatch as error:
+                assert "calls all_reduce" in str(error), error
+            else:
+                raise AssertionError("a broken ring was used")
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_invalid_arguments_on_all_ranks_are_plain_errors(mpirun: Launch) -> None:
     done = mpirun(
         2,
@@ -196,6 +256,7 @@ def test_invalid_arguments_on_all_ranks_are_plain_errors(mpirun: Launch) -> None
         import numpy as np
         from ring.mpi import MPIRing
         for make, name in ((lambda: MPIRing(timeout_s=0), "timeout_s"),
+                           (lambda: MPIRing(timeout_s=float("nan")), "timeout_s"),
                            (lambda: MPIRing().all_reduce(np.zeros(3, int)), "vector")):
             try:
                 make()
@@ -213,7 +274,8 @@ def test_a_foreign_mpirun_is_recognised(mpirun: Launch, variable: str) -> None:
     """Another MPI's launcher starts processes that each see a world of one, and says how many in the environment."""
     program = f"""
         import os
-        from ring.mpi import MPIRing, end_together
+        from ring.abort import end_together
+        from ring.mpi import MPIRing
         os.environ["{variable}"] = "6"
         end_together()
         MPIRing()

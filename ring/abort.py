@@ -1,0 +1,55 @@
+"""How a job ends when something goes wrong: on all ranks, with a non-zero status, and with words."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from types import TracebackType
+
+from mpi4py import MPI
+
+from ring.errors import RingError
+
+#: How long a failing rank goes on trying to tell the others, and lets them speak.
+LAST_WORDS_S = 1.0
+
+
+def check_launcher(comm: MPI.Intracomm) -> None:
+    """Recognise a foreign `mpirun`, whose N processes each believe to be alone.
+
+    Raises:
+        RingError: the launcher says that there are more processes than this MPI sees.
+    """
+    for variable in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
+        launched = os.environ.get(variable, "")
+        if comm is MPI.COMM_WORLD and comm.size == 1 and launched.isdigit() and int(launched) > 1:
+            library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+            raise RingError(
+                f"the launcher started {launched} processes ({variable}={launched}), but mpi4py uses {library}, which "
+                "sees only one: this `mpirun` belongs to another MPI. Use the one installed with it, "
+                f"e.g. {os.path.join(os.path.dirname(sys.executable), 'mpirun')}"
+            )
+
+
+def end_together(comm: MPI.Intracomm | None = None) -> None:
+    """From now on, an exception that nobody catches on this rank ends the whole job with a non-zero status.
+
+    Without it, a rank that dies of an exception leaves the others waiting. A `RingError` is printed as one line,
+    because the ring has told its whole story; anything else with its traceback. Other ranks get a second to say
+    what they know.
+    """
+    comm = MPI.COMM_WORLD if comm is None else comm
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, RingError):
+            text = f"{kind.__name__}: {error}\n"
+        else:
+            text = "\n" + "".join(traceback.format_exception(kind, error, trace))
+        sys.stderr.write(f"rank {comm.rank}: {text}")  # in one piece, as other ranks write there too
+        sys.stderr.flush()
+        time.sleep(LAST_WORDS_S)
+        comm.Abort(1)
+
+    sys.excepthook = hook
