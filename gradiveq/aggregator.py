@@ -30,6 +30,7 @@ from torch import nn
 
 from gradiveq.codec import PCACodec, gradient_codec
 from gradiveq.flatten import Block, Layout, Vector, slice_sizes
+from gradiveq.loss import Loss
 from gradiveq.methods import METHODS, GradiVeQ, Method, Plain, QSGDRing
 from gradiveq.pca import Basis, Float64, Group, LayerBasis, PCASampler, is_stable
 from gradiveq.schedule import LossWatch, Schedule, majority
@@ -459,8 +460,8 @@ class _Windows:
         if own is not None:
             with now.timeline.span("measure"):
                 now.measure_bytes += self._ring.all_reduce(own, op="mean").bytes_sent
-                squares = {block.name: _squares(block, mean, own) for block in self._layers}
-                self._record(squares, now)
+                parts = {block.name: slice(block.offset, block.stop) for block in self._layers}
+                self._record({name: Loss.between(mean[part], own[part]) for name, part in parts.items()}, now)
                 window["held_out"].append({"iteration": now.iteration, **now.losses})
                 for name, layer in window["layers"].items():
                     losses = [record["layers"][name] for record in window["held_out"]]
@@ -468,7 +469,8 @@ class _Windows:
         stop = majority(votes, self._ring.size)
         self.vote = False
         if self.method.compress == "auto" or own is not None:
-            now.losses["local"] = _total([codec.take_local_loss() for codec in self._codecs.values()])
+            local = sum((codec.take_local_loss() for codec in self._codecs.values()), Loss())
+            now.losses["local"] = local.relative
             if self.method.compress == "auto":
                 self.vote = self._watch.votes_to_stop(now.losses["local"])
         if self.schedule.advance(stop=stop):
@@ -477,18 +479,18 @@ class _Windows:
 
     def _evaluate_old_bases(self, mean: Vector, now: _Exchange) -> None:
         """The held-out loss of the bases that are about to go, on the first gradient that isn't compressed by them."""
-        squares = {}
+        losses = {}
         for block in self._layers:
             gradient = mean[block.offset : block.stop]
             codec = self._codecs.get(block.name)
-            squares[block.name] = (0.0, float(np.dot(gradient, gradient))) if codec is None else codec.loss(gradient)
-        self._record(squares, now)
+            losses[block.name] = Loss.between(gradient, gradient) if codec is None else codec.loss(gradient)
+        self._record(losses, now)
         self.log[-1]["after"] = {"iteration": now.iteration, **now.losses}
 
     @staticmethod
-    def _record(squares: Mapping[str, tuple[float, float]], now: _Exchange) -> None:
-        now.losses["held_out"] = _total(list(squares.values()))
-        now.losses["layers"] = {name: _relative(*pair) for name, pair in squares.items()}
+    def _record(losses: Mapping[str, Loss], now: _Exchange) -> None:
+        now.losses["held_out"] = sum(losses.values(), Loss()).relative
+        now.losses["layers"] = {name: loss.relative for name, loss in losses.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -540,21 +542,6 @@ def _names(blocks: Sequence[Block], indices: Sequence[int] | np.ndarray[Any, np.
     names = [blocks[i].name for i in indices]
     rest = len(names) - NAMES_IN_MESSAGE
     return ", ".join(names[:NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _squares(block: Block, estimate: Vector, exact: Vector) -> tuple[float, float]:
-    """(‖ĝ - g‖², ‖g‖²) of a layer."""
-    g = exact[block.offset : block.stop]
-    difference = estimate[block.offset : block.stop] - g
-    return float(np.dot(difference, difference)), float(np.dot(g, g))
-
-
-def _relative(error: float, norm: float) -> float:
-    return error / norm if norm else (0.0 if error == 0 else math.inf)
-
-
-def _total(squares: Sequence[tuple[float, float]]) -> float:
-    return _relative(sum(error for error, _ in squares), sum(norm for _, norm in squares))
 
 
 def _shown(value: object) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gradiveq.flatten import Block
+from gradiveq.loss import Loss
 from gradiveq.pca import Basis, Float32, Group, LayerBasis
 from ring.codec import Array, Codec, Composite, Hop, Identity, Payload
 from ring.segments import Region
@@ -89,7 +90,7 @@ class PCACodec(Codec):
         self._regions = tuple(_regions(self._projections))
         self._description = f"pca K={self._k} d={_runs([len(p.components) for p in self._projections])} {basis.digest}"
         self._mean_sums: tuple[int, Float32] = (1, basis.mean_)
-        self._local_loss = (0.0, 0.0)
+        self._local_loss = Loss()
 
     def describe(self, dtype: np.dtype[Any]) -> str:
         return self._description
@@ -115,8 +116,7 @@ class PCACodec(Codec):
     def encode(self, values: Array, start: int, payload: Payload, hop: Hop) -> None:
         self._encode(values, start, payload)
         if self.monitor:
-            error, norm = self._squares(values, start, payload)
-            self._local_loss = (self._local_loss[0] + error, self._local_loss[1] + norm)
+            self._local_loss += self._loss(values, start, payload)
 
     def _encode(self, values: Array, start: int, payload: Payload) -> None:
         for p, offset, part, coded in self._cut(start, values, payload):
@@ -143,8 +143,8 @@ class PCACodec(Codec):
                 np.matmul(coded[full], p.components[:, :rest], out=part[full * self._k :])
         values += self._mean_sums[1][start : start + len(values)]
 
-    def _squares(self, values: Array, start: int, payload: Payload) -> tuple[float, float]:
-        """(‖x - UUᵀx‖² with x = values - µ/N, ‖values‖²).
+    def _loss(self, values: Array, start: int, payload: Payload) -> Loss:
+        """‖x - UUᵀx‖² with x = values - µ/N, and ‖values‖².
 
         The rows of Uᵀ are orthonormal: the first is ‖x‖² - ‖Uᵀx‖², and Uᵀx is in the payload. Only of a shorter last
         slice the reconstruction is formed.
@@ -160,15 +160,15 @@ class PCACodec(Codec):
                 estimate = y @ p.components[:, :rest]
                 # ‖x - e‖² = ‖x‖² - 2 yᵀy + ‖e‖² with e = Uy cut to the slice, of which one yᵀy is subtracted already
                 error += float(estimate @ estimate) - float(y @ y)
-        return max(error, 0.0), norm
+        return Loss(max(error, 0.0), norm)
 
-    def take_local_loss(self) -> tuple[float, float]:
-        """(‖g_n - (U g'_n + µ/N)‖² of Eq. 7, ‖g_n‖²) over what was encoded under `monitor` since the last call."""
-        taken, self._local_loss = self._local_loss, (0.0, 0.0)
+    def take_local_loss(self) -> Loss:
+        """‖g_n - (U g'_n + µ/N)‖² of Eq. 7, and ‖g_n‖², over what was encoded under `monitor` since the last call."""
+        taken, self._local_loss = self._local_loss, Loss()
         return taken
 
-    def loss(self, gradient: Float32) -> tuple[float, float]:
-        """The held-out loss, (‖ĝ - g‖², ‖g‖²), of a worker-averaged gradient that the basis wasn't fitted on.
+    def loss(self, gradient: Float32) -> Loss:
+        """The held-out loss of a worker-averaged gradient that the basis wasn't fitted on.
 
         Args:
             gradient: float32 of shape (length,). Not modified.
@@ -176,7 +176,7 @@ class PCACodec(Codec):
         """
         payload = np.empty(sum(region.num_bytes for region in self._regions), np.uint8)
         self._encode(gradient, 0, payload)
-        return self._squares(gradient, 0, payload)
+        return self._loss(gradient, 0, payload)
 
 
 def _runs(values: Sequence[int]) -> str:
@@ -205,19 +205,18 @@ def _regions(projections: Sequence[_Projection]) -> Iterator[Region]:
 
 
 def gradient_codec(
-    blocks: Sequence[Block], bases: Sequence[LayerBasis], trailing: int = 0, min_ratio: float = 1.0
+    blocks: Sequence[Block], bases: Sequence[LayerBasis], trailing: int = 0
 ) -> tuple[Composite, dict[str, PCACodec]]:
-    """The codec of the whole vector: PCA for the layers with a basis, as they are the others.
+    """The codec of the whole vector: PCA for the layers that it makes shorter, as they are the others.
 
     Args:
         blocks: of the layout, in the vector's order.
-        bases: by `PCASampler.rebuild`.
+        bases: by `PCASampler.rebuild`. A layer whose ratio is not above 1 goes uncompressed.
         trailing: elements after the last block that are not compressed (control values of the caller).
-        min_ratio: layers whose ratio is not above it go uncompressed.
     Returns:
-        (the codec, the layers' codecs by name).
+        (the codec, the compressed layers' codecs by name).
     """
-    layers = {basis.name: PCACodec(basis) for basis in bases if basis.ratio > min_ratio}
+    layers = {basis.name: PCACodec(basis) for basis in bases if basis.ratio > 1}
     parts: list[tuple[int, Codec]] = []
     rest = 0
     for block in blocks:

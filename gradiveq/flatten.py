@@ -126,7 +126,6 @@ class Layout:
     Attributes:
         blocks: convolutions first, then the rest, both in the order of `model.named_parameters()`.
         length: elements of the vector.
-        compressed_length: elements of the convolutions, which is where the rest begins.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -143,7 +142,6 @@ class Layout:
             offset += blocks[-1].length
         self.blocks = tuple(blocks)
         self.length = offset
-        self.compressed_length = sum(block.length for block in blocks if block.compressed)
         self._parameters = tuple(p for _, p in ordered)
         self._last: tuple[Vector, list[Tensor]] | None = None
 
@@ -180,8 +178,8 @@ class Layout:
             torch._foreach_copy_(targets, sources)
 
     @torch.no_grad()
-    def unpack(self, vector: Vector, scale: float = 1.0) -> None:
-        """Copy the vector back into each `.grad`, times `scale`. A `.grad` that is None is made (see the class).
+    def unpack(self, vector: Vector) -> None:
+        """Copy the vector back into each `.grad`. A `.grad` that is None is made (see the class).
 
         Args:
             vector: float32 of shape (length,). Not modified.
@@ -193,5 +191,3 @@ class Layout:
         grads = [p.grad for p in self._parameters if p.grad is not None]
         if grads:
             torch._foreach_copy_(grads, views)
-            if scale != 1.0:
-                torch._foreach_mul_(grads, scale)

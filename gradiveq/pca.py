@@ -43,6 +43,7 @@ import scipy.linalg
 from scipy.linalg import blas
 
 from gradiveq.flatten import Block
+from ring.algorithm import owned_segment
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -587,13 +588,13 @@ class PCASampler:
         return dims
 
     def _places(self, dims: Float64) -> tuple[list[slice], list[int]]:
-        """Where each group is in the shared buffer, and the segments: rank r contributes segment (r + 1) % size."""
+        """Where each group is in the shared buffer, and the segments, each its owner's in an all-gather."""
         widths = [held.count if held.weights else held.group.slice_size for held in self.groups]
         lengths = [1 + int(d) * (1 + width) for d, width in zip(dims, widths, strict=True)]
         places, bounds, offset = [slice(0)] * len(lengths), [0], 0
         for segment in range(self.size):
             for i, owner in enumerate(self.owners):
-                if (owner + 1) % self.size == segment:
+                if owned_segment(owner, self.size) == segment:
                     places[i] = slice(offset, offset + lengths[i])
                     offset += lengths[i]
             bounds.append(offset)
@@ -658,10 +659,3 @@ def is_stable(history: Sequence[float], tolerance: float = 0.02, checks: int = 3
         return False
     last = history[-1]
     return all(abs(d - last) <= tolerance * last for d in history[-1 - checks :])
-
-
-def relative_loss(estimate: Float32, exact: Float32) -> float:
-    """‖ĝ - g‖² / ‖g‖²; 0 where both are zero, inf where only g is."""
-    norm = float(np.square(exact, dtype=np.float64).sum())
-    error = float(np.square(np.subtract(estimate, exact, dtype=np.float64)).sum())
-    return error / norm if norm else (0.0 if error == 0 else math.inf)

@@ -348,10 +348,3 @@ def test_stability() -> None:
     assert not is_stable([50, 50, 50])
     assert is_stable([10, 30, 50, 50, 51, 50], tolerance=0.02, checks=3)
     assert not is_stable([10, 30, 48, 50, 51, 50], tolerance=0.02, checks=3)
-
-
-def test_relative_loss() -> None:
-    g = np.array([3.0, 4.0], np.float32)
-    assert pca.relative_loss(np.array([3.0, 3.0], np.float32), g) == pytest.approx(1 / 25)
-    assert pca.relative_loss(np.zeros(2, np.float32), np.zeros(2, np.float32)) == 0.0
-    assert pca.relative_loss(g, np.zeros(2, np.float32)) == math.inf
