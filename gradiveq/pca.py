@@ -53,6 +53,13 @@ EXACT_SIZE = 1024
 RANK_TOLERANCE = float(np.finfo(np.float32).eps)
 #: Rows that a group collects before it adds them to its covariance: enough for the matrix product to be efficient.
 BLOCK_ROWS = 256
+#: Variances are shared as float32.
+LARGEST = float(np.finfo(np.float32).max)
+#: Why a group could not be fitted, and what `PCASampler.fit` says instead of d, so that every rank can tell.
+FAILURES: dict[float, tuple[type[Exception], str]] = {
+    -1.0: (FloatingPointError, "the variance of the samples is not finite in float32"),
+    -2.0: (np.linalg.LinAlgError, "the eigenvalue solver did not converge"),
+}
 #: Of the subspace iteration: products with the matrix beyond the first, extra columns, relative gain that ends it.
 MAX_PASSES = 4
 OVERSAMPLING = 0.25
@@ -269,6 +276,9 @@ def leading_eigenpairs(
         matrix: (n, n), only the lower triangle is read; Fortran order saves a copy.
         n_components: number wanted; or
         loss_threshold: share of the trace that may be missing (`count_components`).
+    Raises:
+        FloatingPointError: the trace is not finite.
+        numpy.linalg.LinAlgError: LAPACK did not converge.
     Returns:
         (eigenvalues of shape (d,), descending; eigenvectors of shape (n, d)); fewer than n_components where
         the rest is zero within RANK_TOLERANCE, one zero vector where the whole matrix is zero.
@@ -277,7 +287,7 @@ def leading_eigenpairs(
     n = len(matrix)
     total = float(np.trace(matrix, dtype=np.float64))
     if not math.isfinite(total):
-        raise FloatingPointError("the sampled gradients are not finite")
+        raise FloatingPointError("the trace is not finite")
     if total <= 0:
         return np.zeros(1), np.zeros((n, 1), matrix.dtype)
 
@@ -414,6 +424,7 @@ class GroupSamples:
 
         The row signs are such that the entry of largest magnitude in each row of `shared` is positive.
 
+        Raises: as `check_components` and `leading_eigenpairs`; FloatingPointError also for a variance beyond float32.
         Cost: the Gram matrix, S*S*K flops, unless the covariance is held; `leading_eigenpairs`; 2*d*S*K for a basis.
         """
         check_components(self.group, self.count, self.config)
@@ -427,12 +438,10 @@ class GroupSamples:
         else:
             self._merge()
             matrix = self._scatter
-        try:
-            wanted = config.wanted_components(k)
-            values, vectors = leading_eigenpairs(matrix, wanted, config.loss_threshold)
-        except FloatingPointError as error:
-            raise ValueError(f"{error} in {self.group.layer}") from None
         total = float(np.trace(matrix, dtype=np.float64))
+        if not total / dof <= LARGEST:
+            raise FloatingPointError(f"the variance of the samples of {self.group.layer} is not finite in float32")
+        values, vectors = leading_eigenpairs(matrix, config.wanted_components(k), config.loss_threshold)
         if samples is not None:  # U = Vᵀ X, V = eigenvectors / sqrt(eigenvalues): rows of unit length
             with np.errstate(divide="ignore"):
                 vectors = vectors * np.where(values > 0, 1 / np.sqrt(values), 0.0)
@@ -515,7 +524,7 @@ class PCASampler:
 
         sampler.add(vector)                                  # in each sampling iteration
         dims = sampler.fit()                                 # the rank's own groups
-        ring.all_reduce(dims)                                # a few hundred bytes
+        ring.all_reduce(dims)                                # a few hundred bytes; then look at sampler.failures(dims)
         buffer, bounds = sampler.share(dims)
         ring.all_gather(buffer, bounds)
         bases = sampler.rebuild(dims, buffer)                # the same bits on every rank
@@ -578,14 +587,36 @@ class PCASampler:
         """Fit this rank's groups.
 
         Returns:
-            float64 of shape (num_groups,): d of those, 0 for others' groups, so that the ranks' sum has them all.
+            float64 of shape (num_groups,): d of those, 0 for others' groups, so that the ranks' sum has them all. Where
+            a fit failed a key of FAILURES; look for such in the sum (`failures`) before `share`.
+        Raises:
+            ValueError: as `check`, on all ranks alike.
         """
         self.check(self.samples)
-        self._fits = {i: held.fit() for i, held in enumerate(self.groups) if held.owned}
+        self._fits = {}
         dims = np.zeros(len(self.groups))
-        for i, fit in self._fits.items():
-            dims[i] = len(fit.explained_variance)
+        for i, held in enumerate(self.groups):
+            if not held.owned:
+                continue
+            try:
+                self._fits[i] = held.fit()
+                dims[i] = len(self._fits[i].explained_variance)
+            except tuple(kind for kind, _ in FAILURES.values()) as error:
+                dims[i] = next(code for code, (kind, _) in FAILURES.items() if isinstance(error, kind))
         return dims
+
+    def failures(self, dims: Float64) -> dict[tuple[int, str], list[str]]:
+        """The layers that could not be fitted, by (rank, reason); the same on all ranks.
+
+        Args:
+            dims: of all groups.
+        """
+        found: dict[tuple[int, str], list[str]] = {}
+        for i in np.flatnonzero(dims < 0):
+            layers = found.setdefault((self.owners[i], FAILURES[float(dims[i])][1]), [])
+            if self.groups[i].group.layer not in layers:
+                layers.append(self.groups[i].group.layer)
+        return found
 
     def _places(self, dims: Float64) -> tuple[list[slice], list[int]]:
         """Where each group is in the shared buffer, and the segments, each its owner's in an all-gather."""

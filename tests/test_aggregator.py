@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from bench.models import resnet32
-from gradiveq import Aggregator, GradiVeQ, NonFiniteGradient, Plain, QSGDRing, Report
+from gradiveq import Aggregator, FitError, GradiVeQ, NonFiniteGradient, Plain, QSGDRing, Report
+from ring.errors import RingMismatch
 from ring.handle import Ring
 from ring.lockstep import run
 from ring.timeline import Timeline
@@ -568,6 +569,45 @@ def test_a_state_of_another_rank_or_size() -> None:
         run(1, lambda ring: load(ring, states[0]))
 
 
+@pytest.mark.parametrize("method", [Plain(), QSGDRing(), QUICK])
+def test_states_of_different_iterations(method: Any) -> None:
+    """All ranks refuse, before anything is averaged; with the same states they go on."""
+
+    def work(ring: Ring, iterations: tuple[int, ...]) -> str:
+        model = small_model()
+        aggregator = Aggregator(model, ring, method)
+        states = []
+        for iteration in range(5):
+            states.append(aggregator.state_dict())
+            set_gradients(model, noise, ring.rank, iteration)
+            aggregator.aggregate()
+        aggregator.load_state_dict(states[iterations[ring.rank]])
+        before = collect(model)
+        try:
+            aggregator.aggregate()
+        except ValueError as error:
+            assert all(value.tobytes() == before[name].tobytes() for name, value in collect(model).items())
+            return str(error)
+        return ""
+
+    message = "the states that were loaded are of different iterations: 3 on rank 0, 4 on rank 1, 3 on rank 2"
+    assert run(3, lambda ring: work(ring, (3, 4, 3))) == [message] * 3
+    assert run(3, lambda ring: work(ring, (4, 4, 4))) == [""] * 3
+
+
+def test_a_state_on_some_ranks_only() -> None:
+    def work(ring: Ring) -> None:
+        model = small_model()
+        aggregator = Aggregator(model, ring, QSGDRing())
+        if ring.rank == 1:
+            aggregator.load_state_dict(aggregator.state_dict())
+        set_gradients(model, noise, ring.rank, 0)
+        aggregator.aggregate()
+
+    with pytest.raises(RingMismatch):
+        run(3, work)
+
+
 def test_seconds_by_kind() -> None:
     timelines = [Timeline(), Timeline()]
     results = run(2, lambda ring: train(ring, QUICK, 8, timeline=timelines[ring.rank]))
@@ -580,27 +620,50 @@ def test_seconds_by_kind() -> None:
             assert seconds == pytest.approx(sum(r.seconds.get(kind, 0.0) for r in reports))
 
 
-def test_a_failing_fit_fails_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that have no share in the failure don't wait for ever."""
-    from gradiveq.pca import PCASampler
+def failing_fit(ring: Ring, method: Any, gradients: Gradients = noise) -> tuple[str, bool]:
+    """The message, and whether the gradients are what they were."""
+    model = small_model()
+    aggregator = Aggregator(model, ring, method)
+    for iteration in range(100):
+        set_gradients(model, gradients, ring.rank, iteration)
+        before = collect(model)
+        try:
+            aggregator.aggregate()
+        except FitError as error:
+            after = collect(model)
+            return str(error), all(before[name].tobytes() == after[name].tobytes() for name in before)
+    raise AssertionError("no fit failed")
 
-    fit = PCASampler.fit
 
-    def failing(self: PCASampler) -> Any:
-        if self.rank == 1:
-            raise np.linalg.LinAlgError("did not converge")
-        return fit(self)
+@pytest.mark.parametrize(
+    ("method", "iteration"),
+    [(QUICK, 6), (GradiVeQ(warmup=0, sample="auto", compress=1, loss_threshold=0.1), 9)],
+)
+def test_a_failing_solver_fails_on_all_ranks(monkeypatch: pytest.MonkeyPatch, method: GradiVeQ, iteration: int) -> None:
+    """Ranks that have no share in the failure don't wait for ever, and all say the same."""
 
-    monkeypatch.setattr(PCASampler, "fit", failing)
+    def failing(matrix: Any, *args: Any, **options: Any) -> Any:
+        raise np.linalg.LinAlgError("Eigenvalues did not converge")
 
-    def work(ring: Ring) -> str:
-        with pytest.raises(ValueError, match=r"converge|another rank could not fit") as caught:
-            train(ring, QUICK, 8)
-        return str(caught.value)
+    monkeypatch.setattr(np.linalg, "eigh", failing)
+    why = "(the eigenvalue solver did not converge)"
+    message = f"PCA failed in iteration {iteration}: 0.weight on rank 1 {why}; 2.weight on rank 0 {why}"
+    assert run(3, lambda ring: failing_fit(ring, method)) == [(message, True)] * 3
 
-    messages = run(3, work)
-    assert messages[1] == "did not converge"
-    assert messages[0] == messages[2]
+
+def test_a_variance_that_overflows_fails_on_all_ranks() -> None:
+    """Finite gradients, whose covariance is not; the other layer is fine."""
+
+    def gradients(name: str, shape: tuple[int, ...], rank: int, iteration: int) -> torch.Tensor:
+        return noise(name, shape, rank, iteration) * (1e25 if name == "2.weight" else 1.0)
+
+    method = GradiVeQ(warmup=1, sample=4, sampling=Plain(), fit_slices="all", reuse=3)
+    message = "PCA failed in iteration 4: 2.weight on rank "
+    for found, unchanged in run(2, lambda ring: failing_fit(ring, method, gradients)):
+        assert found.startswith(message)
+        assert found.count("2.weight") == 2
+        assert found.endswith("(the variance of the samples is not finite in float32)")
+        assert unchanged
 
 
 def test_resnet32() -> None:

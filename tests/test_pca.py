@@ -11,6 +11,7 @@ import pytest
 from torch import nn
 
 import gradiveq.pca as pca
+from bench.models import resnet32
 from gradiveq.flatten import Block, Layout, slice_sizes
 from gradiveq.pca import Float32, GroupSamples, LayerBasis, PCAConfig, PCASampler, assign, groups, held_bytes, is_stable
 
@@ -220,8 +221,14 @@ def test_refused_configurations(options: dict[str, float], message: str) -> None
 def test_non_finite_samples_are_named() -> None:
     gradients = correlated(5, 16, 2)
     gradients[2, 3] = np.nan
-    with pytest.raises(ValueError, match="not finite in conv"):
-        fitted(gradients, PCAConfig(16, n_components=2))
+    held = [sampler(16, PCAConfig(16, n_components=2), rank, 2) for rank in range(2)]
+    for gradient in gradients:
+        for one in held:
+            one.add(gradient)
+    dims = held[0].fit() + held[1].fit()
+    assert held[0].failures(dims) == {(0, "the variance of the samples is not finite in float32"): ["conv"]}
+    assert held[1].failures(dims) == held[0].failures(dims)
+    assert held[0].failures(np.array([2.0])) == {}
 
 
 @pytest.mark.parametrize(("loss_threshold", "n_components"), [(None, 20), (0.3, None), (0.01, None)])
@@ -281,6 +288,26 @@ def test_held_bytes(fit_slices: str) -> None:
                     held.add(gradient)
                 most = max(most, held.num_bytes)
             assert most == held_bytes(group, samples, config, owned)
+
+
+@pytest.mark.parametrize(("fit_slices", "least", "most"), [("first", 23, 23), ("all", 27, 35)])
+def test_memory_of_resnet32_is_what_the_aggregator_states(fit_slices: str, least: int, most: int) -> None:
+    """The numbers in `Aggregator`'s docstring: MiB on the rank that holds least, and most, of 6, with Lt = 100."""
+    layout = Layout(resnet32(100))
+    config, sizes = PCAConfig(fit_slices=fit_slices), slice_sizes(layout.blocks)  # type: ignore[arg-type]
+    ranks = [PCASampler(layout.blocks, sizes, config, rank, 6, 100) for rank in range(6)]
+    gradient, peaks = np.zeros(layout.length, np.float32), [0] * 6
+    for _ in range(100):
+        for rank, held in enumerate(ranks):
+            held.add(gradient)
+            peaks[rank] = max(peaks[rank], held.num_bytes)
+    assert (round(min(peaks) / 2**20), round(max(peaks) / 2**20)) == (least, most)
+    mu = 8 * sum(block.length for block in layout.blocks if block.compressed)
+    for held, peak in zip(ranks, peaks, strict=True):  # groups don't all hold most at the same time
+        bound = mu + sum(held_bytes(one.group, 100, config, one.owned) for one in held.groups)
+        assert 0.95 * bound < peak <= bound
+    if fit_slices == "all":
+        assert round((mu + sum(held_bytes(one.group, 100, config) for one in ranks[0].groups)) / 2**20) == 175
 
 
 def test_state_dict_resumes_bit_for_bit() -> None:
