@@ -136,7 +136,7 @@ def test_agrees_bitwise_with_the_numpy_restatement(codec: QSGD, hop: Hop, length
     assert reduce(codec, np.frombuffer(payload, np.uint8), second, start, hop).tobytes() == onward
 
 
-# --- The contract of a codec ---------------------------------------------------------------------------------------
+# --- The format ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bits", "unit_bytes"), [(2, 4 + 128), (4, 4 + 256), (8, 4 + 512)])
@@ -160,17 +160,6 @@ def test_declares_whole_words_and_fills_all_of_them(codec: QSGD, length: int) ->
     assert payload[4:-4].tobytes() == encode(codec, gaussian(length)).tobytes()
     assert (payload[:4] == 0xAA).all()
     assert (payload[-4:] == 0xAA).all()
-
-
-@EVERY_FORMAT
-def test_leaves_its_inputs_untouched_and_repeats_itself(bits: int, norm: Norm) -> None:
-    codec, values = QSGD(bits=bits, norm=norm), gaussian(2000)
-    values.flags.writeable = False
-    payload = encode(codec, values)
-    assert encode(codec, values).tobytes() == payload.tobytes()
-    payload.flags.writeable = False
-    assert reduce(codec, payload, values).tobytes() == reduce(codec, payload, values).tobytes()
-    assert decode(codec, payload, 2000).tobytes() == decode(codec, payload, 2000).tobytes()
 
 
 @EVERY_FORMAT
