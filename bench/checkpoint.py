@@ -15,21 +15,27 @@ ones. Parts are read back without unpickling code (`weights_only`). All ranks ha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from bench.record import read_json, write_atomically, write_json
+from bench.rows import rows_of_all
 from ring.handle import Ring
 
 FOLDER = "checkpoint"
 MANIFEST = "manifest.json"
-VERSION = 1
+UNKNOWN_ERROR = -1
+VERSION = 2
 
 
 class CheckpointError(RuntimeError):
@@ -70,13 +76,9 @@ class Checkpoints:
         if self.current and (self.current["method"], self.current["iteration"]) == (method, iteration):
             return  # writing the same parts again would leave a moment in which they don't match the manifest
         name = f"{method}-{iteration}-rank{{}}.pt"
-        num_bytes, digest = self._write_part(self.folder / name.format(self.ring.rank), state)
-        said = np.zeros((self.ring.size, 1 + len(digest)))
-        said[self.ring.rank] = [num_bytes, *digest]
-        self.ring.all_reduce(said.reshape(-1))
-        failed = [rank for rank in range(self.ring.size) if said[rank, 0] == 0]
-        if failed:
-            raise CheckpointError(f"rank {failed[0]} could not write its part of the checkpoint in {self.folder}")
+        num_bytes, digest, failure = self._write_part(self.folder / name.format(self.ring.rank), state)
+        said = rows_of_all(self.ring, [failure, num_bytes, *digest])
+        self._check(said[:, 0], "its part of the checkpoint")
         self.current = {
             "method": method,
             "iteration": iteration,
@@ -84,8 +86,8 @@ class Checkpoints:
             "parts": [
                 {
                     "file": name.format(rank),
-                    "bytes": int(said[rank, 0]),
-                    "sha256": bytes(said[rank, 1:].astype(np.uint8)).hex(),
+                    "bytes": int(said[rank, 1]),
+                    "sha256": bytes(said[rank, 2:].astype(np.uint8)).hex(),
                 }
                 for rank in range(self.ring.size)
             ],
@@ -93,7 +95,11 @@ class Checkpoints:
         self._publish()
 
     def finish(self, method: str, result: Mapping[str, Any]) -> None:
-        """Record that a method is done; there is nothing of it to resume from then."""
+        """Record that a method is done; there is nothing of it to resume from then.
+
+        Raises:
+            CheckpointError: on all ranks, if rank 0 could not write.
+        """
         self.finished[method] = dict(result)
         self.current = None
         self._publish()
@@ -117,32 +123,47 @@ class Checkpoints:
                 f"{path}: damaged, {len(data):,} bytes with SHA-256 {digest[:12]}…, "
                 f"expected {part['bytes']:,} with {part['sha256'][:12]}…"
             )
-        return _restore(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+        try:
+            return _restore(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
 
-    def _write_part(self, path: Path, state: Mapping[str, Any]) -> tuple[int, bytes]:
-        """Bytes and digest of what was written; (0, …) if it could not be."""
+    def _write_part(self, path: Path, state: Mapping[str, Any]) -> tuple[int, bytes, int]:
+        """Bytes and digest of what was written, and 0, or the number of the error if it could not be."""
         data = io.BytesIO()
         torch.save(_storable(state), data)
         content = data.getvalue()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, content)
-        except OSError:
-            return 0, bytes(32)
-        return len(content), hashlib.sha256(content).digest()
+        except OSError as error:
+            return 0, bytes(32), error.errno or UNKNOWN_ERROR
+        return len(content), hashlib.sha256(content).digest(), 0
 
     def _publish(self) -> None:
+        failure = 0
         if self.ring.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(
-                self.folder / MANIFEST,
-                {"version": VERSION, "ranks": self.ring.size, "finished": self.finished, "current": self.current},
-            )
-        self.ring.barrier()
+            manifest = {
+                "version": VERSION, "ranks": self.ring.size, "finished": self.finished, "current": self.current,
+            }  # fmt: skip
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(self.folder / MANIFEST, manifest)
+            except OSError as error:
+                failure = error.errno or UNKNOWN_ERROR
+        self._check(rows_of_all(self.ring, [failure])[:, 0], "the manifest of the checkpoint")
         keep = {part["file"] for part in self.current["parts"]} if self.current else set()
         for path in self.folder.glob(f"*-rank{self.ring.rank}.pt*"):
             if path.name not in keep:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it does no harm
+                    path.unlink(missing_ok=True)
+
+    def _check(self, failures: npt.NDArray[np.float64], what: str) -> None:
+        """Raises CheckpointError if any rank has the number of an error."""
+        for rank, number in enumerate(failures):
+            if number:
+                reason = f" ({os.strerror(int(number))})" if number != UNKNOWN_ERROR else ""
+                raise CheckpointError(f"rank {rank} could not write {what} in {self.folder}{reason}")
 
 
 def read_manifest(run_folder: Path, size: int) -> dict[str, Any]:
@@ -159,10 +180,17 @@ def read_manifest(run_folder: Path, size: int) -> dict[str, Any]:
         version, ranks = manifest["version"], manifest["ranks"]
         if version != VERSION:
             raise CheckpointError(f"{path}: version {version}, expected {VERSION}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if ranks != size:
+            raise CheckpointError(f"{path}: written by {ranks} ranks, now there are {size}")
+        manifest["finished"].keys()
+        current = manifest["current"]
+        if current is not None:
+            current["method"], current["iteration"]
+            for rank in range(size):
+                part = current["parts"][rank]
+                part["file"], part["bytes"], part["sha256"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a manifest ({error!r})") from error
-    if ranks != size:
-        raise CheckpointError(f"{path}: written by {ranks} ranks, now there are {size}")
     return manifest
 
 

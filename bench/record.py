@@ -42,9 +42,9 @@ counting where it was stopped.
     {"title", "data_source", "model", "ranks", "ranks_per_machine", "cores" (of the first machine), "batch_size",
      "iterations", "complete": true if all methods ended, "notes": [lines for people], "options": {…},
      "methods": {"gradiveq": {
-        "test_accuracy", "test_loss", "train_loss" (mean of the last tenth), "iterations", "skipped", "time_s",
-        "bytes_per_iteration", "dense_bytes_per_iteration", "ratio" (of these two), "seconds": {kind: s},
-        "groups": {group: s},
+        "test_accuracy", "test_loss", "train_loss" (mean over the last tenth, less the skipped iterations),
+        "iterations", "skipped", "time_s", "bytes_per_iteration", "dense_bytes_per_iteration",
+        "ratio" (of these two), "seconds": {kind: s}, "groups": {group: s},
         "compute_cpu_s", "evaluation_s", "checkpoint_s", "weights_sha256", "windows" (how many),
         "last_window": {"window", "iteration", "layers": {name: {"d", "slice_size", "ratio", "in_sample_loss",
         "held_out_loss"}}} or null,
@@ -60,6 +60,7 @@ the commit, `data_source` and `data_sha256`, and under `resumed` the same of eac
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -69,7 +70,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -130,11 +131,16 @@ def plain(value: Any) -> Any:
 def write_atomically(path: Path, data: bytes) -> None:
     """The file has all of `data`, or is as it was, whenever the process or the machine stops."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     sync_folder(path.parent)
 
 
@@ -166,7 +172,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, position: int = 0) -> None:
-        self._file: IO[bytes] = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         length = os.fstat(self._file.fileno()).st_size
         if length < position:
             self._file.close()
@@ -174,8 +180,15 @@ class Metrics:
         self._file.truncate(position)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        """Append a line, or raise OSError and append nothing."""
+        data = json.dumps(plain(line), allow_nan=False).encode() + b"\n"
+        length, written = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError:
+            self._file.truncate(length)
+            raise
 
     def sync(self) -> int:
         """Bring everything to the disk; return how many bytes that is."""
@@ -195,7 +208,7 @@ def dataset_digest(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def environment(packages: tuple[str, ...] = ("numpy", "torch", "numba", "mpi4py")) -> dict[str, Any]:
+def environment(packages: tuple[str, ...] = ("numpy", "scipy", "torch", "numba", "mpi4py")) -> dict[str, Any]:
     """What this machine and installation are; the caller adds MPI, the command and the data."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bench.checkpoint
-from bench.checkpoint import CheckpointError, Checkpoints, read_manifest
+from bench.checkpoint import VERSION, CheckpointError, Checkpoints, read_manifest
 from bench.record import Metrics, write_atomically
 from ring.handle import Ring
 from ring.lockstep import run
@@ -123,7 +123,28 @@ def test_a_rank_that_cannot_write_is_named_on_all_ranks(tmp_path: Path, monkeypa
         patch.setattr(bench.checkpoint, "write_atomically", write)
         messages = run(SIZE, work)
     assert len(set(messages)) == 1
-    assert "rank 1 could not write" in messages[0]
+    assert "rank 1 could not write its part" in messages[0]
+    assert messages[0].endswith("(No space left on device)")
+    check(tmp_path, 5)
+
+
+def test_a_manifest_that_cannot_be_written_is_told_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+
+    def write(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def work(ring: Ring) -> None:
+        with pytest.raises(
+            CheckpointError, match=r"^rank 0 could not write the manifest .* \(No space left on device\)"
+        ):
+            Checkpoints(tmp_path, ring).save("rar", 10, state(ring.rank, 10), {})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.checkpoint, "write_json", write)
+        run(SIZE, work)
     check(tmp_path, 5)
 
 
@@ -160,7 +181,10 @@ def test_damage_is_found(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="written by 3 ranks, now there are 2"):
         read_manifest(tmp_path, 2)
     manifest = tmp_path / "checkpoint" / "manifest.json"
-    for bad_text in ("", "[]", "{", '{"version": 0}'):
+    empty = {"version": VERSION, "ranks": SIZE, "finished": {}}
+    whole = {"method": "rar", "iteration": 1, "parts": []}
+    damaged = [{"version": 0}, {"version": VERSION, "ranks": SIZE}, empty, {**empty, "current": whole}]
+    for bad_text in ("", "[]", "{", *map(json.dumps, damaged)):
         manifest.write_text(bad_text)
         with pytest.raises(CheckpointError, match=r"manifest\.json"):
             read_manifest(tmp_path, SIZE)
