@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from bench.data import Batches, Dataset, evaluation_batches
 from bench.record import KINDS, grouped
+from bench.rows import rows_of_all
 from gradiveq.aggregator import Aggregator
 from gradiveq.methods import Method
 from ring.handle import Ring
@@ -128,7 +129,8 @@ class Trainer:
         model: with the same weights on every rank; trained in place.
         dataset: the same on every rank.
         method: how gradients are aggregated.
-        nonfinite: "fail", or "skip" to leave out a step to which some rank has no finite gradient.
+        nonfinite: "fail", or "skip" to leave out a step to which some rank has no finite gradient: then weights and
+            batch norm's statistics are as before it on all ranks.
         device: where the model is.
 
     Attributes:
@@ -162,7 +164,8 @@ class Trainer:
         )
         self.iteration = self.skipped = self.windows = 0
         self.time_s = self.evaluation_s = self.compute_cpu_s = 0.0
-        self.late_loss = 0.0  # sum over the last tenth of the run
+        # Of the last tenth of the run, less the iterations that were skipped: sum of the losses, and how many.
+        self.late_loss, self.late_iterations = 0.0, 0
         self.totals: dict[str, Totals] = defaultdict(Totals)
         self.last_evaluation: dict[str, Any] = {}
 
@@ -190,6 +193,7 @@ class Trainer:
 
         with span("data"):
             images, labels = self.batches.batch(self.iteration)
+        kept = self._statistics() if self.aggregator.nonfinite == "skip" else []
         cpu = time.process_time()
         with span("forward"):
             self.model.train()
@@ -209,6 +213,9 @@ class Trainer:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
                 self.optimizer.step()
+            else:  # the forward pass has put them into the running means already, for good
+                for buffer, value in zip(self.model.buffers(), kept, strict=True):
+                    buffer.copy_(value)
             self._synchronise()
         self.compute_cpu_s += time.process_time() - cpu
 
@@ -246,8 +253,9 @@ class Trainer:
             line["losses"] = report.losses
         self.totals[report.phase].add(line)
         self.skipped += report.skipped
-        if self.iteration >= self.late:
+        if self.iteration >= self.late and not report.skipped:
             self.late_loss += mean_loss
+            self.late_iterations += 1
         self.iteration += 1
         return line, bool(said[1] > 0)
 
@@ -332,7 +340,7 @@ class Trainer:
         return {
             "test_accuracy": self.last_evaluation.get("test_accuracy"),
             "test_loss": self.last_evaluation.get("test_loss"),
-            "train_loss": self.late_loss / max(1, self.iteration - self.late),
+            "train_loss": self.late_loss / self.late_iterations if self.late_iterations else None,
             "iterations": self.iteration,
             "skipped": self.skipped,
             "time_s": time_s,
@@ -374,6 +382,10 @@ class Trainer:
         fitted = [entry for entry in self.aggregator.window_log if entry["layers"]]
         return {key: fitted[-1][key] for key in ("window", "iteration", "layers")} if fitted else None
 
+    def _statistics(self) -> list[torch.Tensor]:
+        """Copies of batch norm's buffers: a few KB."""
+        return [buffer.clone() for buffer in self.model.buffers()]
+
     def _synchronise(self) -> None:
         """Make spans on an accelerator last as long as the work that they started."""
         if self.device.type == "cuda":
@@ -381,9 +393,7 @@ class Trainer:
 
     def _agreed_digest(self) -> str:
         digest = weights_digest(self.model)
-        said = np.zeros((self.ring.size, len(digest) // 2), np.float32)
-        said[self.ring.rank] = list(bytes.fromhex(digest))
-        self.ring.all_reduce(said.reshape(-1))
+        said = rows_of_all(self.ring, list(bytes.fromhex(digest)))
         differing = [rank for rank in range(self.ring.size) if (said[rank] != said[0]).any()]
         if differing:
             raise RuntimeError(f"the weights of ranks {differing} differ from those of rank 0")
@@ -391,7 +401,8 @@ class Trainer:
 
 
 _COUNTERS = (
-    "iteration", "skipped", "windows", "time_s", "evaluation_s", "compute_cpu_s", "late_loss", "last_evaluation",
+    "iteration", "skipped", "windows", "time_s", "evaluation_s", "compute_cpu_s", "late_loss", "late_iterations",
+    "last_evaluation",
 )  # fmt: skip
 
 

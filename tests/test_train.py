@@ -229,6 +229,33 @@ def test_skipped_steps_leave_the_weights_alone(dataset: Dataset) -> None:
         run(2, lambda ring: work(ring, "fail"))
 
 
+def test_a_skipped_step_leaves_batch_norm_alone(dataset: Dataset) -> None:
+    """An image that isn't finite reaches the running statistics of its rank before anybody can know."""
+
+    def work(ring: Ring, spoil: bool) -> tuple[bool, list[torch.Tensor], dict[str, Any], dict[str, Any]]:
+        job = trainer(ring, dataset, Plain(), settings(2, lr=0.01), nonfinite="skip")
+        job.step()
+        before = [buffer.clone() for buffer in job.model.buffers()]
+        images, labels = job.batches.batch(1)
+        if spoil and ring.rank == 1:
+            images[0, 0, 0, 0] = math.inf
+        job.batches.batch = lambda iteration: (images, labels)  # type: ignore[method-assign]
+        line, _ = job.step()
+        assert line["skipped"] == spoil
+        same = all(torch.equal(one, other) for one, other in zip(before, job.model.buffers(), strict=True))
+        return same, before, job.evaluate(), job.result()
+
+    for same, before, evaluation, result in run(2, lambda ring: work(ring, True)):
+        assert same
+        assert all(torch.isfinite(buffer).all() for buffer in before)
+        assert math.isfinite(evaluation["test_loss"])
+        assert result["skipped"] == 1
+        assert result["train_loss"] is None  # the last tenth is the iteration that was skipped
+    for same, _, _, result in run(2, lambda ring: work(ring, False)):
+        assert not same
+        assert math.isfinite(result["train_loss"])
+
+
 def test_ranks_with_different_weights_are_found(dataset: Dataset) -> None:
     def work(ring: Ring) -> None:
         job = trainer(ring, dataset, Plain(), settings(1))
