@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -14,6 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+#: Exit status of a run that somebody stopped: 128 + SIGINT, as shells have it.
+INTERRUPTED = 130
+#: How long ranks wait for one that does work which all do, and for one that downloads, draws, or writes for all.
+SHORT_S, LONG_S = 300.0, 3600.0
 
 
 class Failure(Exception):
@@ -24,14 +31,55 @@ class Failure(Exception):
         self.status = status
 
 
-def agree(comm: MPI.Intracomm, error: str | None) -> None:
+def run_together(main: Callable[[MPI.Intracomm], int]) -> int:
+    """Call `main` on every rank and return its exit status; what goes wrong on one rank ends all of them.
+
+    A Failure, which all ranks have, is one line from rank 0. Any other exception that gets here may be this rank's
+    alone, and the others may be waiting for it: it ends the job.
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    try:
+        return main(comm)
+    except Failure as failure:
+        if comm.rank == 0:
+            print(f"{'' if failure.status == INTERRUPTED else 'error: '}{failure}", file=sys.stderr, flush=True)
+        return failure.status
+    except KeyboardInterrupt:  # before or after training, when there is nothing to save
+        if comm.rank == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        comm.Abort(INTERRUPTED)
+    except SystemExit as leaving:
+        if not leaving.code:  # --help
+            raise
+        if not isinstance(leaving.code, int):
+            print(leaving.code, file=sys.stderr, flush=True)
+        comm.Abort(leaving.code if isinstance(leaving.code, int) else 1)
+    except Exception as error:
+        # That of `ring.abort.end_together`, once it is installed: it can't be before the threads are limited, as
+        # importing it imports NumPy.
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.stderr.flush()
+        comm.Abort(1)
+    return 1
+
+
+def agree(comm: MPI.Intracomm, error: str | None, timeout_s: float = SHORT_S) -> None:
     """Go on only if no rank has an error; raises Failure on all ranks with the first one's. Collective.
 
     MPI's own collectives spin while they wait, which would slow down the rank that is waited for; so a barrier that
     sleeps comes first.
+
+    Args:
+        timeout_s: how long to wait for the other ranks before the job is ended.
     """
     arrived = comm.Ibarrier()
+    deadline = time.monotonic() + timeout_s
     while not arrived.Test():
+        if time.monotonic() > deadline:
+            print(f"error: rank {comm.rank} waited {timeout_s:g} s for another rank", file=sys.stderr, flush=True)
+            comm.Abort(1)
         time.sleep(0.002)
     errors = comm.allgather(error)
     ranks = [rank for rank, text in enumerate(errors) if text is not None]
@@ -40,11 +88,18 @@ def agree(comm: MPI.Intracomm, error: str | None) -> None:
         raise Failure(text if len(set(errors)) == 1 else f"{text} (on rank {', '.join(map(str, ranks))})")
 
 
-def attempt(comm: MPI.Intracomm, action: Callable[[], Any], *known: type[Exception], here: bool = True) -> Any:
+def attempt(
+    comm: MPI.Intracomm,
+    action: Callable[[], Any],
+    *known: type[Exception],
+    here: bool = True,
+    timeout_s: float = SHORT_S,
+) -> Any:
     """What `action` returns on this rank; if it raises one of `known` on any rank, Failure on all. Collective.
 
     Args:
         here: whether to call it on this rank.
+        timeout_s: as for `agree`.
     """
     error, value = None, None
     try:
@@ -52,7 +107,7 @@ def attempt(comm: MPI.Intracomm, action: Callable[[], Any], *known: type[Excepti
             value = action()
     except known as caught:
         error = " ".join(str(caught).split())
-    agree(comm, error)
+    agree(comm, error, timeout_s)
     return value
 
 

@@ -27,6 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "warmup": None,
     "sample": None,
     "compress": None,
+    "max_sample": 400,
+    "stop_multiple": 2.0,
     "loss_threshold": None,
     "n_components": None,
     "ratio": None,
@@ -69,8 +71,8 @@ TIMING: dict[str, Any] = {"iterations": 60, "eval_every": 0, "checkpoint_every":
 FREE = {"data", "timeout", "checkpoint_every", "figures", "progress", "out", "resume"}
 #: Options of one method only.
 ONLY_GRADIVEQ = {
-    "warmup", "sample", "compress", "loss_threshold", "n_components", "ratio", "slice_size", "reuse", "fit_slices",
-    "sampling", "holdout_every",
+    "warmup", "sample", "compress", "max_sample", "stop_multiple", "loss_threshold", "n_components", "ratio",
+    "slice_size", "reuse", "fit_slices", "sampling", "holdout_every",
 }  # fmt: skip
 
 
@@ -158,6 +160,12 @@ def make_parser() -> Parser:
     add(pca, "--warmup", f"iterations before the first window {scaled}", type=int, metavar="N")
     add(pca, "--sample", f"Lt, sampling iterations of a window, or 'auto' {scaled}", type=length, metavar="N")
     add(pca, "--compress", f"Lc, compressed iterations of a window, or 'auto' {scaled}", type=length, metavar="N")
+    add(pca, "--max-sample", "most sampling iterations of a window with --sample auto", type=int, metavar="N")
+    add(
+        pca, "--stop-multiple",
+        "with --compress auto: a worker votes to end a window when its loss is above so many times the window's first",
+        type=float, metavar="X",
+    )  # fmt: skip
     add(
         pca, "--loss-threshold",
         "lambda: the in-sample loss that PCA may have, at least 0 and below 1 (default: 0.01)",
@@ -204,8 +212,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse(arguments: list[str] | None, *, quiet: bool = False) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The options to use, those that were given, and what the run that is resumed recorded (empty if none is).
+def parse(arguments: list[str] | None, *, quiet: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options to use, and what the run that is resumed recorded (empty if none is).
 
     Raises:
         UsageError: with one line.
@@ -215,9 +223,10 @@ def parse(arguments: list[str] | None, *, quiet: bool = False) -> tuple[dict[str
     given = vars(parser.parse_args(arguments))
     if "resume" in given:
         recorded = read_environment(Path(given["resume"]))
-        options = recorded["options"]
-        compare_options(given, options, given["resume"])
-        return {**options, **{name: value for name, value in given.items() if name in FREE}}, given, recorded
+        compare_options(given, recorded["options"], given["resume"])
+        options = {**recorded["options"], **{name: value for name, value in given.items() if name in FREE}}
+        check_options(options)
+        return options, recorded
 
     presets = {**(PAPER if given.get("paper") else {}), **(TIMING if given.get("timing") else {})}
     options = {**DEFAULTS, **presets, **given}
@@ -227,12 +236,15 @@ def parse(arguments: list[str] | None, *, quiet: bool = False) -> tuple[dict[str
     unused = sorted(ONLY_GRADIVEQ & given.keys())
     if unused and "gradiveq" not in options["methods"] and not given.get("paper"):
         raise UsageError(f"--{unused[0].replace('_', '-')} is an option of gradiveq, which --methods leaves out")
-    return options, given, {}
+    for name, length_of in (("max_sample", "sample"), ("stop_multiple", "compress")):
+        if name in given and options[length_of] != "auto":
+            raise UsageError(f"--{name.replace('_', '-')} is for --{length_of} auto")
+    return options, {}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Bounds that nothing else checks."""
-    least = {"iterations": 1, "batch_size": 1, "eval_every": 0, "checkpoint_every": 0, "threads": 1, "chunk_bytes": 1}
+    least = {"eval_every": 0, "checkpoint_every": 0, "threads": 1, "chunk_bytes": 1}
     for name, bound in least.items():
         value = options[name]
         if value is not None and value < bound:
@@ -256,6 +268,7 @@ def read_environment(folder: Path) -> dict[str, Any]:
         unknown = DEFAULTS.keys() ^ recorded["options"].keys()
         if unknown:
             raise UsageError(f"--resume: {path} is of another version, it differs in option {min(unknown)}")
+        check_options(recorded["options"])
         recorded["ranks"], recorded["data_sha256"], recorded["data_source"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--resume: {path} is not a run's record ({error!r})") from error

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.launch import Failure, attempt, limit_threads, local_ranks
+from bench.launch import LONG_S, agree, attempt, limit_threads, local_ranks, run_together
+from bench.options import Parser, UsageError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 FILE = "gradients.npz"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="python -m bench.record_gradients", description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
@@ -38,23 +39,24 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from mpi4py import MPI
+    return run_together(lambda comm: prepare_and_record(arguments, comm))
 
-    comm = MPI.COMM_WORLD
-    options = make_parser().parse_args(arguments)
+
+def prepare_and_record(arguments: list[str] | None, comm: MPI.Intracomm) -> int:
     _, here, cores = local_ranks(comm)
+    parser = make_parser()
+    parser.quiet = comm.rank > 0
+    options = attempt(comm, lambda: parser.parse_args(arguments), UsageError)
     limit_threads(max(1, cores // here))
-    try:
-        record(comm, options, cores, max(1, cores // here))
-    except Failure as failure:
-        if comm.rank == 0:
-            print(f"error: {failure}", file=sys.stderr, flush=True)
-        return failure.status
+    record(comm, options, cores, max(1, cores // here))
     return 0
 
 
 def record(comm: MPI.Intracomm, options: argparse.Namespace, cores: int, threads: int) -> None:
     """Train and write; collective. Raises Failure on all ranks for what can't be used."""
+    from ring.abort import end_together
+
+    end_together(comm)
     import torch
     from tqdm import trange
 
@@ -64,9 +66,9 @@ def record(comm: MPI.Intracomm, options: argparse.Namespace, cores: int, threads
     from bench.record import environment
     from bench.train import Settings, Trainer
     from gradiveq import Plain
-    from ring.mpi import MPIRing, end_together
+    from ring.mpi import MPIRing
 
-    end_together(comm)
+    agree(comm, None)  # all have imported
     torch.set_num_threads(threads)
     ring = MPIRing(comm)
 
@@ -81,14 +83,15 @@ def record(comm: MPI.Intracomm, options: argparse.Namespace, cores: int, threads
         return Trainer(ring, model, dataset, Plain(), settings), recorder
 
     lead = comm.rank == 0  # reads first: it may have to download
-    dataset = attempt(comm, lambda: load(options.data), ValueError, here=lead)
+    dataset = attempt(comm, lambda: load(options.data), ValueError, here=lead, timeout_s=LONG_S)
     dataset = attempt(comm, lambda: load(options.data), ValueError, here=not lead) or dataset
     trainer, recorder = attempt(comm, prepare, ValueError)
     for iteration in trange(options.skip + options.count, disable=not lead, mininterval=10, file=sys.stderr):
         trainer.step()
         if iteration >= options.skip:
             recorder.add()
-    if lead:
+
+    def write() -> None:
         about = {
             "data": trainer.dataset.source,
             "seed": options.seed,
@@ -103,7 +106,8 @@ def record(comm: MPI.Intracomm, options: argparse.Namespace, cores: int, threads
         options.out.mkdir(parents=True, exist_ok=True)
         recorder.save(options.out / FILE, about)
         print(f"recorded {options.count} iterations of {options.layers} in {options.out / FILE}")
-    ring.barrier()
+
+    attempt(comm, write, OSError, here=lead, timeout_s=LONG_S)
 
 
 if __name__ == "__main__":

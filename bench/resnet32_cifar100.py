@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Only what leaves NumPy alone: how many threads it may have is known, and has to be told, before it is imported.
-from bench.launch import Failure, StopRequest, attempt, limit_threads, local_ranks
+from bench.launch import (
+    INTERRUPTED,
+    LONG_S,
+    Failure,
+    StopRequest,
+    agree,
+    attempt,
+    limit_threads,
+    local_ranks,
+    run_together,
+)
 from bench.options import DEFAULTS, PAPER, UsageError, parse
 from bench.progress import Progress, has_terminal
 
@@ -51,9 +61,6 @@ CHOSEN = (
     "weights as in He et al. 2015, from seed {seed}, the same for all methods",
 )
 
-#: Exit status of a run that somebody stopped: 128 + SIGINT, as shells have it.
-INTERRUPTED = 130
-
 
 class Interrupted(Exception):
     """Somebody asked the run to stop, all ranks agreed, and there is a checkpoint."""
@@ -61,35 +68,23 @@ class Interrupted(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", r"\s*suspicious MPI")  # `check_launcher` says it in one line
-    from mpi4py import MPI
+    return run_together(lambda comm: prepare_and_run(arguments, comm))
 
-    comm = MPI.COMM_WORLD
+
+def prepare_and_run(arguments: list[str] | None, comm: MPI.Intracomm) -> int:
     local = local_ranks(comm)
-    try:
-        return prepare_and_run(arguments, comm, local)
-    except Failure as failure:
-        if comm.rank == 0:
-            print(f"{'' if failure.status == INTERRUPTED else 'error: '}{failure}", file=sys.stderr, flush=True)
-        return failure.status
-    except KeyboardInterrupt:  # before or after training, when there is nothing to save
-        if comm.rank == 0:
-            print("interrupted", file=sys.stderr, flush=True)
-        comm.Abort(INTERRUPTED)
-        return INTERRUPTED
-
-
-def prepare_and_run(arguments: list[str] | None, comm: MPI.Intracomm, local: tuple[int, int, int]) -> int:
-    options, _, recorded = attempt(
-        comm, lambda: parse(arguments, quiet=comm.rank > 0), UsageError
-    )  # fmt: skip
+    options, recorded = attempt(comm, lambda: parse(arguments, quiet=comm.rank > 0), UsageError)
     if options["threads"] is None:
         options["threads"] = max(1, local[2] // local[1])
     limit_threads(options["threads"])
 
+    from ring.abort import check_launcher, end_together
+
+    end_together(comm)
     import torch
 
     from ring.errors import RingError
-    from ring.mpi import MPIRing, check_launcher, end_together
+    from ring.mpi import MPIRing
 
     try:
         check_launcher(comm)
@@ -98,7 +93,7 @@ def prepare_and_run(arguments: list[str] | None, comm: MPI.Intracomm, local: tup
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    end_together(comm)
+    agree(comm, None)  # all have imported
     said = comm.allgather(options)
     different = [(rank, name) for rank, theirs in enumerate(said) for name in DEFAULTS if theirs[name] != said[0][name]]
     if different:
@@ -127,16 +122,20 @@ class Run:
         self.local_rank, self.local_size, self.cores = local
         self.lead = comm.rank == 0
         self.scaled = ""
+        self.evaluated = False  # whether this command has tested any model
 
     def run(self) -> int:
         from bench.data import DataError
 
         self.methods, self.settings = attempt(self.comm, self._configure, ValueError)
         # One rank first: it may have to download.
-        dataset = attempt(self.comm, self._load, DataError, here=self.lead)
+        dataset = attempt(self.comm, self._load, DataError, here=self.lead, timeout_s=LONG_S)
         self.dataset: Dataset = attempt(self.comm, self._load, DataError, here=not self.lead) or dataset
         self.digest = self._same_data()
-        attempt(self.comm, self._try_out, ValueError)
+        # Made now, as a later method would only then find out what is wrong after the others have run.
+        self.trainers: dict[str, Trainer] = attempt(
+            self.comm, lambda: {name: self._trainer(method) for name, method in self.methods.items()}, ValueError
+        )
         self.notes = self._notes()
         self.folder = self._open_folder()
         return self._run_methods()
@@ -189,11 +188,11 @@ class Run:
             options["checkpoint_every"] = min(500, max(1, iterations // 10))
 
         qsgd = QSGDRing(options["qsgd_bits"], options["qsgd_bucket"], options["qsgd_norm"], options["qsgd_pipelined"])
-        same = ("warmup", "sample", "compress", "slice_size", "fit_slices", "loss_threshold", "n_components", "ratio")
+        same = ["warmup", "sample", "compress", "max_sample", "stop_multiple", "holdout_every"]
+        same += ["slice_size", "fit_slices", "loss_threshold", "n_components", "ratio"]
         gradiveq = GradiVeQ(
             sampling=qsgd if options["sampling"] == "qsgd" else Plain(),
             reuse=float(options["reuse"]) if options["reuse"] == "inf" else options["reuse"],
-            holdout_every=options["holdout_every"],
             **{name: options[name] for name in same},
         )
         every: dict[str, Method] = {"rar": Plain(), "qsgd": qsgd, "gradiveq": gradiveq}
@@ -235,11 +234,6 @@ class Run:
         return Trainer(
             self.ring, model, self.dataset, method, self.settings, nonfinite=self.options["nonfinite"], device=device
         )
-
-    def _try_out(self) -> None:
-        """Find out now what a later method would only find out after the others have run."""
-        for method in self.methods.values():
-            self._trainer(method)
 
     def _notes(self) -> list[str]:
         """What has to be said beside the results."""
@@ -297,6 +291,8 @@ class Run:
 
         def create() -> list[Path]:
             if self.recorded:
+                resumed = [*self.recorded.get("resumed", []), {**self._environment(), "options": None, "resumed": None}]
+                write_json(folder / ENVIRONMENT, {**self.recorded, "resumed": resumed})
                 return []
             missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -305,15 +301,12 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / ENVIRONMENT, self._environment())
             except OSError as error:
-                remove(missing)
+                remove(folder, missing)
                 raise OSError(f"{folder} can't be made or written ({error.strerror or error})") from error
-            return missing or [folder]
+            return missing
 
-        #: What this command made, innermost first.
+        #: The folders that this command made, innermost first; only rank 0 knows.
         self.created: list[Path] = attempt(self.comm, create, OSError, here=self.lead) or []
-        if self.recorded and self.lead:
-            resumed = [*self.recorded.get("resumed", []), {**self._environment(), "options": None, "resumed": None}]
-            write_json(folder / ENVIRONMENT, {**self.recorded, "resumed": resumed})
         return folder
 
     def _environment(self) -> dict[str, Any]:
@@ -359,11 +352,8 @@ class Run:
             print(text, flush=True)
 
     def _run_methods(self) -> int:
-        from bench import figures
-        from bench.checkpoint import FOLDER, MANIFEST, CheckpointError, Checkpoints
-        from bench.record import SUMMARY, write_json
-        from bench.report import text
-        from gradiveq.aggregator import NonFiniteGradient
+        from bench.checkpoint import CheckpointError, Checkpoints
+        from gradiveq.aggregator import FitError, NonFiniteGradient
 
         checkpoints: Checkpoints = attempt(self.comm, lambda: Checkpoints(self.folder, self.ring), CheckpointError)
         self._say("\n".join(f"* {note}" for note in self.notes))
@@ -375,59 +365,105 @@ class Run:
                         self._say(f"{name}: finished before")
                     else:
                         self._run_method(name, checkpoints, stop)
-                    if self.lead:
-                        write_json(self.folder / SUMMARY, self._summary(checkpoints.finished))
+                    attempt(self.comm, lambda: self._summarise(checkpoints), OSError, here=self.lead)
             except Interrupted as interrupted:
                 raise Failure(f"{interrupted}; go on with --resume {self.folder}", INTERRUPTED) from None
-            except (NonFiniteGradient, CheckpointError) as error:  # raised on all ranks alike
-                resumable = (self.folder / FOLDER / MANIFEST).exists()
-                self.comm.Barrier()  # all have looked
-                if self.created and not resumable:
-                    remove(self.created)
-                rest = f"; checkpoints and metrics until then are in {self.folder}" if resumable else ""
-                raise Failure(f"{error}{rest}", 1) from None
+            except (NonFiniteGradient, FitError, CheckpointError, Failure) as error:  # raised on all ranks alike
+                raise Failure(f"{error}{self._what_is_left(error)}", 1) from None
 
         if self.lead:
-            print("\n" + text(self._summary(checkpoints.finished), notes=False))
-            if self.options["figures"]:
-                figures.draw(self.folder)
-            print(f"Everything is in {self.folder}", flush=True)
-        self.ring.barrier()  # leave MPI together: its own way of waiting spins
+            self._show(self._summary(checkpoints.finished))
+        agree(self.comm, None, LONG_S)  # leave MPI together: its own way of waiting spins
         return 0
+
+    def _summarise(self, checkpoints: Checkpoints) -> None:
+        from bench.record import SUMMARY, write_json
+
+        write_json(self.folder / SUMMARY, self._summary(checkpoints.finished))
+
+    def _what_is_left(self, error: Exception) -> str:
+        """What a run that failed leaves, to be said after why. Collective.
+
+        It leaves nothing if training itself failed before there was a checkpoint or an evaluation: then options or data
+        don't fit. That something could not be written is no reason to remove what was.
+        """
+        from bench.checkpoint import FOLDER, MANIFEST, CheckpointError
+
+        resumable: bool = self.comm.bcast((self.folder / FOLDER / MANIFEST).exists())
+        if resumable:
+            return f"; checkpoints and metrics until then are in {self.folder}, --resume goes on from there"
+        if self.evaluated or self.recorded or isinstance(error, CheckpointError | Failure):
+            return f"; metrics until then are in {self.folder}"
+        if self.lead:
+            remove(self.folder, self.created)
+        return ""
+
+    def _show(self, summary: dict[str, Any]) -> None:
+        """The end of a complete run, whose results are written: nothing here makes it a failed one."""
+        from bench.report import text
+
+        print("\n" + text(summary, notes=False))
+        if self.options["figures"]:
+            try:
+                from bench import figures
+
+                figures.draw(self.folder)
+            except Exception as error:
+                story = " ".join(str(error).split()) or type(error).__name__
+                print(f"no figures: {story}; `python -m bench.figures {self.folder}` tries again", file=sys.stderr)
+        print(f"Everything is in {self.folder}", flush=True)
 
     def _run_method(self, name: str, checkpoints: Checkpoints, stop: StopRequest) -> None:
         from bench.checkpoint import CheckpointError
         from bench.record import Metrics, metrics_name, plain, weights_name, write_atomically
         from bench.train import train
 
-        trainer = self._trainer(self.methods[name])
-        checkpoint_s, position = 0.0, 0
+        trainer = self.trainers.pop(name)
         current = checkpoints.current
+
+        def restore() -> tuple[float, int]:
+            assert current is not None
+            try:
+                state = checkpoints.load()
+                trainer.load_state_dict(state["trainer"])
+                return state["checkpoint_s"], current["metrics_bytes"]
+            except (LookupError, TypeError) as error:
+                raise CheckpointError(f"{checkpoints.folder}: not a checkpoint of this job ({error!r})") from error
+
+        checkpoint_s, position = 0.0, 0
         if current is not None and current["method"] == name:
-            state = attempt(self.comm, checkpoints.load, CheckpointError)
-            trainer.load_state_dict(state["trainer"])
-            checkpoint_s, position = state["checkpoint_s"], current["metrics_bytes"]
+            checkpoint_s, position = attempt(self.comm, restore, RuntimeError, ValueError)
             self._say(f"{name}: resumed after {trainer.iteration} of {trainer.settings.iterations} iterations")
         metrics: Metrics | None = attempt(
-            self.comm,
-            lambda: Metrics(self.folder / metrics_name(name), position),
-            ValueError,
-            here=self.lead,
+            self.comm, lambda: Metrics(self.folder / metrics_name(name), position), OSError, ValueError, here=self.lead
         )
+        unwritten: OSError | None = None
         style = self.options["progress"]
         if style == "auto":
             style = "bar" if has_terminal() else "lines"
         progress = Progress(style if self.lead else "none", name, trainer.settings.iterations, trainer.iteration)
 
         def write(line: dict[str, Any]) -> None:
-            if metrics is not None:
-                metrics.write(line)
+            nonlocal unwritten
+            if metrics is not None and unwritten is None:
+                try:
+                    metrics.write(line)
+                except OSError as error:  # stops all ranks, and `sync` tells them why
+                    unwritten = error
+            self.evaluated |= line["type"] == "evaluation"
             progress.show(line)
+
+        def sync() -> int:
+            assert metrics is not None
+            if unwritten is not None:
+                path = self.folder / metrics_name(name)
+                raise OSError(f"{path} can't be written ({unwritten.strerror or unwritten})")
+            return metrics.sync()
 
         def save() -> None:
             nonlocal checkpoint_s
             start = time.perf_counter()
-            length = metrics.sync() if metrics is not None else 0
+            length = attempt(self.comm, sync, OSError, here=self.lead)
             state = {"trainer": trainer.state_dict(), "checkpoint_s": checkpoint_s}
             checkpoints.save(name, trainer.iteration, state, {"metrics_bytes": length})
             checkpoint_s += time.perf_counter() - start
@@ -435,14 +471,18 @@ class Run:
         try:
             complete = train(
                 trainer, write, save,
-                eval_every=self.options["eval_every"], checkpoint_every=self.options["checkpoint_every"], stop=stop,
+                eval_every=self.options["eval_every"], checkpoint_every=self.options["checkpoint_every"],
+                stop=lambda: stop() or unwritten is not None,
             )  # fmt: skip
             if not complete:
                 raise Interrupted(f"stopped after {trainer.iteration} of {trainer.settings.iterations} with {name}")
             result = trainer.result()
-            if metrics is not None:
-                metrics.sync()
+
+            def write_weights() -> None:
+                sync()
                 write_atomically(self.folder / weights_name(name), _weights(trainer))
+
+            attempt(self.comm, write_weights, OSError, here=self.lead)
             checkpoints.finish(name, plain({**result, "checkpoint_s": checkpoint_s}))
         finally:
             progress.close()
@@ -450,13 +490,20 @@ class Run:
                 metrics.close()
 
 
-def remove(folders: list[Path]) -> None:
-    """Remove the first with all that is in it, and those around it where nothing else is in them."""
-    if folders:
-        shutil.rmtree(folders[0], ignore_errors=True)
+def remove(folder: Path, created: list[Path]) -> None:
+    """Remove what a run writes into its folder, and the folders that were made for it if nothing else is in them."""
+    from bench.checkpoint import FOLDER
+    from bench.record import ENVIRONMENT, SUMMARY, metrics_name, weights_name
+
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    written = (ENVIRONMENT, SUMMARY, metrics_name("*"), weights_name("*"))
+    for pattern in written:
+        for path in [*folder.glob(pattern), *folder.glob(f".{pattern}.tmp")]:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    for made in created:
         with contextlib.suppress(OSError):
-            for folder in folders[1:]:
-                folder.rmdir()
+            made.rmdir()
 
 
 def _weights(trainer: Trainer) -> bytes:

@@ -196,27 +196,73 @@ def test_killed_twice_and_resumed_is_bitwise_the_same(whole: tuple[Path, Path, s
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_politely(whole: tuple[Path, Path, str], number: signal.Signals) -> None:
-    folder, _, _ = whole
+def test_stopped_politely_and_resumed_is_bitwise_the_same(
+    whole: tuple[Path, Path, str], number: signal.Signals
+) -> None:
+    folder, expected, _ = whole
     run = folder / number.name
-    arguments = [*SMALL, "--data", "data", "--out", run.name, "--methods", "rar,gradiveq", "--eval-every", "1000"]
-    arguments += ["--iterations", "5000", "--checkpoint-every", "0"]
+    metrics = run / "metrics-gradiveq.jsonl"
     process = subprocess.Popen(
-        command(2, arguments), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+        command(2, [*SMALL, "--data", "data", "--out", run.name, "--methods", "gradiveq"]),
+        cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
     deadline = time.monotonic() + DEADLINE_S
-    while count(run / "metrics-rar.jsonl") < 5:
+    while count(metrics) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.002)
     process.send_signal(number)
     _, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode != 0
     assert b"Traceback" not in errors
     current = json.loads((run / "checkpoint" / "manifest.json").read_text())["current"]
-    assert f"stopped after {current['iteration']} of 5000 with rar; go on with --resume {run.name}".encode() in errors
-    assert count(run / "metrics-rar.jsonl") == current["iteration"]
-    assert len(list((run / "checkpoint").glob("rar-*-rank?.pt"))) == 2
+    done = current["iteration"]
+    assert f"stopped after {done} of {ITERATIONS} with gradiveq; go on with --resume {run.name}".encode() in errors
+    assert len([line for line in lines_of(run, "gradiveq") if line["type"] == "iteration"]) == done < ITERATIONS
+    assert len(list((run / "checkpoint").glob("gradiveq-*-rank?.pt"))) == 2
+
+    result = job(2, ["--resume", run.name], folder)
+    assert result.returncode == 0, result.stderr
+    assert timeless(lines_of(run, "gradiveq")) == timeless(lines_of(expected, "gradiveq"))
+    weights = [(path / "weights-gradiveq.pt").read_bytes() for path in (run, expected)]
+    assert weights[0] == weights[1]
+
+
+def without(module: str, rank: int, folder: Path) -> str:
+    """A PYTHONPATH with which one rank can't import a module."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        f"if os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '{rank}':\n"
+        f"    sys.modules['{module}'] = None\n"
+    )
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
+def test_an_exception_on_one_rank_ends_all(whole: tuple[Path, Path, str]) -> None:
+    folder, _, _ = whole
+    start = time.monotonic()
+    result = job(2, ["--data", "data", "--out", "torchless"], folder, PYTHONPATH=without("torch", 1, folder / "path"))
+    assert result.returncode != 0
+    assert "rank 1:" in result.stderr
+    assert "import of torch halted" in result.stderr
+    assert time.monotonic() - start < 60
+    assert not (folder / "torchless").exists()
+
+
+def test_skipped_steps_and_figures_that_fail_are_no_failure(whole: tuple[Path, Path, str]) -> None:
+    folder, _, _ = whole
+    arguments = ["--model", "resnet8", "--data", "data", "--methods", "rar", "--iterations", "6", "--out", "skipped"]
+    path = without("matplotlib", 0, folder / "no-matplotlib")
+    result = job(2, [*arguments, "--lr", "1e38", "--nonfinite", "skip"], folder, PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((folder / "skipped" / "summary.json").read_text())
+    assert summary["complete"]
+    assert 0 < summary["methods"]["rar"]["skipped"] < 6
+    assert summary["methods"]["rar"]["train_loss"] is None
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("no figures: ")
+    assert result.stdout.endswith("Everything is in skipped\n")
 
 
 def test_one_process_without_mpirun(whole: tuple[Path, Path, str]) -> None:
@@ -268,9 +314,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--methods", "rar,foo"], "unknown method 'foo' in --methods, known are rar, qsgd, gradiveq"),
         (["--data", "cut"], "train-images-idx3-ubyte.gz: damaged or truncated gzip file"),
         (["--data", "tiny", "--batch-size", "2"], "2 ranks x 2 images each need 4 training images, but there are 3"),
-        (["--data", "data", "--lr", "1e38", "--methods", "rar"], "non-finite gradient in iteration"),
+        (
+            # Into a folder that was there before, and has to be there after.
+            ["--data", "data", "--lr", "1e38", "--methods", "rar", "--out", "empty"],
+            "non-finite gradient in iteration 1: conv1.weight, layer1.0.conv1.weight, layer1.0.conv2.weight and 20 "
+            "more on rank 0; conv1.weight, ",
+        ),
+        (["--data", "data", "--iterations", "0"], "`iterations` must be at least 1, got 0"),
     ],
-    ids=["method", "data", "ranks", "gradient"],
+    ids=["method", "data", "ranks", "gradient", "iterations"],
 )
 def test_bad_input_on_two_ranks(inputs: Path, arguments: list[str], message: str) -> None:
     refused(2, ["--model", "resnet8", "--no-figures", "--progress", "none", *arguments], inputs, message, (1, 2))
@@ -312,12 +364,12 @@ def test_another_configuration_is_not_resumed(whole: tuple[Path, Path, str]) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--iterations", "0"], "--iterations must be at least 1, got 0"),
         (["--iterations", "many"], "argument --iterations: invalid int value: 'many'"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--batch-size", "-3"], "--batch-size must be at least 1, got -3"),
         (["--sample", "few"], "argument --sample: invalid length value: 'few'"),
         (["--timeout", "0"], "--timeout must be a positive number of seconds, got 0"),
+        (["--timeout", "nan"], "--timeout must be a positive number of seconds, got nan"),
+        (["--max-sample", "50"], "--max-sample is for --sample auto"),
+        (["--sample", "auto", "--stop-multiple", "3"], "--stop-multiple is for --compress auto"),
         (["--methods", "rar,qsgd,rar"], "names a method twice"),
         (["--methods", "rar", "--ratio", "8"], "--ratio is an option of gradiveq, which --methods leaves out"),
         (["--nonfinite", "ignore"], "argument --nonfinite: invalid choice: 'ignore'"),
@@ -338,19 +390,22 @@ def test_resume_takes_the_recorded_options(tmp_path: Path) -> None:
     resume = ["--resume", str(tmp_path)]
     assert parse(resume)[0]["seed"] == 3
     assert parse([*resume, "--seed", "3", "--methods", "rar", "--timeout", "9"])[0]["timeout"] == 9
+    for bad in (["--timeout", "0"], ["--timeout", "nan"], ["--timeout", "inf"], ["--checkpoint-every", "-5"]):
+        with pytest.raises(UsageError, match=rf"^{bad[0]} must be"):
+            parse([*resume, *bad])
     with pytest.raises(UsageError, match=r"--seed is 4, but the run in .* was begun with 3"):
         parse([*resume, "--seed", "4"])
     with pytest.raises(UsageError, match=r"--methods is rar,qsgd, but the run in .* was begun with rar"):
         parse([*resume, "--methods", "rar,qsgd"])
-    for damaged in ("", "{}", "[]", json.dumps({"options": {"seed": 3}}), json.dumps({"options": DEFAULTS})):
+    parts = [{"options": {"seed": 3}}, {"options": DEFAULTS}, {**record, "options": {**options, "timeout": "long"}}]
+    for damaged in ("", "{}", "[]", *map(json.dumps, parts)):
         (tmp_path / "environment.json").write_text(damaged)
         with pytest.raises(UsageError, match=r"environment\.json"):
             parse(resume)
 
 
 def test_paper_sets_its_values_and_leaves_the_rest_to_options() -> None:
-    options, given, _ = parse(["--paper", "--data", "somewhere"])
-    assert given.keys() == {"paper", "data"}
+    options, _ = parse(["--paper", "--data", "somewhere"])
     assert {name: options[name] for name in PAPER if name != "data"} == {
         name: value for name, value in PAPER.items() if name != "data"
     }
