@@ -49,20 +49,26 @@ def run_together(main: Callable[[MPI.Intracomm], int]) -> int:
     except KeyboardInterrupt:  # before or after training, when there is nothing to save
         if comm.rank == 0:
             print("interrupted", file=sys.stderr, flush=True)
-        comm.Abort(INTERRUPTED)
+        abort(comm, INTERRUPTED)
     except SystemExit as leaving:
         if not leaving.code:  # --help
             raise
         if not isinstance(leaving.code, int):
             print(leaving.code, file=sys.stderr, flush=True)
-        comm.Abort(leaving.code if isinstance(leaving.code, int) else 1)
+        abort(comm, leaving.code if isinstance(leaving.code, int) else 1)
     except Exception as error:
         # That of `ring.abort.end_together`, once it is installed: it can't be before the threads are limited, as
         # importing it imports NumPy.
         sys.excepthook(type(error), error, error.__traceback__)
-        sys.stderr.flush()
-        comm.Abort(1)
+        abort(comm, 1)
     return 1
+
+
+def abort(comm: MPI.Intracomm, status: int) -> None:
+    """End all ranks, after a moment in which the launcher passes on what this one has said."""
+    sys.stderr.flush()
+    time.sleep(0.5)
+    comm.Abort(status)
 
 
 def agree(comm: MPI.Intracomm, error: str | None, timeout_s: float = SHORT_S) -> None:
@@ -79,7 +85,7 @@ def agree(comm: MPI.Intracomm, error: str | None, timeout_s: float = SHORT_S) ->
     while not arrived.Test():
         if time.monotonic() > deadline:
             print(f"error: rank {comm.rank} waited {timeout_s:g} s for another rank", file=sys.stderr, flush=True)
-            comm.Abort(1)
+            abort(comm, 1)
         time.sleep(0.002)
     errors = comm.allgather(error)
     ranks = [rank for rank, text in enumerate(errors) if text is not None]
