@@ -25,7 +25,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ring.codec import Array
-from ring.machine import processor
+from ring.machine import processor, usable_cores
 from ring.mpi import MPIRing, end_together
 from ring.plan import CHUNK_BYTES
 
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = {
         "mpi": " ".join(MPI.Get_library_version().split("\n")[0].strip("\0 ").split()),
         "ranks": comm.size,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "cpu": processor(),
         "python": platform.python_version(),
         "numpy": np.__version__,

@@ -37,6 +37,7 @@ from ring.algorithm import Request, Wait
 from ring.codec import Array, Codec, Payload
 from ring.errors import RingError, RingMismatch, RingTimeout
 from ring.handle import Ring
+from ring.machine import usable_cores
 from ring.plan import CHUNK_BYTES, Plan, Stats
 from ring.segments import Chunk
 from ring.timeline import Timeline, compute_unmeasured
@@ -52,9 +53,9 @@ GREETING_BYTES = 64 * 1024
 SHARED_BYTES = 128 * 1024
 TAG, DONE_READING = 7, 8
 NOTHING = np.empty(0, np.uint8)
-#: So many times a wait just tests; then it yields the core between tests, and after some milliseconds it sleeps in
-#: between, for at most so long.
-QUICK_POLLS = 20
+#: So many times a wait just tests, if each rank of the host has a core to itself and if not; then it yields the core
+#: between tests, and after some milliseconds it sleeps in between, for at most so long.
+QUICK_POLLS, QUICK_POLLS_SHARING = 300, 10
 SPIN_S = 0.005
 LONGEST_SLEEP_S = 0.001
 #: Plans come and go with the codecs; so many greetings are kept.
@@ -220,6 +221,7 @@ class MPIRing(Ring):
         self._greetings: dict[str, _Greeting] = {}
         self.windows: list[_Window] = []
         self._neighbours = cast(MPI.Intracomm, self.comm.Split_type(MPI.COMM_TYPE_SHARED))
+        self._quick_polls = QUICK_POLLS if self._neighbours.size <= usable_cores() else QUICK_POLLS_SHARING
         self.heard = np.zeros(HEADER_BYTES + GREETING_BYTES, np.uint8)
         self._heard_key = self.heard[:KEY_BYTES]
         self.heard_numbers = self.heard[:WORDS].view(np.int64)
@@ -319,7 +321,7 @@ class MPIRing(Ring):
         """Wait until the request is complete."""
         start = time.perf_counter() if timeline is not None else 0.0
         test = wait.request.Test
-        for _ in range(QUICK_POLLS):
+        for _ in range(self._quick_polls):
             if test():
                 break
         else:
