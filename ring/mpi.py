@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from ring.abort import LAST_WORDS_S, check_launcher, end_together
+from ring.abort import LAST_WORDS_S, check_launcher
 from ring.algorithm import Request, Wait
 from ring.codec import Array, Codec, Payload
 from ring.errors import RingError, RingMismatch, RingTimeout
@@ -60,8 +60,6 @@ SPIN_S = 0.005
 LONGEST_SLEEP_S = 0.001
 #: Plans come and go with the codecs; so many greetings are kept.
 MOST_GREETINGS = 16
-
-__all__ = ["MPIRing", "check_launcher", "end_together"]
 
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
