@@ -131,8 +131,8 @@ def local_ranks(comm: MPI.Intracomm) -> tuple[int, int, int]:
 
 def limit_threads(threads: int) -> None:
     """For what is imported from now on: OpenMP, the BLAS libraries, Numba."""
-    for library in ("OMP", "OPENBLAS", "MKL", "VECLIB_MAXIMUM", "NUMBA"):
-        os.environ[f"{library}_THREADS" if library == "VECLIB_MAXIMUM" else f"{library}_NUM_THREADS"] = str(threads)
+    for library in ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "VECLIB_MAXIMUM", "NUMBA_NUM"):
+        os.environ[f"{library}_THREADS"] = str(threads)
 
 
 class StopRequest:

@@ -25,7 +25,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -129,7 +129,7 @@ class _Port:
     """One call's side of the links, between `MPIRing._execute` and the algorithm."""
 
     def __init__(self, owner: MPIRing, greeting: _Greeting, shared: bool, timeline: Timeline | None) -> None:
-        self._owner, self._greeting, self._shared = owner, greeting, shared
+        self._owner, self._greeting, self.shared = owner, greeting, shared
         self.compute = compute_unmeasured if timeline is None else timeline.compute
         self.leaves_with_greeting = greeting.leaves_with_chunk and not shared
         self._arrives_with_greeting = greeting.arrives_with_chunk
@@ -167,7 +167,7 @@ class _Port:
             self._greeting.chunk[:] = buffer
             self._greeting.send(with_chunk=True)
             return DONE
-        message = NOTHING if self._shared else buffer
+        message = NOTHING if self.shared else buffer
         return self._owner.comm.Isend((message, MPI.BYTE), self._owner.successor, TAG)
 
 
@@ -251,6 +251,8 @@ class MPIRing(Ring):
         return -1, 0
 
     def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+        if self._failure is not None:
+            raise self._failure
         greeting = self._greetings.get(plan.description)
         if greeting is None:
             if len(self._greetings) >= MOST_GREETINGS:
@@ -258,8 +260,6 @@ class MPIRing(Ring):
             greeting = self._greetings[plan.description] = _Greeting(
                 self.comm, self.successor, plan, vector.dtype, self.heard
             )
-        if self._failure is not None:
-            raise self._failure
         self._calls += 1
         greeting.numbers[0] = self._calls
         self._listening.Start()
@@ -269,23 +269,24 @@ class MPIRing(Ring):
         port = _Port(self, greeting, window >= 0, timeline)
         if not port.leaves_with_greeting:
             greeting.send(with_chunk=False)
-        for wait in plan.start(port, codec, vector, self.size):
+        for wait in self._waits(plan, port, greeting, codec, vector):
             if not port.greeted:
                 self._hear_greeting(greeting, plan, timeline)
                 port.greet()
             self._complete(wait, plan, timeline)
-        if not port.greeted:
-            self._hear_greeting(greeting, plan, timeline)
-            port.greet()
-        last = plan.work[-1] if plan.work else plan.greeting_work
-        waits = [Wait(greeting.request, plan.greeting_work, True)]
-        if port.readable is not None:
-            waits.append(Wait(self.comm.Isend((NOTHING, MPI.BYTE), self.predecessor, DONE_READING), last, False))
-        if window >= 0:
-            waits.append(Wait(self.comm.Irecv((NOTHING, MPI.BYTE), self.successor, DONE_READING), last, True))
-        for wait in waits:
-            self._complete(wait, plan, timeline)
         return plan.stats
+
+    def _waits(
+        self, plan: Plan, port: _Port, greeting: _Greeting, codec: Codec, vector: Array
+    ) -> Generator[Wait, None, None]:
+        """Those of the algorithm, and those before which a call must not return."""
+        yield from plan.start(port, codec, vector, self.size)
+        yield Wait(greeting.request, plan.greeting_work, True)
+        last = plan.work[-1] if plan.work else plan.greeting_work
+        if port.readable is not None:
+            yield Wait(self.comm.Isend((NOTHING, MPI.BYTE), self.predecessor, DONE_READING), last, False)
+        if port.shared:
+            yield Wait(self.comm.Irecv((NOTHING, MPI.BYTE), self.successor, DONE_READING), last, True)
 
     def _exchange(self, greeting: _Greeting, plan: Plan, vector: Array, timeline: Timeline | None) -> Stats:
         """Two ranks and a small vector: each sends all of it, and both rounds of the ring become one step.
