@@ -29,7 +29,6 @@ import numpy.typing as npt
 import torch
 
 from bench.record import read_json, write_atomically, write_json
-from bench.rows import rows_of_all
 from ring.handle import Ring
 
 FOLDER = "checkpoint"
@@ -77,7 +76,7 @@ class Checkpoints:
             return  # writing the same parts again would leave a moment in which they don't match the manifest
         name = f"{method}-{iteration}-rank{{}}.pt"
         num_bytes, digest, failure = self._write_part(self.folder / name.format(self.ring.rank), state)
-        said = rows_of_all(self.ring, [failure, num_bytes, *digest])
+        said = self.ring.rows_of_all([failure, num_bytes, *digest])
         self._check(said[:, 0], "its part of the checkpoint")
         self.current = {
             "method": method,
@@ -151,7 +150,7 @@ class Checkpoints:
                 write_json(self.folder / MANIFEST, manifest)
             except OSError as error:
                 failure = error.errno or UNKNOWN_ERROR
-        self._check(rows_of_all(self.ring, [failure])[:, 0], "the manifest of the checkpoint")
+        self._check(self.ring.rows_of_all([failure])[:, 0], "the manifest of the checkpoint")
         keep = {part["file"] for part in self.current["parts"]} if self.current else set()
         for path in self.folder.glob(f"*-rank{self.ring.rank}.pt*"):
             if path.name not in keep:

@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from bench.data import Batches, Dataset, evaluation_batches
 from bench.record import KINDS, grouped
-from bench.rows import rows_of_all
 from gradiveq.aggregator import Aggregator
 from gradiveq.methods import Method
 from ring.handle import Ring
@@ -393,7 +392,7 @@ class Trainer:
 
     def _agreed_digest(self) -> str:
         digest = weights_digest(self.model)
-        said = rows_of_all(self.ring, list(bytes.fromhex(digest)))
+        said = self.ring.rows_of_all(list(bytes.fromhex(digest)))
         differing = [rank for rank in range(self.ring.size) if (said[rank] != said[0]).any()]
         if differing:
             raise RuntimeError(f"the weights of ranks {differing} differ from those of rank 0")

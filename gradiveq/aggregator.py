@@ -251,9 +251,7 @@ class Aggregator:
 
     def _compare_iterations(self) -> None:
         """Refuse to go on from different iterations: QSGD's random numbers, or phases, would differ unnoticed."""
-        table = np.zeros(self._ring.size)
-        table[self._ring.rank] = self.iteration
-        self._ring.all_reduce(table)
+        table = self._ring.rows_of_all([self.iteration])[:, 0]
         if (table != self.iteration).any():
             where = ", ".join(f"{iteration:.0f} on rank {rank}" for rank, iteration in enumerate(table))
             raise ValueError(f"the states that were loaded are of different iterations: {where}")

@@ -106,6 +106,16 @@ class Ring(ABC):
         """Wait until every worker is here."""
         self.all_reduce(np.zeros(1, np.float32))
 
+    def rows_of_all(self, row: Sequence[float]) -> npt.NDArray[np.float64]:
+        """Every worker's `row`, of shape (size, len(row)): for a few numbers that all have to know. Collective.
+
+        Rows are of the same length everywhere.
+        """
+        rows = np.zeros((self.size, len(row)))
+        rows[self.rank] = row
+        self.all_reduce(rows.reshape(-1))
+        return rows
+
     def _plan(
         self,
         operation: str,
