@@ -20,8 +20,7 @@ import copy
 import dataclasses
 import math
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,8 +163,7 @@ class Aggregator:
         self.method, self.seed, self.nonfinite = method, seed, nonfinite
         self.iteration = 0
         self._compared = True  # the iteration with other ranks'; without a state it is 0 everywhere
-        self._ring, self._timeline = ring, timeline
-        self._clock: Callable[[], float] = time.perf_counter if timeline is None else timeline.clock
+        self._ring, self._timeline = ring, Timeline() if timeline is None else timeline
         self._chunk_bytes = chunk_bytes or ring.chunk_bytes
         self._vector: Vector = ring.empty(self.layout.length + CONTROLS)
         self._gradient = self._vector[: self.layout.length]
@@ -202,7 +200,7 @@ class Aggregator:
         if not self._compared:
             self._compare_iterations()
         phase = self.phase
-        now = _Exchange(self.iteration, Timeline(self._clock))
+        now = _Exchange(self.iteration, self._timeline.fork())
         codec, chunk_bytes = self._codec()
         with now.timeline.span("pack"):
             self.layout.pack(self._gradient)
@@ -232,10 +230,7 @@ class Aggregator:
             self.layout.unpack(self._gradient)
         self.iteration += 1
 
-        seconds = now.timeline.totals()
-        if self._timeline is not None:
-            for kind, spent in seconds.items():
-                self._timeline.add(kind, spent)
+        self._timeline.absorb(now.timeline)
         return Report(
             iteration=now.iteration,
             phase=phase,
@@ -245,7 +240,7 @@ class Aggregator:
             fit_bytes=now.fit_bytes,
             measure_bytes=now.measure_bytes,
             skipped=skipped,
-            seconds=seconds,
+            seconds=now.timeline.totals(),
             losses=now.losses or None,
         )
 

@@ -12,14 +12,14 @@ Encoding cuts U by rows, decoding by columns, for which a second copy of U is he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gradiveq.flatten import Block
+from gradiveq.flatten import Block, slice_sizes
 from gradiveq.loss import Loss
-from gradiveq.pca import Basis, Float32, Group, LayerBasis
+from gradiveq.pca import Basis, Float32, Group, LayerBasis, PCAConfig
 from ring.codec import Array, Codec, Composite, Hop, Identity, Payload
 from ring.segments import Region
 
@@ -67,7 +67,51 @@ class _Projection:
                 np.matmul(x, self.components[:, self._columns :], out=y[:, self._columns :])
 
 
-class PCACodec(Codec):
+class PCASizes(Codec):
+    """What is known of a layer's codec without its bases, for runs without data: cuts, bytes, work.
+
+    Args:
+        name: of the layer.
+        slice_size: K.
+        groups: (elements, d) of each group of slices.
+    """
+
+    linear = True
+
+    def __init__(self, name: str, slice_size: int, groups: Sequence[tuple[int, int]]) -> None:
+        self._name, self._k = name, slice_size
+        self._length = sum(length for length, _ in groups)
+        self._description = f"pca K={slice_size} d={_runs([d for _, d in groups])}"
+        self._regions = tuple(_regions(slice_size, groups))
+
+    def describe(self, dtype: np.dtype[Any]) -> str:
+        return self._description
+
+    def regions(self, length: int, dtype: np.dtype[Any]) -> Sequence[Region]:
+        if length != self._length:
+            raise ValueError(f"the basis of {self._name} is for {self._length} elements, got {length}")
+        if dtype != np.float32:
+            raise ValueError(f"PCA bases are float32, got a {dtype} vector for {self._name}")
+        return self._regions
+
+    def amounts(self, kind: str, values: Array, start: int, payload: Payload) -> Sequence[tuple[str, float]]:
+        """Multiplications of the product with the basis, K for each float of the payload; bytes of an addition."""
+        if kind == "add":
+            return super().amounts(kind, values, start, payload)
+        return [(f"pca.{kind}", self._k * len(payload) / 4)]
+
+    def encode(self, values: Array, start: int, payload: Payload, hop: Hop) -> None:
+        raise NotImplementedError("these are sizes; `PCACodec` encodes")
+
+    def reduce(self, incoming: Payload, values: Array, start: int, payload: Payload, hop: Hop) -> None:
+        own = payload.view(np.float32)
+        np.add(incoming.view(np.float32), own, own)
+
+    def decode(self, payload: Payload, start: int, values: Array, size: int) -> None:
+        raise NotImplementedError("these are sizes; `PCACodec` decodes")
+
+
+class PCACodec(PCASizes):
     """One layer's slices, projected onto their groups' bases. float32 only.
 
     A slice is K elements; of the last one, which may be shorter, the padding's zeros are neither read nor written: the
@@ -81,26 +125,15 @@ class PCACodec(Codec):
         monitor: whether `encode` also sums up Eq. 7 for `take_local_loss`; two more passes over what it encodes.
     """
 
-    linear = True
-
     def __init__(self, basis: LayerBasis) -> None:
-        self.basis, self.monitor = basis, False
-        self._k = basis.slice_size
         self._projections = [_Projection(g, b, basis.mean_) for g, b in zip(basis.groups, basis.bases, strict=True)]
-        self._regions = tuple(_regions(self._projections))
-        self._description = f"pca K={self._k} d={_runs([len(p.components) for p in self._projections])} {basis.digest}"
+        super().__init__(
+            basis.name, basis.slice_size, [(p.group.stop - p.group.start, len(p.components)) for p in self._projections]
+        )
+        self.basis, self.monitor = basis, False
+        self._description += f" {basis.digest}"
         self._mean_sums: tuple[int, Float32] = (1, basis.mean_)
         self._local_loss = Loss()
-
-    def describe(self, dtype: np.dtype[Any]) -> str:
-        return self._description
-
-    def regions(self, length: int, dtype: np.dtype[Any]) -> Sequence[Region]:
-        if length != self.basis.length:
-            raise ValueError(f"the basis of {self.basis.name} is for {self.basis.length} elements, got {length}")
-        if dtype != np.float32:
-            raise ValueError(f"PCA bases are float32, got a {dtype} vector for {self.basis.name}")
-        return self._regions
 
     def _cut(self, start: int, values: Array, payload: Payload) -> Iterator[tuple[_Projection, int, Array, Float32]]:
         """(projection, start within the group, values, coded (slices, d)) of each group that is touched."""
@@ -127,10 +160,6 @@ class PCACodec(Codec):
                 np.matmul(p.components[:, :rest], part[full * self._k :], out=coded[full])
             first = offset // self._k
             coded -= p.offsets[first : first + len(coded)]
-
-    def reduce(self, incoming: Payload, values: Array, start: int, payload: Payload, hop: Hop) -> None:
-        own = payload.view(np.float32)
-        np.add(incoming.view(np.float32), own, own)
 
     def decode(self, payload: Payload, start: int, values: Array, size: int) -> None:
         if self._mean_sums[0] != size:
@@ -190,18 +219,16 @@ def _runs(values: Sequence[int]) -> str:
     return ",".join(f"{count}x{value}" if count > 1 else str(value) for count, value in parts)
 
 
-def _regions(projections: Sequence[_Projection]) -> Iterator[Region]:
+def _regions(slice_size: int, groups: Sequence[tuple[int, int]]) -> Iterator[Region]:
     """One region per run of groups with the same d."""
     lengths: list[tuple[int, int]] = []
-    for p in projections:
-        d, length = len(p.components), p.group.stop - p.group.start
+    for length, d in groups:
         if lengths and lengths[-1][0] == d:
             lengths[-1] = (d, lengths[-1][1] + length)
         else:
             lengths.append((d, length))
-    k = projections[0].group.slice_size
     for d, length in lengths:
-        yield Region(length, k, 4 * d, 4 * d)
+        yield Region(length, slice_size, 4 * d, 4 * d)
 
 
 def gradient_codec(
@@ -217,6 +244,32 @@ def gradient_codec(
         (the codec, the compressed layers' codecs by name).
     """
     layers = {basis.name: PCACodec(basis) for basis in bases if basis.ratio > 1}
+    return _compose(blocks, layers, trailing), layers
+
+
+def gradient_sizes(blocks: Sequence[Block], config: PCAConfig, trailing: int = 0) -> Composite:
+    """As `gradient_codec`, of sizes only.
+
+    Args:
+        config: with `n_components` or `ratio`; what a loss threshold leads to only data can tell.
+    Raises:
+        ValueError: for a loss threshold, or a slice size that fits no layer.
+    """
+    sizes = slice_sizes(blocks, config.slice_size)
+    layers = {}
+    for block in blocks:
+        if block.compressed:
+            k = sizes[block.name]
+            d = config.wanted_components(k)
+            if d is None:
+                raise ValueError("without data, d must be fixed: give `n_components` or `ratio`, not a loss threshold")
+            if d < k:
+                layers[block.name] = PCASizes(block.name, k, [(block.length, d)])
+    return _compose(blocks, layers, trailing)
+
+
+def _compose(blocks: Sequence[Block], layers: Mapping[str, Codec], trailing: int) -> Composite:
+    """The layers' codecs, and the identity for what is between and behind them."""
     parts: list[tuple[int, Codec]] = []
     rest = 0
     for block in blocks:
@@ -229,4 +282,4 @@ def gradient_codec(
             rest += block.length
     if rest + trailing:
         parts.append((rest + trailing, Identity()))
-    return Composite(parts), layers
+    return Composite(parts)

@@ -46,26 +46,6 @@ class Request(Protocol):
         """Whether the message is complete."""
 
 
-class Port(Protocol):
-    """What a driver gives the algorithm: one link in, one link out, and a clock for what is computed.
-
-    None of these blocks. Messages arrive in the order in which they were sent. A sent buffer must not be changed, and
-    a posted one not be read, before its request is complete.
-    """
-
-    def receive(self, buffer: Payload) -> Request:
-        """Start receiving the predecessor's next message into `buffer`."""
-
-    def send(self, buffer: Payload) -> Request:
-        """Start sending `buffer` to the successor."""
-
-    def fetch(self, chunk: Chunk, buffer: Payload) -> Payload:
-        """Where a chunk is whose receive into `buffer` is complete: there, or in memory shared with the predecessor."""
-
-    def compute(self, kind: str, function: Callable[..., Any], *args: Any) -> None:
-        """Call `function(*args)` and account for it as `kind`."""
-
-
 class Work(NamedTuple):
     """One chunk in one step of one rank."""
 
@@ -73,6 +53,26 @@ class Work(NamedTuple):
     segment: int
     chunk: Chunk
     hop: Hop
+
+
+class Port(Protocol):
+    """What a driver gives the algorithm: one link in, one link out, and a clock for what is computed.
+
+    None of these blocks. Messages arrive in the order in which they were sent. A sent buffer must not be changed, and
+    a posted one not be read, before its request is complete.
+    """
+
+    def receive(self, buffer: Payload, work: Work) -> Request:
+        """Start receiving the predecessor's next message into `buffer`; `work` is what it is for."""
+
+    def send(self, buffer: Payload, work: Work) -> Request:
+        """Start sending `buffer`, of which `work` is done, to the successor."""
+
+    def fetch(self, buffer: Payload, work: Work) -> Payload:
+        """Where a message is whose receive into `buffer` is complete: there, or in memory shared with its sender."""
+
+    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+        """Call `function(*args)`, a part of `work`, and account for it as `kind`."""
 
 
 class Wait(NamedTuple):
@@ -149,7 +149,7 @@ def ring(
                         yield Wait(request, sending, True)
                     del sent[arriving.chunk]
                 buffer = payload[arriving.chunk.first_byte : arriving.chunk.last_byte]
-            posted.append((buffer, port.receive(buffer)))
+            posted.append((buffer, port.receive(buffer, arriving)))
             next_receive += 1
 
         step, _, chunk, hop = item
@@ -157,25 +157,25 @@ def ring(
         wire = payload[chunk.first_byte : chunk.last_byte]
 
         if not codec.in_place and (step == first or (step < size and codec.linear)):
-            port.compute("encode", codec.encode, values, chunk.start, wire, hop)
+            port.compute("encode", item, codec.encode, values, chunk.start, wire, hop)
         if step > first:
             buffer, request = posted.popleft()
             if not request.Test():
                 yield Wait(request, item, False)
-            incoming = port.fetch(chunk, buffer)
+            incoming = port.fetch(buffer, item)
             if step < size:
                 kind = "add" if codec.linear else "recode"
-                port.compute(kind, codec.reduce, incoming, values, chunk.start, wire, hop)
+                port.compute(kind, item, codec.reduce, incoming, values, chunk.start, wire, hop)
             elif incoming is not buffer:
-                port.compute("add", np.copyto, buffer, incoming)
+                port.compute("add", item, np.copyto, buffer, incoming)
         if mean and codec.in_place and step == size - 1 and first == 0:
-            port.compute("add", np.divide, values, size, values)
+            port.compute("add", item, np.divide, values, size, values)
         if step < last:
-            sent[chunk] = port.send(wire), item
+            sent[chunk] = port.send(wire, item), item
         if not codec.in_place and step >= size - 1:
-            port.compute("decode", codec.decode, wire, chunk.start, values, size if first == 0 else 1)
+            port.compute("decode", item, codec.decode, wire, chunk.start, values, size if first == 0 else 1)
             if mean:
-                port.compute("decode", np.divide, values, size, values)
+                port.compute("decode", item, np.divide, values, size, values)
 
     for request, sending in sent.values():
         if not request.Test():

@@ -70,6 +70,18 @@ class Codec(ABC):
     def decode(self, payload: Payload, start: int, values: Array, size: int) -> None:
         """Write the sum over `size` workers into `values`. `payload` is not modified (it may still be on its way)."""
 
+    def amounts(self, kind: str, values: Array, start: int, payload: Payload) -> Sequence[tuple[str, float]]:
+        """How much of what a call computes, for a cluster's table of rates (`ring.cluster`).
+
+        Args:
+            kind: "encode", "add" (`reduce` of a linear codec), "recode" (of another), or "decode".
+            values, start, payload: as for `encode`; neither is looked into.
+        Returns:
+            Pairs of a rate's name and an amount; by default "add" and the bytes of the payload, or the class's name
+            with the kind, such as "qsgd.encode", and the number of elements.
+        """
+        return [("add", len(payload))] if kind == "add" else [(f"{type(self).__name__.lower()}.{kind}", len(values))]
+
 
 class Identity(Codec):
     """No compression: plain ring all-reduce. The payload is the vector itself, nothing is copied.
@@ -95,6 +107,10 @@ class Identity(Codec):
 
     def decode(self, payload: Payload, start: int, values: Array, size: int) -> None:
         values[:] = payload.view(values.dtype)
+
+    def amounts(self, kind: str, values: Array, start: int, payload: Payload) -> Sequence[tuple[str, float]]:
+        names = {"add": ["add"], "recode": ["copy", "add"]}.get(kind, ["copy"])
+        return [(name, len(payload)) for name in names]
 
 
 class _Piece(NamedTuple):
@@ -159,3 +175,11 @@ class Composite(Codec):
     def decode(self, payload: Payload, start: int, values: Array, size: int) -> None:
         for codec, elements, offset, wire in self._pieces(values, start):
             codec.decode(payload[wire], offset, values[elements], size)
+
+    def amounts(self, kind: str, values: Array, start: int, payload: Payload) -> Sequence[tuple[str, float]]:
+        total: dict[str, float] = {}
+        for codec, elements, offset, wire in self._pieces(values, start):
+            for part in ("encode", "add") if kind == "recode" and codec.linear else (kind,):
+                for name, amount in codec.amounts(part, values[elements], offset, payload[wire]):
+                    total[name] = total.get(name, 0.0) + amount
+        return list(total.items())

@@ -65,7 +65,7 @@ class Ring(ABC):
         Cost: 2(N-1) steps; 2(N-1)/N of the payload's bytes sent per rank where N divides it.
         """
         plan = self._plan("all_reduce", vector, codec, op, chunk_bytes, None)
-        return self._execute(plan, codec, vector, timeline)
+        return self._run(plan, codec, vector, timeline)
 
     def reduce_scatter(
         self,
@@ -84,7 +84,7 @@ class Ring(ABC):
         Cost: N-1 steps; (N-1)/N of the payload's bytes sent per rank where N divides it.
         """
         plan = self._plan("reduce_scatter", vector, codec, op, chunk_bytes, bounds)
-        return self._execute(plan, codec, vector, timeline)
+        return self._run(plan, codec, vector, timeline)
 
     def all_gather(
         self,
@@ -100,7 +100,7 @@ class Ring(ABC):
         Args, errors and cost as for `reduce_scatter`.
         """
         plan = self._plan("all_gather", vector, codec, "sum", chunk_bytes, bounds)
-        return self._execute(plan, codec, vector, timeline)
+        return self._run(plan, codec, vector, timeline)
 
     def barrier(self) -> None:
         """Wait until every worker is here."""
@@ -128,6 +128,11 @@ class Ring(ABC):
         return self._planner.plan(
             operation, vector, codec, op, self.chunk_bytes if chunk_bytes is None else chunk_bytes, bounds
         )
+
+    def _run(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+        if timeline is not None:
+            timeline.begin_call()
+        return self._execute(plan, codec, vector, timeline)
 
     @abstractmethod
     def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from ring.algorithm import Work
 from ring.codec import Array, Codec, Payload
 from ring.errors import RingError, RingMismatch
 from ring.handle import Ring
 from ring.plan import CHUNK_BYTES, Plan, Stats
-from ring.segments import Chunk
 from ring.timeline import Timeline, compute_unmeasured
 
 T = TypeVar("T")
@@ -52,16 +52,24 @@ class _Link:
 
 class _Port:
     def __init__(self, upstream: _Link, downstream: _Link, timeline: Timeline | None) -> None:
-        self.receive, self._downstream = upstream.receive, downstream
+        self._upstream, self._downstream = upstream, downstream
         self.compute = compute_unmeasured if timeline is None else timeline.compute
+        self._kept = timeline if timeline is not None and timeline.keep else None
         self.bytes_sent = self.messages = 0
 
-    def send(self, buffer: Payload) -> _Message:
+    def receive(self, buffer: Payload, work: Work) -> _Message:
+        return self._upstream.receive(buffer)
+
+    def send(self, buffer: Payload, work: Work) -> _Message:
         self.bytes_sent += len(buffer)
         self.messages += 1
+        if self._kept is not None:
+            self._kept.mark_sent(work)
         return self._downstream.send(buffer)
 
-    def fetch(self, chunk: Chunk, buffer: Payload) -> Payload:
+    def fetch(self, buffer: Payload, work: Work) -> Payload:
+        if self._kept is not None:
+            self._kept.mark_received(work)
         return buffer
 
 

@@ -33,13 +33,12 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from ring.abort import LAST_WORDS_S, check_launcher
-from ring.algorithm import Request, Wait
+from ring.algorithm import Request, Wait, Work
 from ring.codec import Array, Codec, Payload
 from ring.errors import RingError, RingMismatch, RingTimeout
 from ring.handle import Ring
 from ring.machine import usable_cores
 from ring.plan import CHUNK_BYTES, Plan, Stats
-from ring.segments import Chunk
 from ring.timeline import Timeline, compute_unmeasured
 
 #: The greeting: the call's number and a digest of what it does; in which shared window the vector lies and where in it
@@ -131,6 +130,7 @@ class _Port:
     def __init__(self, owner: MPIRing, greeting: _Greeting, shared: bool, timeline: Timeline | None) -> None:
         self._owner, self._greeting, self.shared = owner, greeting, shared
         self.compute = compute_unmeasured if timeline is None else timeline.compute
+        self._kept = timeline if timeline is not None and timeline.keep else None
         self.leaves_with_greeting = greeting.leaves_with_chunk and not shared
         self._arrives_with_greeting = greeting.arrives_with_chunk
         self._deferred: list[_Deferred] = []
@@ -144,9 +144,12 @@ class _Port:
         if window >= 0:
             self.readable = self._owner.windows[window].predecessors[offset:]
         for receive in self._deferred:
-            receive.request = self.receive(receive.buffer)
+            receive.request = self._receive(receive.buffer)
 
-    def receive(self, buffer: Payload) -> Request:
+    def receive(self, buffer: Payload, work: Work) -> Request:
+        return self._receive(buffer)
+
+    def _receive(self, buffer: Payload) -> Request:
         if not self.greeted:
             self._deferred.append(_Deferred(buffer))
             return self._deferred[-1]
@@ -158,10 +161,14 @@ class _Port:
             return DONE
         return self._owner.comm.Irecv((buffer, MPI.BYTE), self._owner.predecessor, TAG)
 
-    def fetch(self, chunk: Chunk, buffer: Payload) -> Payload:
-        return buffer if self.readable is None else self.readable[chunk.first_byte : chunk.last_byte]
+    def fetch(self, buffer: Payload, work: Work) -> Payload:
+        if self._kept is not None:
+            self._kept.mark_received(work)
+        return buffer if self.readable is None else self.readable[work.chunk.first_byte : work.chunk.last_byte]
 
-    def send(self, buffer: Payload) -> Request:
+    def send(self, buffer: Payload, work: Work) -> Request:
+        if self._kept is not None:
+            self._kept.mark_sent(work)
         if self.leaves_with_greeting:
             self.leaves_with_greeting = False
             self._greeting.chunk[:] = buffer
@@ -299,9 +306,9 @@ class MPIRing(Ring):
         compute = compute_unmeasured if timeline is None else timeline.compute
         # The same operands in the same order on both: which of two NaNs a sum becomes depends on it.
         terms = (greeting.leaving, greeting.arriving) if self.rank == 0 else (greeting.arriving, greeting.leaving)
-        compute("add", np.add, *terms, vector)
+        compute("add", plan.greeting_work, np.add, *terms, vector)
         if plan.mean:
-            compute("add", np.divide, vector, 2, vector)
+            compute("add", plan.greeting_work, np.divide, vector, 2, vector)
         if not greeting.request.Test():
             self._complete(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
         return greeting.stats
@@ -318,7 +325,7 @@ class MPIRing(Ring):
 
     def _complete(self, wait: Wait, plan: Plan, timeline: Timeline | None) -> None:
         """Wait until the request is complete."""
-        start = time.perf_counter() if timeline is not None else 0.0
+        start_s = 0.0 if timeline is None else timeline.clock()
         test = wait.request.Test
         for _ in range(self._quick_polls):
             if test():
@@ -326,7 +333,7 @@ class MPIRing(Ring):
         else:
             self._wait(wait, plan)
         if timeline is not None:
-            timeline.add("wait", time.perf_counter() - start)
+            timeline.record("wait", start_s, timeline.clock(), wait.work)
 
     def _wait(self, wait: Wait, plan: Plan) -> None:
         """Poll until the request is complete, somebody fails, or the deadline passes."""

@@ -1,4 +1,4 @@
-"""Where the time went, whatever the clock."""
+"""Where the time went, whatever the clock: this machine's, or that of an emulated cluster."""
 
 from __future__ import annotations
 
@@ -6,46 +6,133 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ring.algorithm import Work
 
 
-def compute_unmeasured(kind: str, function: Callable[..., Any], *args: Any) -> None:
+class Span(NamedTuple):
+    """From when to when a worker did one thing; within a collective, for which one (`call`) and for what."""
+
+    kind: str
+    start_s: float
+    end_s: float
+    call: int
+    work: Work | None
+
+
+class Sent(NamedTuple):
+    """A message to the successor: when it was posted, began to leave, and had left.
+
+    This machine's clock knows the first only, so that there all three are equal.
+    """
+
+    call: int
+    work: Work
+    posted_s: float
+    departed_s: float
+    left_s: float
+
+
+class Received(NamedTuple):
+    """A message from the predecessor, and when it was there (by this machine's clock: when it was found there)."""
+
+    call: int
+    work: Work
+    arrived_s: float
+
+
+def compute_unmeasured(kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
     """What `Timeline.compute` is to callers that don't ask where the time went."""
     function(*args)
 
 
 class Timeline:
-    """Seconds by kind of span: forward, backward, encode, add, recode, decode, wait, fit, update, …
+    """One worker's seconds by kind of span: forward, backward, encode, add, recode, decode, wait, fit, update, …
 
     Spans of different kinds don't overlap: "wait" is exposed communication, and what is hidden behind a computation
-    costs nothing. Totals are what callers need today, so single spans are not kept.
+    costs nothing.
 
     Args:
         clock: seconds, monotonic.
+        keep: keep single spans and messages as well, for `ring.trace`.
+        virtual: the same worker's timeline by an emulated cluster's clock; it gets the same spans.
+
+    Attributes:
+        spans, sent, received: empty unless `keep`; in the order in which they ended.
+        call: the number of the collective that is running or was last, from 1 on.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        keep: bool = False,
+        virtual: Timeline | None = None,
+    ) -> None:
+        self.clock, self.keep, self.virtual = clock, keep, virtual
+        self.spans: list[Span] = []
+        self.sent: list[Sent] = []
+        self.received: list[Received] = []
+        self.call = 0
         self._totals: dict[str, float] = defaultdict(float)
 
-    def add(self, kind: str, seconds: float) -> None:
-        """Account for a span that the caller has measured."""
-        self._totals[kind] += seconds
+    def record(self, kind: str, start_s: float, end_s: float, work: Work | None = None) -> None:
+        """Account for a span that the caller has measured by this timeline's clock."""
+        self._totals[kind] += end_s - start_s
+        if self.keep:
+            self.spans.append(Span(kind, start_s, end_s, self.call, work))
 
-    def compute(self, kind: str, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
         """Call `function(*args)` and account for it as `kind`."""
-        start = self.clock()
+        start_s = self.clock()
         function(*args)
-        self._totals[kind] += self.clock() - start
+        self.record(kind, start_s, self.clock(), work)
 
     @contextmanager
     def span(self, kind: str) -> Iterator[None]:
-        """Measure the body as `kind`."""
-        start = self.clock()
+        """Measure the body as `kind`, by the virtual clock as well if there is one."""
+        start_s = self.clock()
+        virtual_s = 0.0 if self.virtual is None else self.virtual.clock()
         try:
             yield
         finally:
-            self._totals[kind] += self.clock() - start
+            self.record(kind, start_s, self.clock())
+            if self.virtual is not None:
+                self.virtual.record(kind, virtual_s, self.virtual.clock())
+
+    def begin_call(self) -> None:
+        """A collective begins; its spans have the next number."""
+        self.call += 1
+
+    def mark_sent(self, work: Work) -> None:
+        """A message to the successor was posted just now."""
+        now_s = self.clock()
+        self.sent.append(Sent(self.call, work, now_s, now_s, now_s))
+
+    def mark_received(self, work: Work) -> None:
+        """The predecessor's message for `work` was found to be there just now."""
+        self.received.append(Received(self.call, work, self.clock()))
+
+    def fork(self) -> Timeline:
+        """An empty one by the same clocks, that goes on counting calls; to be given back to `absorb`."""
+        fork = Timeline(
+            self.clock, keep=self.keep, virtual=None if self.virtual is None else self.virtual.fork()
+        )  # fmt: skip
+        fork.call = self.call
+        return fork
+
+    def absorb(self, fork: Timeline) -> None:
+        """Add what another one by the same clocks has."""
+        for kind, seconds in fork._totals.items():
+            self._totals[kind] += seconds
+        self.spans += fork.spans
+        self.sent += fork.sent
+        self.received += fork.received
+        self.call = fork.call
+        if self.virtual is not None and fork.virtual is not None:
+            self.virtual.absorb(fork.virtual)
 
     def totals(self) -> dict[str, float]:
         """Seconds by kind since the timeline was made."""
