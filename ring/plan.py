@@ -40,6 +40,7 @@ class Plan:
     Attributes:
         description: what ranks compare, in words.
         first, last: the steps of the ring that the operation runs.
+        segments: the chunks of each.
         arriving: the chunks that the predecessor sends, in order.
         num_bytes: the whole vector's payload.
         inbox: memory for chunks that arrive, shape (posted receives, largest chunk).
@@ -51,6 +52,7 @@ class Plan:
     mean: bool
     first: int
     last: int
+    segments: Sequence[Sequence[Chunk]]
     work: Sequence[Work]
     sent: Sequence[Chunk]
     arriving: Sequence[Chunk]
@@ -142,6 +144,7 @@ class Planner:
             mean=op == "mean",
             first=first,
             last=last,
+            segments=segments,
             work=work,
             sent=sent,
             arriving=[item.chunk for item in work if item.step > first],

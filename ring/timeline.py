@@ -105,6 +105,8 @@ class Timeline:
     def begin_call(self) -> None:
         """A collective begins; its spans have the next number."""
         self.call += 1
+        if self.virtual is not None:
+            self.virtual.begin_call()
 
     def mark_sent(self, work: Work) -> None:
         """A message to the successor was posted just now."""

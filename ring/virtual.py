@@ -1,0 +1,174 @@
+"""The ring in virtual time: a real ring does the work, a described cluster's clock says how long it would take there.
+
+A collective runs on the inner ring, over MPI or in lockstep, so its sums are the same bits as ever. Then every worker
+tells the others when it began and what its computations took, and replays the same program on the cluster
+(`ring.emulator`); all replay the same, so nobody has to be told the result.
+
+Between collectives a worker's clock runs with the processor time of its thread, so that workers that share cores don't
+disturb each other; or as `taking` says.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ring.algorithm import Work, schedule
+from ring.cluster import Cluster, ClusterError
+from ring.codec import Array, Codec
+from ring.emulator import Emulator, chance, seconds_by_rate
+from ring.handle import Ring
+from ring.plan import Plan, Stats
+from ring.program import SEND, WAIT, WAIT_SENT, record
+from ring.timeline import Timeline
+
+#: Plans whose programs are kept.
+MOST_PROGRAMS = 8
+
+
+class _Meter(Timeline):
+    """Passes everything on to the caller's timeline, and measures the processor time of each computation."""
+
+    def __init__(self, wall: Timeline, processor_time: Callable[[], float]) -> None:
+        super().__init__(wall.clock, keep=wall.keep)
+        self._wall, self._processor_time = wall, processor_time
+        self.seconds: dict[tuple[str, Work], float] = defaultdict(float)
+        self.mark_sent, self.mark_received = wall.mark_sent, wall.mark_received  # type: ignore[method-assign]
+        self.record = wall.record  # type: ignore[method-assign]
+
+    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+        start_s = self._processor_time()
+        self._wall.compute(kind, work, function, *args)
+        self.seconds[kind, work] += self._processor_time() - start_s
+
+
+class _Programs:
+    """What all workers do in calls of one plan, and which computations have to be measured."""
+
+    def __init__(self, plan: Plan, codec: Codec, vector: Array, cluster: Cluster) -> None:
+        size = cluster.nodes
+        self.by_rank = [
+            record(
+                codec, len(vector), vector.dtype, schedule(plan.operation, plan.segments, rank, size),
+                first=plan.first, last=plan.last, mean=plan.mean, size=size,
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+        self.measured = [
+            [
+                (operation.kind, operation.work)
+                for operation in program
+                if operation.kind not in (SEND, WAIT, WAIT_SENT) and seconds_by_rate(cluster, operation.amounts) is None
+            ]
+            for program in self.by_rank
+        ]
+        self.columns = max(len(keys) for keys in self.measured)
+
+
+class VirtualRing(Ring):
+    """One worker of a ring on a described cluster. Every worker makes one.
+
+    A timeline that is given to a collective gets this machine's seconds; its `virtual` one gets the cluster's. In
+    virtual time there is one more kind of span, "overhead": the processor time of messages.
+
+    Args:
+        inner: the ring that does the work, of as many workers as the cluster has nodes.
+        cluster: what to emulate.
+        processor_time: seconds of processor time of the calling thread.
+    Raises:
+        ClusterError: the cluster has another number of nodes.
+    Cost of a collective: one exchange of a few numbers on `inner`, and the emulation of all workers on each.
+    """
+
+    def __init__(
+        self, inner: Ring, cluster: Cluster, *, processor_time: Callable[[], float] = time.thread_time
+    ) -> None:
+        if cluster.nodes != inner.size:
+            raise ClusterError(
+                f"cluster {cluster.name} has {cluster.nodes} nodes (`nodes`), the ring {inner.size} workers"
+            )
+        super().__init__(inner.rank, inner.size, inner.chunk_bytes)
+        self.inner, self.cluster = inner, cluster
+        self._processor_time = processor_time
+        self._node = cluster.node_at(inner.rank)
+        self._emulator = Emulator(cluster)
+        self._programs: OrderedDict[str, _Programs] = OrderedDict()
+        self._base_s, self._mark_s = 0.0, processor_time()
+        self._set_pace()
+
+    def _set_pace(self) -> None:
+        """How slow this node is until the end of the next collective."""
+        luck = chance(self.cluster, self._emulator.calls + 1)
+        self._slowdown = self._node.slowdown * float(luck.stragglers[self.rank])
+
+    def clock(self) -> float:
+        """This worker's virtual seconds, from 0 on."""
+        computed_s = self._processor_time() - self._mark_s
+        return self._base_s + computed_s * self._slowdown / self._node.compute_speed
+
+    @contextmanager
+    def taking(self, seconds: float) -> Iterator[None]:
+        """What is computed within takes `seconds` on a node that is not slow, whatever it takes here."""
+        end_s = self.clock() + seconds * self._slowdown
+        try:
+            yield
+        finally:
+            self._set_clock(end_s)
+
+    def _set_clock(self, now_s: float) -> None:
+        self._base_s, self._mark_s = now_s, self._processor_time()
+
+    def empty(self, length: int, dtype: npt.DTypeLike = np.float32) -> Array:
+        return self.inner.empty(length, dtype)
+
+    def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+        programs = self._programs_of(plan, codec, vector)
+        start_s = self.clock()
+        meter = _Meter(Timeline() if timeline is None else timeline, self._processor_time)
+        stats = self.inner._execute(plan, codec, vector, meter)
+
+        row = np.zeros(1 + programs.columns)
+        row[0] = start_s
+        for column, key in enumerate(programs.measured[self.rank]):
+            row[1 + column] = meter.seconds.get(key, 0.0)
+        rows = self.inner.rows_of_all(row.tolist())
+        measured = [
+            dict(zip(keys, rows[rank, 1:].tolist(), strict=False)) for rank, keys in enumerate(programs.measured)
+        ]
+        timelines: list[Timeline | None] = [None] * self.size
+        timelines[self.rank] = None if timeline is None else timeline.virtual
+        ends_s = self._emulator.run(
+            programs.by_rank,
+            rows[:, 0].tolist(),
+            timelines,
+            lambda rank, operation: measured[rank][operation.kind, operation.work] / self._speed(rank),
+        )
+        self._set_pace()
+        self._set_clock(ends_s[self.rank])
+        return stats
+
+    def _speed(self, rank: int) -> float:
+        return self.cluster.node_at(rank).compute_speed
+
+    def _programs_of(self, plan: Plan, codec: Codec, vector: Array) -> _Programs:
+        programs = self._programs.get(plan.description)
+        if programs is None:
+            programs = self._programs[plan.description] = _Programs(plan, codec, vector, self.cluster)
+            if len(self._programs) > MOST_PROGRAMS:
+                self._programs.popitem(last=False)
+        return programs
+
+    def state_dict(self) -> dict[str, Any]:
+        """This worker's clock and the links' state, for `load_state_dict` of a ring on the same cluster."""
+        return {"clock_s": self.clock(), "emulator": self._emulator.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._emulator.load_state_dict(state["emulator"])
+        self._set_pace()
+        self._set_clock(state["clock_s"])
