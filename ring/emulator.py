@@ -69,6 +69,12 @@ def seconds_by_rate(cluster: Cluster, amounts: Sequence[tuple[str, float]]) -> f
     return total
 
 
+def missing_rates(cluster: Cluster, amounts: Sequence[tuple[str, float]]) -> ClusterError:
+    """What to raise where `seconds_by_rate` gives None and nothing else helps."""
+    missing = ", ".join(name for name, _ in amounts if name not in cluster.rates)
+    return ClusterError(f"cluster {cluster.name} has no `rates` for {missing}, and nothing was measured")
+
+
 class _Cores:
     """Cores that computing workers share evenly."""
 
@@ -343,8 +349,7 @@ class _Run:
         seconds = seconds_by_rate(cluster, operation.amounts)
         if seconds is None:
             if self._measured is None:
-                missing = ", ".join(name for name, _ in operation.amounts if name not in cluster.rates)
-                raise ClusterError(f"cluster {cluster.name} has no `rates` for {missing}, and nothing was measured")
+                raise missing_rates(cluster, operation.amounts)
             seconds = self._measured(rank, operation)
         return seconds
 

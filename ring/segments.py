@@ -112,6 +112,12 @@ def cut_segments(
     return [_cut_chunks(payload, start, stop, chunk_bytes) for start, stop in pairwise(bounds)]
 
 
+def cut_segment(payload: PayloadMap, index: int, size: int, chunk_bytes: int) -> list[Chunk]:
+    """One of the segments that `cut_segments` makes, without the others."""
+    start, stop = (payload.cut_near(payload.num_bytes * part // size) for part in (index, index + 1))
+    return _cut_chunks(payload, start, stop, chunk_bytes)
+
+
 def _cut_chunks(payload: PayloadMap, start: int, stop: int, chunk_bytes: int) -> list[Chunk]:
     num_bytes = payload.byte_at(stop) - payload.byte_at(start)
     cuts = payload.cut(start, stop, max(1, -(-num_bytes // chunk_bytes)))
