@@ -308,6 +308,14 @@ class Part(NamedTuple):
     end_s: float
 
 
+class _Claim(NamedTuple):
+    """What one or all of the links or workers hold of the critical path, in seconds and in words."""
+
+    on: str
+    seconds: float
+    text: str
+
+
 class CriticalPath(NamedTuple):
     """What the end of a span of time depended on, back to its start without a gap.
 
@@ -335,16 +343,18 @@ class CriticalPath(NamedTuple):
         """Where the time is, in a sentence: shares of the whole, largest first."""
         if not self.seconds:
             return "The critical path has no length."
-        claims = sorted(self._claims("link") + self._claims("rank"), key=lambda claim: -claim[0])
-        named = [claim for claim in claims if claim[0] >= LEAST_SHARE * self.seconds][:MOST_NAMED] or claims[:1]
-        rest_s = self.seconds - sum(claim[0] for claim in named)
-        texts = [text for _, text in named]
-        if round(100 * rest_s / self.seconds):
-            texts.append(f"everything else holds {rest_s / self.seconds:.0%}")
+        claims = sorted((*self._claims("link"), *self._claims("rank")), key=lambda claim: -claim.seconds)
+        named = [claim for claim in claims if claim.seconds >= LEAST_SHARE * self.seconds][:MOST_NAMED] or claims[:1]
+        texts = [claim.text for claim in named]
+        for on in ("link", "rank"):
+            rest_s = sum(claim.seconds for claim in claims if claim.on == on and claim not in named)
+            if round(100 * rest_s / self.seconds):
+                other = "other " if any(claim.on == on for claim in named) else ""
+                texts.append(f"the {other}{on}s hold {rest_s / self.seconds:.0%}")
         return f"Of {format_s(self.seconds)}, {'; '.join(texts)}."
 
-    def _claims(self, on: Literal["rank", "link"]) -> list[tuple[float, str]]:
-        """Seconds, and a text: of each link or worker by itself, or of all together if they share alike."""
+    def _claims(self, on: Literal["rank", "link"]) -> list[_Claim]:
+        """Of each link or worker by itself, or of all together if they share alike."""
         totals = self.totals(on)
         sums = [sum(kinds.values()) for kinds in totals]
         whole, largest = sum(sums), max(range(self.size), key=sums.__getitem__)
@@ -356,10 +366,9 @@ class CriticalPath(NamedTuple):
                     together[kind] += value
             low, high = (f"{value / self.seconds:.0%}" for value in (min(sums), max(sums)))
             each = f"{high} each" if low == high else f"{low} to {high} each, {self._name(on, largest)} most"
-            what = "links" if on == "link" else "workers"
-            return [(whole, f"the {self.size} {what} hold {self._share(together)}, shared alike: {each}")]
+            return [_Claim(on, whole, f"the {self.size} {on}s hold {self._share(together)}, shared alike: {each}")]
         return [
-            (value, f"{self._name(on, rank)} holds {self._share(kinds)}")
+            _Claim(on, value, f"{self._name(on, rank)} holds {self._share(kinds)}")
             for rank, (value, kinds) in enumerate(zip(sums, totals, strict=True))
             if value
         ]
@@ -392,7 +401,8 @@ def critical_path(trace: Trace, start_s: float | None = None, end_s: float | Non
     of a message there is why it is late. A wait until a message has left goes back to when the worker posted it.
 
     By the wall clock, the whole way of a message from its being posted counts for its link, even where the receiver was
-    slow to notice it; a wait for the greeting that begins a collective depends on when the predecessor began it.
+    slow to notice it; a wait until a message has left is the link's until it was found, then the worker's own; a wait
+    for the greeting that begins a collective depends on when the predecessor began it.
 
     Cost: a search in the worker's activities for each part.
     """
@@ -441,6 +451,7 @@ def critical_path(trace: Trace, start_s: float | None = None, end_s: float | Non
                 go_back("link", rank, "transfer", message.departed_s)
                 go_back("link", rank, "queue", message.posted_s)
             else:
+                go_back("rank", rank, "wait", max(message.arrived_s, activity.start_s))
                 go_back("link", rank, "on its way", activity.start_s)
         elif hops <= size and (began_s := waits.greeting(rank, activity, now_s)) is not None:
             rank = (rank - 1) % size

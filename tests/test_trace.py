@@ -86,7 +86,7 @@ def test_the_path_goes_back_over_the_message_to_what_its_sender_did():
     assert path.totals("link") == [{"transfer": 2.0, "latency": 0.5}, {}]
     assert path.totals("rank") == [{"encode": 1.0}, {"add": 0.5}]
     assert path.describe() == (
-        "Of 4.000 s, rank 0's link to rank 1 holds 62% of the time (transfer 50%, latency 12%); the 2 workers hold 38% "
+        "Of 4.000 s, rank 0's link to rank 1 holds 62% of the time (transfer 50%, latency 12%); the 2 ranks hold 38% "
         "of the time (encode 25%, add 12%), shared alike: 12% to 25% each, rank 0 most."
     )
 
@@ -175,6 +175,26 @@ def test_waiting_until_a_message_has_left_goes_back_to_posting_it():
     ]
 
 
+def test_by_the_wall_clock_a_wait_to_send_is_the_links_until_the_message_was_found():
+    trace = Trace(
+        "wall",
+        [
+            worker(
+                [("encode", 0.0, 1.0, 0), ("add", 1.0, 2.0, 1), ("wait", 2.0, 5.0, 0)],
+                sent=[(0, 1.0, 1.0, 1.0)],
+                received=[(1, 1.0)],
+            ),
+            worker([("add", 3.0, 4.0, 1)], sent=[(0, 0.5, 0.5, 0.5)], received=[(1, 3.0)]),
+        ],
+    )
+    assert parts(critical_path(trace)) == [
+        ("rank", 0, "encode", 0.0, 1.0),
+        ("rank", 0, "add", 1.0, 2.0),
+        ("link", 0, "on its way", 2.0, 3.0),
+        ("rank", 0, "wait", 3.0, 5.0),
+    ]
+
+
 def test_a_straggler_holds_the_path_though_others_wait():
     """Rank 1 of 3 computes for 8 s, then it takes a second to each next rank; rank 0 ends last."""
     trace = Trace(
@@ -192,7 +212,10 @@ def test_a_straggler_holds_the_path_though_others_wait():
     path = critical_path(trace)
     assert path.totals("rank") == [{}, {"encode": 8.0}, {"add": 1.0}]
     assert path.totals("link") == [{}, {"transfer": 1.0}, {"transfer": 1.0}]
-    assert path.describe() == "Of 11.000 s, rank 1 holds 73% of the time (encode); everything else holds 27%."
+    assert (
+        path.describe()
+        == "Of 11.000 s, rank 1 holds 73% of the time (encode); the links hold 18%; the other ranks hold 9%."
+    )
 
 
 def test_time_that_nobody_recorded_and_waits_for_nobody_knows_what_are_the_workers_own():
