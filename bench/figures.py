@@ -2,6 +2,8 @@
 
     a run's folder (`bench.record`)        accuracy.png     test accuracy against training time (Fig. 7a) and iterations
                                            breakdown.png    where the time went (Fig. 7b), and by phase
+                                           accuracy-NAME.png, breakdown-NAME.png     both by the clock of the cluster
+                                                            that was emulated
                                            loss.png         training loss against iterations
                                            compression.png  GradiVeQ's last window, layer by layer
     NAME.json of `ring.bench --json`       NAME.png         bus bandwidth against size
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 import zipfile
 import zlib
@@ -37,6 +40,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from bench import gradients
 from bench.record import ENVIRONMENT, GROUPS, SUMMARY, metrics_name, write_atomically, write_json
+from bench.report import Clock, clocks
 from gradiveq.pca import DEFAULT_LOSS_THRESHOLD
 
 #: Okabe and Ito's palette. A method has the same colour in every figure; others than these get one by their name.
@@ -196,8 +200,8 @@ class Run:
                 raise FigureError(f"{path}, line {number} is damaged ({error!r})") from error
         return lines
 
-    @property
-    def caption(self) -> str:
+    def caption(self, clock: Clock | None = None) -> str:
+        """How the run came about; with whose seconds they are if a figure shows any."""
         summary, environment = self.summary, self.environment
         commit = environment.get("commit")
         parts = [
@@ -207,6 +211,11 @@ class Run:
             f"commit {_short(commit) if commit else 'unknown'}",
             f"command: {environment.get('command')}",
         ]
+        if clock is not None and clock.key is not None:
+            about = f"Seconds are those of the emulated cluster {clock.name}"
+            source = summary["cluster"].get("source")
+            parts.insert(0, f"{about}: {source}" if source else about)
+            parts[2] += f", which trained for real{' in one process' if summary.get('one_process') else ''}"
         if not summary.get("complete", True):
             parts.insert(0, "Not all methods have ended")
         return _sentences(parts)
@@ -228,31 +237,43 @@ def draw(run_folder: Path) -> list[Path]:
     run = Run(Path(run_folder))
     try:
         with _style():
-            figures = {
-                "accuracy.png": _accuracy(run),
-                "breakdown.png": _breakdown(run),
-                "loss.png": _loss(run),
-                "compression.png": _compression(run),
-            }
+            figures: dict[str, Figure | None] = {}
+            for clock in clocks(run.summary):
+                name = "" if clock.key is None else f"-{_file_name(run.summary['cluster']['name'])}"
+                figures[f"accuracy{name}.png"] = _accuracy(run, clock)
+                figures[f"breakdown{name}.png"] = _breakdown(run, clock)
+            figures |= {"loss.png": _loss(run), "compression.png": _compression(run)}
             return [_write(figure, run.folder / name) for name, figure in figures.items() if figure is not None]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise FigureError(f"{run.folder} is damaged: its record isn't as it should be ({error!r})") from error
 
 
-def _accuracy(run: Run) -> Figure | None:
+def _file_name(name: str) -> str:
+    """A cluster's name, which may be anything, as part of a file's."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "cluster"
+
+
+def _on(clock: Clock) -> str:
+    """For titles."""
+    return "" if clock.key is None else f" on {clock.name}"
+
+
+def _accuracy(run: Run, clock: Clock) -> Figure | None:
     """Fig. 7a: against seconds of training; and against iterations, which doesn't depend on the machine."""
     evaluations = {method: lines["evaluation"] for method, lines in run.lines.items() if lines["evaluation"]}
     if not evaluations:
         return None
-    figure = _figure(9.5, 3.6, run.title("Test accuracy"), run.caption)
+    time = "time_s" if clock.key is None else "virtual_s"
+    figure = _figure(9.5, 3.6, run.title(f"Test accuracy{_on(clock)}"), run.caption(clock))
     axes = figure.subplots(1, 2, sharey=True)
     for method, lines in evaluations.items():
         accuracy = [100 * line["test_accuracy"] for line in lines]
         style = {**_method(method), "marker": METHOD_MARKERS.get(method, "D")}
-        label = f"{style.pop('label')}\n{accuracy[-1]:.2f} % in {lines[-1]['time_s']:,.0f} s"
-        axes[0].plot([line["time_s"] for line in lines], accuracy, label=label, **style)
+        label = f"{style.pop('label')}\n{accuracy[-1]:.2f} % in {lines[-1][time]:,.0f} s"
+        axes[0].plot([line[time] for line in lines], accuracy, label=label, **style)
         axes[1].plot([line["iteration"] for line in lines], accuracy, **style)
-    axes[0].set(xlabel="training time (s)", ylabel="test accuracy (%)")
+    where = "" if clock.key is None else " on the cluster"
+    axes[0].set(xlabel=f"training time{where} (s)", ylabel="test accuracy (%)")
     axes[1].set(xlabel="iterations")
     for axis in axes:
         axis.set_xlim(left=0)
@@ -262,7 +283,7 @@ def _accuracy(run: Run) -> Figure | None:
     return figure
 
 
-def _breakdown(run: Run) -> Figure | None:
+def _breakdown(run: Run, clock: Clock) -> Figure | None:
     """Fig. 7b: seconds per 500 iterations (or of all, if there are less); and of an iteration, by phase."""
     if not run.methods:
         return None
@@ -275,14 +296,15 @@ def _breakdown(run: Run) -> Figure | None:
     iterations = min(method["iterations"] for method in run.methods.values())
     per = BREAKDOWN_ITERATIONS if iterations >= BREAKDOWN_ITERATIONS else iterations
     figure = _figure(
-        10.5, 1.5 + 0.36 * max(len(names) + 1, len(phases)), run.title(f"Time for {per} iterations"), run.caption
-    )
+        10.5, 1.5 + 0.36 * max(len(names) + 1, len(phases)), run.title(f"Time for {per} iterations{_on(clock)}"),
+        run.caption(clock),
+    )  # fmt: skip
     left, right = figure.subplots(1, 2)
-    whole = [_shown(run.methods[name]["groups"], per / run.methods[name]["iterations"]) for name in names]
+    whole = [_shown(clock.times(run.methods[name])["groups"], per / run.methods[name]["iterations"]) for name in names]
     _stack(left, [METHOD_LABELS.get(name, name) for name in names], whole, "{:,.0f}" if per >= 100 else "{:,.1f}")
     left.set(xlabel=f"seconds per {per} iterations", title="all phases")
     parts = [run.methods[name]["phases"][phase] for name, phase in phases]
-    each = [_shown(part["groups"], 1e3 / part["iterations"]) for part in parts]
+    each = [_shown(clock.times(part)["groups"], 1e3 / part["iterations"]) for part in parts]
     labels = [
         f"{METHOD_LABELS.get(name, name)}{'' if phase in ('plain', 'qsgd') else f', {phase}'}" for name, phase in phases
     ]
@@ -322,7 +344,7 @@ def _loss(run: Run) -> Figure | None:
     losses = {m: lines["iteration"] for m, lines in run.lines.items() if lines["iteration"]}
     if not losses:
         return None
-    figure = _figure(8.5, 3.6, run.title("Training loss"), run.caption)
+    figure = _figure(8.5, 3.6, run.title("Training loss"), run.caption())
     axis = figure.subplots()
     smooth_top = 0.0
     for method, lines in losses.items():
@@ -363,7 +385,7 @@ def _compression(run: Run) -> Figure | None:
     names = [name.removesuffix(".weight") for name in layers]
     places = np.arange(len(layers))
     title = run.title(f"{METHOD_LABELS.get(method, method)} by layer, window {window['window'] + 1}")
-    figure = _figure(max(7.5, 3.2 + 0.27 * len(layers)), 5.2, title, run.caption)
+    figure = _figure(max(7.5, 3.2 + 0.27 * len(layers)), 5.2, title, run.caption())
     upper, lower = figure.subplots(2, 1, sharex=True)
     upper.bar(places, [layer["ratio"] for layer in layers.values()], 0.7, color=method_color(method))
     tops = [(place, layer["ratio"], _total(layer["d"])) for place, layer in zip(places, layers.values(), strict=True)]

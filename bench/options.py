@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+#: What `--cluster` says for this machine's clock alone.
+NO_CLUSTER = "none"
 DEFAULTS: dict[str, Any] = {
     "methods": ["rar", "qsgd", "gradiveq"],
     "model": "resnet32",
@@ -42,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "qsgd_norm": "max",
     "qsgd_pipelined": True,
     "nonfinite": "fail",
+    "cluster": None,
     "device": "cpu",
     "threads": None,
     "chunk_bytes": None,
@@ -191,9 +194,22 @@ def make_parser() -> Parser:
         dest="qsgd_pipelined", action="store_false",
     )  # fmt: skip
 
+    cluster = parser.add_argument_group("emulation")
+    add(
+        cluster, "--cluster",
+        "whose clock runs beside this machine's: a preset of bench/clusters, a TOML file as in ring/cluster.py, or "
+        f"'{NO_CLUSTER}' (default: gradiveq-cpu, with a node for each rank). Given without mpirun: all nodes of the "
+        "cluster are threads of one process",
+        metavar="NAME",
+    )  # fmt: skip
+
     machine = parser.add_argument_group("the machine")
     add(machine, "--device", "where models are trained", choices=("cpu", "cuda"))
-    add(machine, "--threads", "of each rank (default: cores / ranks of this machine)", type=int, metavar="N")
+    add(
+        machine, "--threads",
+        "of each rank (default: cores / ranks of this machine; 1 where all ranks are in one process)",
+        type=int, metavar="N",
+    )  # fmt: skip
     add(machine, "--chunk-bytes", "most payload in a message (default: the ring's)", type=int, metavar="N")
     add(machine, "--timeout", "seconds that a rank waits for a neighbour", type=float, metavar="S")
 
@@ -269,7 +285,8 @@ def read_environment(folder: Path) -> dict[str, Any]:
         if unknown:
             raise UsageError(f"--resume: {path} is of another version, it differs in option {min(unknown)}")
         check_options(recorded["options"])
-        recorded["ranks"], recorded["data_sha256"], recorded["data_source"]
+        for name in ("ranks", "one_process", "cluster", "data_sha256", "data_source"):
+            recorded[name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--resume: {path} is not a run's record ({error!r})") from error
     return recorded

@@ -11,6 +11,10 @@ All numbers are JSON numbers, `null` where there is none or it is not finite. Ti
 time only: evaluations, checkpoints, start-up and the measuring of held-out losses are not in it. A resumed run goes on
 counting where it was stopped.
 
+Two clocks: `time_s` and `seconds` are this machine's. `virtual_s`, `virtual_seconds` and what is in "virtual" are those
+of an emulated cluster (`ring.virtual`): the same iterations, if they had run there. Runs with `--cluster none`, and
+those recorded before there were two clocks, don't have them.
+
 **metrics-<method>.jsonl** holds lines of three types, in the order in which things happened:
 
     {"type": "iteration", "iteration": 17, "epoch": 0.27, "phase": "compress", "loss": 2.31, "lr": 0.1,
@@ -18,10 +22,10 @@ counting where it was stopped.
      "skipped": false,
      "seconds": {"data": …, "forward": …, "backward": …, "pack": …, "encode": …, "add": …, "recode": …, "decode": …,
                  "wait": …, "fit": …, "update": …, "control": …, "measure": …, "other": …},
-     "iteration_s": 0.41, "time_s": 7.2, "losses": …}
-    {"type": "evaluation", "iteration": 40, "epoch": 0.65, "time_s": 16.3, "test_accuracy": 0.71, "test_loss": 0.83,
-     "evaluation_s": 2.9}
-    {"type": "window", "iteration": 40, "time_s": 16.3, "window": {…}}
+     "iteration_s": 0.41, "time_s": 7.2, "virtual_seconds": {…}, "virtual_s": 12.3, "losses": …}
+    {"type": "evaluation", "iteration": 40, "epoch": 0.65, "time_s": 16.3, "virtual_s": 28.1, "test_accuracy": 0.71,
+     "test_loss": 0.83, "evaluation_s": 2.9}
+    {"type": "window", "iteration": 40, "time_s": 16.3, "virtual_s": 28.1, "window": {…}}
 
 * `iteration` counts from 0 in lines of type iteration; elsewhere it is the number of iterations that were done.
 * `phase` is "plain", "qsgd", "warm-up", "sample" or "compress".
@@ -33,6 +37,8 @@ counting where it was stopped.
   is exposed communication; "recode" is decoding, adding and encoding again at a hop; "pack" copies gradients to and
   from the flat vector; "control" is the exchange of the mean loss (and of whether somebody asked to stop); "measure" is
   the exact all-reduce that a held-out loss is measured with, which is in `iteration_s` but not in `time_s`.
+* `virtual_seconds` are an iteration's on the cluster, "measure" likewise not in `virtual_s`. "overhead" is processor
+  time of messages, which only clusters have.
 * `losses` is there in iterations in which the aggregator measured any (`gradiveq.aggregator.Report.losses`).
 * `window` is an entry of `gradiveq.aggregator.Aggregator.window_log`: per layer d, ratio, in-sample and held-out loss,
   and so on. Its line comes when the window is complete, which is after the next window's first iteration.
@@ -41,6 +47,8 @@ counting where it was stopped.
 
     {"title", "data_source", "model", "ranks", "ranks_per_machine", "cores" (of the first machine), "batch_size",
      "iterations", "complete": true if all methods ended, "notes": [lines for people], "options": {…},
+     "one_process": true if the ranks were threads of one process, whose clock then says little,
+     "cluster": what `ring.cluster.parse` makes the emulated cluster of, or null,
      "methods": {"gradiveq": {
         "test_accuracy", "test_loss", "train_loss" (mean over the last tenth, less the skipped iterations),
         "iterations", "skipped", "time_s", "bytes_per_iteration", "dense_bytes_per_iteration",
@@ -48,14 +56,17 @@ counting where it was stopped.
         "compute_cpu_s", "evaluation_s", "checkpoint_s", "weights_sha256", "windows" (how many),
         "last_window": {"window", "iteration", "layers": {name: {"d", "slice_size", "ratio", "in_sample_loss",
         "held_out_loss"}}} or null,
-        "phases": {"compress": {"iterations", "bytes_per_iteration", "ratio", "time_s", "seconds", "groups"}, …}}, …}}
+        "virtual": {"time_s", "seconds", "groups"} on the cluster,
+        "phases": {"compress": {"iterations", "bytes_per_iteration", "ratio", "time_s", "seconds", "groups", "virtual"},
+        …}}, …}}
 
 Seconds and bytes there are means over the ranks, totals over the run unless the name says otherwise. `groups` sums the
 kinds as the tables and the breakdown show them, see `GROUPS`. `compute_cpu_s` is the processor time of forward,
 backward and update: where ranks share cores it is less than the seconds that passed.
 
-**environment.json** has the versions, the processor, the ranks, the command line, every option (`options`), the seed,
-the commit, `data_source` and `data_sha256`, and under `resumed` the same of each process that went on with the run.
+**environment.json** has the versions, the processor, the ranks (and whether they are threads of
+`one_process`), the command line, every option (`options`), the seed, the commit, the `cluster`, `data_source` and
+`data_sha256`, and under `resumed` the same of each process that went on with the run.
 """
 
 from __future__ import annotations
@@ -82,15 +93,15 @@ SUMMARY = "summary.json"
 
 #: All kinds of seconds, in the order of an iteration.
 KINDS = (
-    "data", "forward", "backward", "pack", "encode", "add", "recode", "decode", "wait", "fit", "update", "control",
-    "measure", "other",
+    "data", "forward", "backward", "pack", "encode", "add", "recode", "decode", "wait", "overhead", "fit", "update",
+    "control", "measure", "other",
 )  # fmt: skip
 #: What the tables and the breakdown show -> the kinds that it sums.
 GROUPS = {
     "compute": ("forward", "backward", "update"),
     "encode": ("encode", "recode", "pack"),
     "add": ("add",),
-    "exposed communication": ("wait",),
+    "exposed communication": ("wait", "overhead"),
     "decode": ("decode",),
     "fit": ("fit",),
     "measure": ("measure",),

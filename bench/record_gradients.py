@@ -11,13 +11,10 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bench.launch import LONG_S, agree, attempt, limit_threads, local_ranks, run_together
+from bench.launch import limit_threads, run_together
 from bench.options import Parser, UsageError
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
+from bench.workers import LONG_S, Processes
 
 FILE = "gradients.npz"
 
@@ -39,24 +36,24 @@ def make_parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_together(lambda comm: prepare_and_record(arguments, comm))
+    return run_together(lambda workers, _: prepare_and_record(arguments, workers))
 
 
-def prepare_and_record(arguments: list[str] | None, comm: MPI.Intracomm) -> int:
-    _, here, cores = local_ranks(comm)
+def prepare_and_record(arguments: list[str] | None, workers: Processes) -> int:
     parser = make_parser()
-    parser.quiet = comm.rank > 0
-    options = attempt(comm, lambda: parser.parse_args(arguments), UsageError)
-    limit_threads(max(1, cores // here))
-    record(comm, options, cores, max(1, cores // here))
+    parser.quiet = not workers.lead
+    options = workers.attempt(lambda: parser.parse_args(arguments), UsageError)
+    threads = max(1, workers.cores // workers.local_size)
+    limit_threads(threads)
+    record(workers, options, threads)
     return 0
 
 
-def record(comm: MPI.Intracomm, options: argparse.Namespace, cores: int, threads: int) -> None:
+def record(workers: Processes, options: argparse.Namespace, threads: int) -> None:
     """Train and write; collective. Raises Failure on all ranks for what can't be used."""
     from ring.abort import end_together
 
-    end_together(comm)
+    end_together(workers.comm)
     import torch
     from tqdm import trange
 
@@ -68,9 +65,9 @@ def record(comm: MPI.Intracomm, options: argparse.Namespace, cores: int, threads
     from gradiveq import Plain
     from ring.mpi import MPIRing
 
-    agree(comm, None)  # all have imported
+    workers.agree(None)  # all have imported
     torch.set_num_threads(threads)
-    ring = MPIRing(comm)
+    ring = MPIRing(workers.comm)
 
     def prepare() -> tuple[Trainer, GradientRecorder]:
         if options.skip < 0:
@@ -82,10 +79,10 @@ def record(comm: MPI.Intracomm, options: argparse.Namespace, cores: int, threads
         settings = Settings(iterations, options.batch_size, options.lr, seed=options.seed)
         return Trainer(ring, model, dataset, Plain(), settings), recorder
 
-    lead = comm.rank == 0  # reads first: it may have to download
-    dataset = attempt(comm, lambda: load(options.data), ValueError, here=lead, timeout_s=LONG_S)
-    dataset = attempt(comm, lambda: load(options.data), ValueError, here=not lead) or dataset
-    trainer, recorder = attempt(comm, prepare, ValueError)
+    lead = workers.lead  # reads first: it may have to download
+    dataset = workers.attempt(lambda: load(options.data), ValueError, here=lead, timeout_s=LONG_S)
+    dataset = workers.attempt(lambda: load(options.data), ValueError, here=not lead) or dataset
+    trainer, recorder = workers.attempt(prepare, ValueError)
     for iteration in trange(options.skip + options.count, disable=not lead, mininterval=10, file=sys.stderr):
         trainer.step()
         if iteration >= options.skip:
@@ -95,19 +92,19 @@ def record(comm: MPI.Intracomm, options: argparse.Namespace, cores: int, threads
         about = {
             "data": trainer.dataset.source,
             "seed": options.seed,
-            "ranks": comm.size,
+            "ranks": workers.size,
             "batch_size": options.batch_size,
             "first_iteration": options.skip,
             "model": "resnet32",
-            "cores": cores,
+            "cores": workers.cores,
             **environment(),
-            "command": f"mpirun -n {comm.size} python -m bench.record_gradients {shlex.join(sys.argv[1:])}",
+            "command": f"mpirun -n {workers.size} python -m bench.record_gradients {shlex.join(sys.argv[1:])}",
         }
         options.out.mkdir(parents=True, exist_ok=True)
         recorder.save(options.out / FILE, about)
         print(f"recorded {options.count} iterations of {options.layers} in {options.out / FILE}")
 
-    attempt(comm, write, OSError, here=lead, timeout_s=LONG_S)
+    workers.attempt(write, OSError, here=lead, timeout_s=LONG_S)
 
 
 if __name__ == "__main__":

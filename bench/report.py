@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -29,11 +29,38 @@ def title(summary: Mapping[str, Any]) -> str:
     )
 
 
-def methods_table(summary: Mapping[str, Any]) -> str:
+class Clock(NamedTuple):
+    """By which seconds are counted: this machine's clock, or that of an emulated cluster.
+
+    Attributes:
+        name: for tables and figures.
+        key: in a summary, where each method and phase has this clock's seconds; None for the entry itself.
+    """
+
+    name: str
+    key: str | None = None
+
+    def times(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`time_s`, `seconds` and `groups` of a method's or a phase's entry."""
+        times: Mapping[str, Any] = entry if self.key is None else entry[self.key]
+        return times
+
+
+def clocks(summary: Mapping[str, Any]) -> list[Clock]:
+    """Those that say something: this machine's not where all ranks were threads of one process."""
+    found = [] if summary.get("one_process") else [Clock("this machine")]
+    cluster = summary.get("cluster")
+    if cluster:
+        found.append(Clock(f"{cluster['name']}, {cluster['nodes']} nodes (emulated)", "virtual"))
+    return found
+
+
+def methods_table(summary: Mapping[str, Any], clock: Clock) -> str:
     """A row per method: accuracy, bytes, and where the seconds went."""
     rows = []
     for name, method in summary["methods"].items():
-        groups = [f"{method['groups'][group]:.1f}" for group in SHOWN]
+        times = clock.times(method)
+        groups = [f"{times['groups'][group]:.1f}" for group in SHOWN]
         rows.append(
             [
                 name,
@@ -41,7 +68,7 @@ def methods_table(summary: Mapping[str, Any]) -> str:
                 f"{method['bytes_per_iteration']:,.0f}",
                 number(method["ratio"], ".2f"),
                 *groups,
-                f"{method['time_s']:.1f}",
+                f"{times['time_s']:.1f}",
             ]
         )
     headings = ["method", "test\naccuracy", "bytes per\niteration", "ratio", *(HEADINGS.get(g, g) for g in SHOWN)]
@@ -50,12 +77,13 @@ def methods_table(summary: Mapping[str, Any]) -> str:
     )
 
 
-def phases_table(summary: Mapping[str, Any]) -> str:
+def phases_table(summary: Mapping[str, Any], clock: Clock) -> str:
     """A row per method and phase: milliseconds of an iteration."""
     rows = []
     for name, method in summary["methods"].items():
         for phase in sorted(method["phases"], key=_order):
             part = method["phases"][phase]
+            times = clock.times(part)
             scale = 1e3 / part["iterations"]
             rows.append(
                 [
@@ -64,8 +92,8 @@ def phases_table(summary: Mapping[str, Any]) -> str:
                     str(part["iterations"]),
                     f"{part['bytes_per_iteration']:,.0f}",
                     number(part["ratio"], ".2f"),
-                    *(f"{scale * part['groups'][group]:.1f}" for group in SHOWN),
-                    f"{scale * part['time_s']:.1f}",
+                    *(f"{scale * times['groups'][group]:.1f}" for group in SHOWN),
+                    f"{scale * times['time_s']:.1f}",
                 ]
             )
     headings = ["method", "phase", "iterations", "bytes per\niteration", "ratio"]
@@ -82,9 +110,12 @@ def _order(phase: str) -> int:
 def remarks(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the tables has to know."""
     lines = []
+    cluster = summary.get("cluster")
+    if cluster:
+        lines.append(f"Source of the cluster {cluster['name']}: {cluster.get('source') or 'none given'}.")
     methods: Mapping[str, Any] = summary["methods"]
     ranks, cores = summary["ranks_per_machine"], summary["cores"]
-    if ranks > cores:
+    if ranks > cores and not summary.get("one_process"):
         wall = sum(method["groups"]["compute"] for method in methods.values())
         cpu = sum(method["compute_cpu_s"] for method in methods.values())
         lines.append(
@@ -94,11 +125,10 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     for name, method in methods.items():
         if method["skipped"]:
             lines.append(f"{name}: {method['skipped']} iterations were skipped because of a non-finite gradient.")
-        if method["groups"]["measure"] > 0.05:
-            lines.append(
-                f"{name}: {method['groups']['measure']:.1f} s to measure held-out losses are in no total; "
-                "training doesn't need them."
-            )
+        measured = {clock.name: clock.times(method)["groups"]["measure"] for clock in clocks(summary)}
+        if max(measured.values()) > 0.05:
+            took = " and ".join(f"{seconds:.1f} s on {where}" for where, seconds in measured.items())
+            lines.append(f"{name}: measuring held-out losses took {took}; it is in no total, as it isn't training.")
         window = method.get("last_window")
         if window:
             layers = list(window["layers"].values())
@@ -119,12 +149,14 @@ def text(summary: Mapping[str, Any], *, notes: bool = True) -> str:
     if not summary["methods"]:
         return f"{title(summary)}: no method has ended"
     heading = title(summary)
-    parts = [
-        f"{heading}\nSeconds of training, mean over ranks; bytes sent per rank",
-        methods_table(summary),
-        f"{heading}\nMilliseconds per iteration by phase",
-        phases_table(summary),
-    ]
+    parts = []
+    for clock in clocks(summary):
+        parts += [
+            f"{heading}\nOn {clock.name}: seconds of training, mean over ranks; bytes sent per rank",
+            methods_table(summary, clock),
+            f"{heading}\nOn {clock.name}: milliseconds per iteration by phase",
+            phases_table(summary, clock),
+        ]
     lines = [*remarks(summary), *(summary["notes"] if notes else [])]
     return "\n\n".join([*parts, *(["\n".join(f"* {line}" for line in lines)] if lines else [])]) + "\n"
 

@@ -1,14 +1,20 @@
 """Train ResNet-32 data-parallel with plain ring all-reduce, QSGD and GradiVeQ, and show where the time went.
 
     mpirun -n 6 python -m bench.resnet32_cifar100
+    python -m bench.resnet32_cifar100 --cluster gradiveq-k80
 
 Each method starts from the same weights and sees the same data in the same order. Without options: a short run on a
 sample of Fashion-MNIST that ends within 10 minutes on 2 cores, with the paper's schedule scaled down.
+
+Two clocks run, this machine's and that of an emulated cluster (`bench.emulation`). With `--cluster` and without
+`mpirun` all workers of the cluster are threads of one process; the weights are the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import io
 import os
 import re
@@ -22,28 +28,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Only what leaves NumPy alone: how many threads it may have is known, and has to be told, before it is imported.
-from bench.launch import (
-    INTERRUPTED,
-    LONG_S,
-    Failure,
-    StopRequest,
-    agree,
-    attempt,
-    limit_threads,
-    local_ranks,
-    run_together,
-)
-from bench.options import DEFAULTS, PAPER, UsageError, parse
+from bench.launch import INTERRUPTED, StopRequest, launched, limit_threads, run_as_threads, run_together
+from bench.options import DEFAULTS, NO_CLUSTER, PAPER, UsageError, parse
 from bench.progress import Progress, has_terminal
+from bench.workers import LONG_S, Failure, Processes, Threads, Workers
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
-
     from bench.checkpoint import Checkpoints
     from bench.data import Dataset
     from bench.train import Settings, Trainer
     from gradiveq.methods import Method
-    from ring.mpi import MPIRing
+    from ring.cluster import Cluster
+    from ring.handle import Ring
 
 STATED = (
     "ResNet-32, CIFAR-100, 6 workers, 45,000 iterations, warm-up 2,500, Lt 100, Lc 400, loss threshold 0.01, "
@@ -68,43 +64,91 @@ class Interrupted(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", r"\s*suspicious MPI")  # `check_launcher` says it in one line
-    return run_together(lambda comm: prepare_and_run(arguments, comm))
+    if launched():
+        return run_together(lambda workers, stop: run_processes(arguments, workers, stop))
+    try:
+        options, recorded = parse(arguments)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if recorded.get("one_process", options["cluster"] not in (None, NO_CLUSTER)):
+        return run_threads(options, recorded)
+    return run_together(lambda workers, stop: run_processes(arguments, workers, stop))
 
 
-def prepare_and_run(arguments: list[str] | None, comm: MPI.Intracomm) -> int:
-    local = local_ranks(comm)
-    options, recorded = attempt(comm, lambda: parse(arguments, quiet=comm.rank > 0), UsageError)
+def run_processes(arguments: list[str] | None, workers: Processes, stop: StopRequest) -> int:
+    """What each of MPI's processes does."""
+    options, recorded = workers.attempt(lambda: parse(arguments, quiet=not workers.lead), UsageError)
     if options["threads"] is None:
-        options["threads"] = max(1, local[2] // local[1])
+        options["threads"] = max(1, workers.cores // workers.local_size)
     limit_threads(options["threads"])
 
     from ring.abort import check_launcher, end_together
 
-    end_together(comm)
-    import torch
-
+    end_together(workers.comm)
+    from bench.emulation import choose
+    from ring.cluster import ClusterError
     from ring.errors import RingError
     from ring.mpi import MPIRing
+    from ring.plan import CHUNK_BYTES
+
+    set_up_torch(options["threads"])
 
     try:
-        check_launcher(comm)
+        check_launcher(workers.comm)
     except RingError as error:  # every process believes to be rank 0
         first = all(os.environ.get(name, "0") == "0" for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK"))
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    agree(comm, None)  # all have imported
-    said = comm.allgather(options)
+    workers.agree(None)  # all have imported
+    said = workers.gather(options)
     different = [(rank, name) for rank, theirs in enumerate(said) for name in DEFAULTS if theirs[name] != said[0][name]]
     if different:
         rank, name = different[0]
         raise Failure(f"ranks 0 and {rank} were given different values of --{name.replace('_', '-')}")
-    torch.set_num_threads(options["threads"])
+    cluster = workers.attempt(lambda: choose(options["cluster"], recorded, workers.size), ClusterError)
+    ring = MPIRing(workers.comm, timeout_s=options["timeout"], chunk_bytes=options["chunk_bytes"] or CHUNK_BYTES)
+    return Run(workers, ring, options, recorded, cluster, stop).run()
+
+
+def run_threads(options: dict[str, Any], recorded: Mapping[str, Any]) -> int:
+    """All workers of the cluster in this process, without MPI."""
+    if options["threads"] is None:
+        options["threads"] = 1  # whose processor time is the worker's
+    limit_threads(options["threads"])
+
+    from bench.emulation import choose
+    from ring.cluster import ClusterError
+    from ring.plan import CHUNK_BYTES
+
+    try:
+        cluster = choose(options["cluster"], recorded, None)
+    except ClusterError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    assert cluster is not None
+    set_up_torch(options["threads"])
+    return run_as_threads(
+        lambda workers, ring, stop: Run(workers, ring, copy.deepcopy(options), recorded, cluster, stop).run(),
+        cluster.nodes, timeout_s=options["timeout"], chunk_bytes=options["chunk_bytes"] or CHUNK_BYTES,
+    )  # fmt: skip
+
+
+def set_up_torch(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    chunk_bytes = {} if options["chunk_bytes"] is None else {"chunk_bytes": options["chunk_bytes"]}
-    ring = MPIRing(comm, timeout_s=options["timeout"], **chunk_bytes)
-    return Run(comm, ring, options, recorded, local).run()
+
+
+@functools.cache
+def read_data(path: str | None) -> Dataset:
+    """Read once, and shared by workers that are threads; nobody writes into it."""
+    from bench.data import load
+
+    return load(path)
 
 
 class Run:
@@ -112,29 +156,31 @@ class Run:
 
     def __init__(
         self,
-        comm: MPI.Intracomm,
-        ring: MPIRing,
+        workers: Workers,
+        ring: Ring,
         options: dict[str, Any],
         recorded: Mapping[str, Any],
-        local: tuple[int, int, int],
+        cluster: Cluster | None,
+        stop: StopRequest,
     ) -> None:
-        self.comm, self.ring, self.options, self.recorded = comm, ring, options, recorded
-        self.local_rank, self.local_size, self.cores = local
-        self.lead = comm.rank == 0
+        self.workers, self.ring, self.options, self.recorded = workers, ring, options, recorded
+        self.cluster, self.stop = cluster, stop
+        self.lead = workers.lead
+        self.one_process = isinstance(workers, Threads)
         self.scaled = ""
         self.evaluated = False  # whether this command has tested any model
 
     def run(self) -> int:
         from bench.data import DataError
 
-        self.methods, self.settings = attempt(self.comm, self._configure, ValueError)
+        self.methods, self.settings = self.workers.attempt(self._configure, ValueError)
         # One rank first: it may have to download.
-        dataset = attempt(self.comm, self._load, DataError, here=self.lead, timeout_s=LONG_S)
-        self.dataset: Dataset = attempt(self.comm, self._load, DataError, here=not self.lead) or dataset
+        dataset = self.workers.attempt(self._load, DataError, here=self.lead, timeout_s=LONG_S)
+        self.dataset: Dataset = self.workers.attempt(self._load, DataError, here=not self.lead) or dataset
         self.digest = self._same_data()
         # Made now, as a later method would only then find out what is wrong after the others have run.
-        self.trainers: dict[str, Trainer] = attempt(
-            self.comm, lambda: {name: self._trainer(method) for name, method in self.methods.items()}, ValueError
+        self.trainers: dict[str, Trainer] = self.workers.attempt(
+            lambda: {name: self._trainer(method) for name, method in self.methods.items()}, ValueError
         )
         self.notes = self._notes()
         self.folder = self._open_folder()
@@ -165,9 +211,12 @@ class Run:
             raise ValueError(f"unknown --model {options['model']!r}, known are {', '.join(MODELS)}")
         if options["device"] == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no such device here")
-        if self.recorded and self.recorded["ranks"] != self.comm.size:
+        if self.recorded and self.recorded["one_process"] != self.one_process:
+            how = "without mpirun" if self.recorded["one_process"] else f"with mpirun -n {self.recorded['ranks']}"
+            raise ValueError(f"the run in {options['resume']} was begun {how}, go on with it the same way")
+        if self.recorded and self.recorded["ranks"] != self.workers.size:
             raise ValueError(
-                f"the run in {options['resume']} has {self.recorded['ranks']} ranks, now there are {self.comm.size}"
+                f"the run in {options['resume']} has {self.recorded['ranks']} ranks, now there are {self.workers.size}"
             )
 
         iterations = options["iterations"]
@@ -199,16 +248,14 @@ class Run:
         return {name: every[name] for name in options["methods"]}, settings
 
     def _load(self) -> Dataset:
-        from bench.data import load
-
-        return load(self.options["data"])
+        return read_data(self.options["data"])
 
     def _same_data(self) -> str:
         """The digest of the data, after all ranks and the run that is resumed agreed on it."""
         from bench.record import dataset_digest
 
         digest = dataset_digest(self.dataset)
-        digests = self.comm.allgather(digest)
+        digests = self.workers.gather(digest)
         different = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
         if different:
             raise Failure(f"rank {different[0]} read other data than rank 0; each has {self.dataset.source}")
@@ -227,19 +274,21 @@ class Run:
 
         device = self.options["device"]
         if device == "cuda":
-            device = f"cuda:{self.local_rank % torch.cuda.device_count()}"
+            device = f"cuda:{self.workers.local_rank % torch.cuda.device_count()}"
         classes, seed = self.dataset.num_classes, self.settings.seed
         name = self.options["model"]
         model = resnet_cifar(8, classes, seed=seed) if name == "resnet8" else MODELS[name](classes, seed=seed)
         return Trainer(
-            self.ring, model, self.dataset, method, self.settings, nonfinite=self.options["nonfinite"], device=device
-        )
+            self.ring, model, self.dataset, method, self.settings,
+            nonfinite=self.options["nonfinite"], device=device, cluster=self.cluster,
+        )  # fmt: skip
 
     def _notes(self) -> list[str]:
         """What has to be said beside the results."""
+        from bench.emulation import note
         from bench.train import PAPER_ITERATIONS
 
-        options, size = self.options, self.comm.size
+        options, size = self.options, self.workers.size
         notes = [f"Data: {self.dataset.source}."]
         if self.dataset.name != "CIFAR-100":
             notes.append("This is not CIFAR-100: don't compare these accuracies with published ones for it.")
@@ -255,10 +304,17 @@ class Run:
             f"Learning rate {options['lr']:g}, divided by 10 after 1/2 and 3/4 of the run, warm-up over "
             f"{options['lr_warmup']} iterations (the paper states none)."
         )
-        if self.local_size > self.cores:
+        if self.cluster is not None:
+            notes.append(note(self.cluster))
+        here, cores = self.workers.local_size, self.workers.cores
+        if self.one_process:
             notes.append(
-                f"{self.local_size} ranks share {self.cores} cores with {options['threads']} thread(s) each, so "
-                "computing takes longer than it would on machines of their own; its share in the totals is inflated."
+                f"All {size} workers are threads of one process; this machine's clock says nothing about the methods."
+            )
+        elif here > cores:
+            notes.append(
+                f"{here} ranks share {cores} cores with {options['threads']} thread(s) each, so computing takes longer "
+                "than it would on machines of their own; its share in the totals is inflated."
             )
         if options["paper"]:
             notes.append(f"The paper states: {STATED}.")
@@ -285,8 +341,8 @@ class Run:
         path = self.options["resume"] or self.options["out"]
         if path is None:
             what = re.sub(r"[^a-z0-9]+", "-", self.dataset.name.lower()).strip("-")
-            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.options['model']}-{what}-{self.comm.size}"
-            path = self.comm.bcast(str(Path("results") / name))
+            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.options['model']}-{what}-{self.workers.size}"
+            path = self.workers.gather(str(Path("results") / name))[0]
         folder = Path(path)
 
         def create() -> list[Path]:
@@ -306,23 +362,22 @@ class Run:
             return missing
 
         #: The folders that this command made, innermost first; only rank 0 knows.
-        self.created: list[Path] = attempt(self.comm, create, OSError, here=self.lead) or []
+        self.created: list[Path] = self.workers.attempt(create, OSError, here=self.lead) or []
         return folder
 
     def _environment(self) -> dict[str, Any]:
-        from mpi4py import MPI
-
         from bench.record import environment
 
-        launch = f"mpirun -n {self.comm.size} " if self.comm.size > 1 else ""
         return {
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "command": f"{launch}python -m bench.resnet32_cifar100 {shlex.join(sys.argv[1:])}".rstrip(),
+            "command": f"{self.workers.command}python -m bench.resnet32_cifar100 {shlex.join(sys.argv[1:])}".rstrip(),
             **environment(),
-            "mpi": MPI.Get_library_version().splitlines()[0].strip("\0 "),
-            "ranks": self.comm.size,
-            "ranks_on_first_machine": self.local_size,
-            "cores": self.cores,
+            "mpi": self.workers.mpi,
+            "ranks": self.workers.size,
+            "one_process": self.one_process,
+            "cluster": self._cluster_table(),
+            "ranks_on_first_machine": self.workers.local_size,
+            "cores": self.workers.cores,
             "threads_per_rank": self.options["threads"],
             "seed": self.options["seed"],
             "data_source": self.dataset.source,
@@ -330,19 +385,26 @@ class Run:
             "options": {**self.options, "resume": None},
         }
 
+    def _cluster_table(self) -> dict[str, Any] | None:
+        from ring.cluster import as_table
+
+        return None if self.cluster is None else as_table(self.cluster)
+
     def _summary(self, finished: Mapping[str, Any]) -> dict[str, Any]:
         options = self.options
         return {
             "title": f"{options['model']} on {self.dataset.source}",
             "data_source": self.dataset.source,
             "model": options["model"],
-            "ranks": self.comm.size,
-            "ranks_per_machine": self.local_size,
-            "cores": self.cores,
+            "ranks": self.workers.size,
+            "ranks_per_machine": self.workers.local_size,
+            "cores": self.workers.cores,
             "batch_size": options["batch_size"],
             "iterations": options["iterations"],
             "complete": all(name in finished for name in self.methods),
             "notes": self.notes,
+            "one_process": self.one_process,
+            "cluster": self._cluster_table(),
             "options": {**options, "resume": None},
             "methods": {name: finished[name] for name in self.methods if name in finished},
         }
@@ -355,17 +417,17 @@ class Run:
         from bench.checkpoint import CheckpointError, Checkpoints
         from gradiveq.aggregator import FitError, NonFiniteGradient
 
-        checkpoints: Checkpoints = attempt(self.comm, lambda: Checkpoints(self.folder, self.ring), CheckpointError)
+        checkpoints: Checkpoints = self.workers.attempt(lambda: Checkpoints(self.folder, self.ring), CheckpointError)
         self._say("\n".join(f"* {note}" for note in self.notes))
         self._say(f"Recording in {self.folder}" + (", resumed" if self.recorded else ""))
-        with StopRequest() as stop:
+        with self.stop as stop:
             try:
                 for name in self.methods:
                     if name in checkpoints.finished:
                         self._say(f"{name}: finished before")
                     else:
                         self._run_method(name, checkpoints, stop)
-                    attempt(self.comm, lambda: self._summarise(checkpoints), OSError, here=self.lead)
+                    self.workers.attempt(lambda: self._summarise(checkpoints), OSError, here=self.lead)
             except Interrupted as interrupted:
                 raise Failure(f"{interrupted}; go on with --resume {self.folder}", INTERRUPTED) from None
             except (NonFiniteGradient, FitError, CheckpointError, Failure) as error:  # raised on all ranks alike
@@ -373,7 +435,7 @@ class Run:
 
         if self.lead:
             self._show(self._summary(checkpoints.finished))
-        agree(self.comm, None, LONG_S)  # leave MPI together: its own way of waiting spins
+        self.workers.agree(None, LONG_S)  # leave MPI together: its own way of waiting spins
         return 0
 
     def _summarise(self, checkpoints: Checkpoints) -> None:
@@ -389,7 +451,7 @@ class Run:
         """
         from bench.checkpoint import FOLDER, MANIFEST, CheckpointError
 
-        resumable: bool = self.comm.bcast((self.folder / FOLDER / MANIFEST).exists())
+        resumable: bool = self.workers.gather((self.folder / FOLDER / MANIFEST).exists())[0]
         if resumable:
             return f"; checkpoints and metrics until then are in {self.folder}, --resume goes on from there"
         if self.evaluated or self.recorded or isinstance(error, CheckpointError | Failure):
@@ -432,10 +494,10 @@ class Run:
 
         checkpoint_s, position = 0.0, 0
         if current is not None and current["method"] == name:
-            checkpoint_s, position = attempt(self.comm, restore, RuntimeError, ValueError)
+            checkpoint_s, position = self.workers.attempt(restore, RuntimeError, ValueError)
             self._say(f"{name}: resumed after {trainer.iteration} of {trainer.settings.iterations} iterations")
-        metrics: Metrics | None = attempt(
-            self.comm, lambda: Metrics(self.folder / metrics_name(name), position), OSError, ValueError, here=self.lead
+        metrics: Metrics | None = self.workers.attempt(
+            lambda: Metrics(self.folder / metrics_name(name), position), OSError, ValueError, here=self.lead
         )
         unwritten: OSError | None = None
         style = self.options["progress"]
@@ -463,7 +525,7 @@ class Run:
         def save() -> None:
             nonlocal checkpoint_s
             start = time.perf_counter()
-            length = attempt(self.comm, sync, OSError, here=self.lead)
+            length = self.workers.attempt(sync, OSError, here=self.lead)
             state = {"trainer": trainer.state_dict(), "checkpoint_s": checkpoint_s}
             checkpoints.save(name, trainer.iteration, state, {"metrics_bytes": length})
             checkpoint_s += time.perf_counter() - start
@@ -482,7 +544,7 @@ class Run:
                 sync()
                 write_atomically(self.folder / weights_name(name), _weights(trainer))
 
-            attempt(self.comm, write_weights, OSError, here=self.lead)
+            self.workers.attempt(write_weights, OSError, here=self.lead)
             checkpoints.finish(name, plain({**result, "checkpoint_s": checkpoint_s}))
         finally:
             progress.close()

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,8 +27,10 @@ from bench.data import Batches, Dataset, evaluation_batches
 from bench.record import KINDS, grouped
 from gradiveq.aggregator import Aggregator
 from gradiveq.methods import Method
+from ring.cluster import Cluster
 from ring.handle import Ring
 from ring.timeline import Timeline
+from ring.virtual import VirtualRing
 
 #: The paper's schedule (section 4 of Yu et al. 2018).
 PAPER_ITERATIONS = 45_000
@@ -35,6 +39,8 @@ PAPER_WARMUP, PAPER_SAMPLE, PAPER_COMPRESS = 2_500, 100, 400
 #: PCA finds at most Lt - 1 components in Lt samples.
 LEAST = 20
 EVALUATION_BATCH = 50
+#: How a cluster's `iteration_s` is divided: a backward pass computes twice what a forward pass does.
+FORWARD, BACKWARD, UPDATE = 1 / 3, 2 / 3, 0.0
 
 
 class Windows(NamedTuple):
@@ -103,21 +109,47 @@ def learning_rate(iteration: int, settings: Settings) -> float:
     return settings.lr * 0.1**drops
 
 
+class Stopwatch:
+    """Where one iteration's seconds went, by one clock."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self._before = timeline.totals()
+        self._start_s = timeline.clock()
+
+    def stop(self) -> dict[str, float]:
+        """Seconds by kind since it was made; with "other", which no kind accounts for, they are all seconds."""
+        elapsed_s = self._timeline.clock() - self._start_s
+        after, before = self._timeline.totals(), self._before
+        seconds = {kind: after[kind] - before.get(kind, 0.0) for kind in after if after[kind] != before.get(kind, 0.0)}
+        seconds["other"] = seconds.get("other", 0.0) + elapsed_s - sum(seconds.values())
+        return seconds
+
+
+def training_s(seconds: Mapping[str, float]) -> float:
+    """Of an iteration's seconds, those that training takes: measuring held-out losses is no part of it."""
+    return sum(seconds.values()) - seconds.get("measure", 0.0)
+
+
 class Totals:
-    """Sums over the iterations of one phase."""
+    """Sums over the iterations of one phase; seconds by this machine's clock and by the cluster's."""
 
     def __init__(self) -> None:
         self.iterations = self.bytes_sent = self.dense_bytes = 0
-        self.time_s = 0.0
+        self.time_s = self.virtual_s = 0.0
         self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+        self.virtual_seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
 
     def add(self, line: Mapping[str, Any]) -> None:
         self.iterations += 1
         self.bytes_sent += line["bytes_sent"]
         self.dense_bytes += line["dense_bytes"]
-        self.time_s += line["iteration_s"] - line["seconds"].get("measure", 0.0)
-        for kind, value in line["seconds"].items():
-            self.seconds[kind if kind in self.seconds else "other"] += value
+        virtual_seconds = line.get("virtual_seconds", {})
+        self.time_s += training_s(line["seconds"])
+        self.virtual_s += training_s(virtual_seconds)
+        for totals, seconds in ((self.seconds, line["seconds"]), (self.virtual_seconds, virtual_seconds)):
+            for kind, value in seconds.items():
+                totals[kind if kind in totals else "other"] += value
 
 
 class Trainer:
@@ -131,10 +163,13 @@ class Trainer:
         nonfinite: "fail", or "skip" to leave out a step to which some rank has no finite gradient: then weights and
             batch norm's statistics are as before it on all ranks.
         device: where the model is.
+        cluster: of as many nodes as there are ranks; its clock runs beside this machine's, within `step` only. What is
+            computed doesn't depend on it.
 
     Attributes:
         iteration: how many are done.
         time_s: seconds that they took on this rank, less those spent to measure held-out losses.
+        virtual_s: the same on the cluster.
     """
 
     def __init__(
@@ -147,13 +182,21 @@ class Trainer:
         *,
         nonfinite: str = "fail",
         device: str | torch.device = "cpu",
+        cluster: Cluster | None = None,
     ) -> None:
         self.ring, self.dataset, self.settings = ring, dataset, settings
         self.device = torch.device(device)
         self.model = model.to(self.device)
+        # What is no part of training goes over `ring`, so that the cluster hears nothing of it.
+        self.training_ring = ring
+        self.virtual: VirtualRing | None = None
         self.timeline = Timeline()
+        if cluster is not None:
+            self.training_ring = self.virtual = VirtualRing(ring, cluster)
+            self._cluster_state = self.virtual.state_dict()
+            self.timeline = Timeline(virtual=Timeline(self.virtual.clock))
         self.aggregator = Aggregator(
-            self.model, ring, method, seed=settings.seed, nonfinite=nonfinite, timeline=self.timeline
+            self.model, self.training_ring, method, seed=settings.seed, nonfinite=nonfinite, timeline=self.timeline
         )
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -162,7 +205,10 @@ class Trainer:
             dataset, settings.batch_size, ring.rank, ring.size, seed=settings.seed, device=self.device
         )
         self.iteration = self.skipped = self.windows = 0
-        self.time_s = self.evaluation_s = self.compute_cpu_s = 0.0
+        self.time_s = self.virtual_s = self.evaluation_s = self.compute_cpu_s = 0.0
+        # A worker that is a thread shares the process with others.
+        alone = threading.current_thread() is threading.main_thread()
+        self._processor_time = time.process_time if alone else time.thread_time
         # Of the last tenth of the run, less the iterations that were skipped: sum of the losses, and how many.
         self.late_loss, self.late_iterations = 0.0, 0
         self.totals: dict[str, Totals] = defaultdict(Totals)
@@ -185,29 +231,28 @@ class Trainer:
         Returns:
             The line for the metrics (`bench.record`), and whether any rank was asked to stop.
         """
-        start = time.perf_counter()
-        before = self.timeline.totals()
+        watches = [Stopwatch(timeline) for timeline in self._start_clocks()]
         span = self.timeline.span
         lr = learning_rate(self.iteration, self.settings)
 
         with span("data"):
             images, labels = self.batches.batch(self.iteration)
         kept = self._statistics() if self.aggregator.nonfinite == "skip" else []
-        cpu = time.process_time()
-        with span("forward"):
+        cpu = self._processor_time()
+        with span("forward"), self._taking(FORWARD):
             self.model.train()
             loss = functional.cross_entropy(self.model(images), labels)
             local_loss = loss.item()
-        with span("backward"):
+        with span("backward"), self._taking(BACKWARD):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             self._synchronise()
-        self.compute_cpu_s += time.process_time() - cpu
+        self.compute_cpu_s += self._processor_time() - cpu
 
         report = self.aggregator.aggregate()
 
-        cpu = time.process_time()
-        with span("update"):
+        cpu = self._processor_time()
+        with span("update"), self._taking(UPDATE):
             if not report.skipped:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
@@ -216,21 +261,15 @@ class Trainer:
                 for buffer, value in zip(self.model.buffers(), kept, strict=True):
                     buffer.copy_(value)
             self._synchronise()
-        self.compute_cpu_s += time.process_time() - cpu
+        self.compute_cpu_s += self._processor_time() - cpu
 
         with span("control"):
             said = np.array([local_loss, stop], np.float64)
-            self.ring.all_reduce(said)
+            self.training_ring.all_reduce(said)
         mean_loss = float(said[0]) / self.ring.size
 
-        iteration_s = time.perf_counter() - start
-        seconds = {
-            kind: value - before.get(kind, 0.0)
-            for kind, value in self.timeline.totals().items()
-            if value != before.get(kind, 0.0)
-        }
-        seconds["other"] = seconds.get("other", 0.0) + iteration_s - sum(seconds.values())
-        self.time_s += iteration_s - seconds.get("measure", 0.0)
+        seconds, *virtual_seconds = [watch.stop() for watch in watches]
+        self.time_s += training_s(seconds)
         line = {
             "type": "iteration",
             "iteration": self.iteration,
@@ -245,9 +284,13 @@ class Trainer:
             "measure_bytes": report.measure_bytes,
             "skipped": report.skipped,
             "seconds": seconds,
-            "iteration_s": iteration_s,
+            "iteration_s": sum(seconds.values()),
             "time_s": self.time_s,
         }
+        if self.virtual is not None:
+            self._cluster_state = self.virtual.state_dict()
+            self.virtual_s += training_s(virtual_seconds[0])
+            line |= {"virtual_seconds": virtual_seconds[0], "virtual_s": self.virtual_s}
         if report.losses:
             line["losses"] = report.losses
         self.totals[report.phase].add(line)
@@ -258,6 +301,25 @@ class Trainer:
         self.iteration += 1
         return line, bool(said[1] > 0)
 
+    def _start_clocks(self) -> list[Timeline]:
+        """This machine's timeline and the cluster's, whose clock goes on from the end of the last iteration."""
+        if self.virtual is None:
+            return [self.timeline]
+        assert self.timeline.virtual is not None
+        self.virtual.load_state_dict(self._cluster_state)
+        return [self.timeline, self.timeline.virtual]
+
+    def _taking(self, share: float) -> AbstractContextManager[None]:
+        """What is computed within takes a share of the cluster's `iteration_s`, if it has one."""
+        if self.virtual is None:
+            return nullcontext()
+        iteration_s = self.virtual.cluster.node_at(self.ring.rank).iteration_s
+        return nullcontext() if iteration_s is None else self.virtual.taking(share * iteration_s)
+
+    def _times(self) -> dict[str, float]:
+        """For a line of the metrics: training until now."""
+        return {"time_s": self.time_s} | ({} if self.virtual is None else {"virtual_s": self.virtual_s})
+
     def new_windows(self) -> list[dict[str, Any]]:
         """Lines for the metrics about windows that are complete since the last call.
 
@@ -266,7 +328,7 @@ class Trainer:
         log = self.aggregator.window_log
         complete = len(log) if self.iteration == self.settings.iterations else max(0, len(log) - 1)
         lines = [
-            {"type": "window", "iteration": self.iteration, "time_s": self.time_s, "window": entry}
+            {"type": "window", "iteration": self.iteration, **self._times(), "window": entry}
             for entry in log[self.windows : complete]
         ]
         self.windows = complete
@@ -297,7 +359,7 @@ class Trainer:
             "type": "evaluation",
             "iteration": self.iteration,
             "epoch": self.epoch,
-            "time_s": self.time_s,
+            **self._times(),
             "test_accuracy": sums[1] / sums[0],
             "test_loss": sums[2] / sums[0],
             "evaluation_s": evaluation_s,
@@ -311,43 +373,44 @@ class Trainer:
             RuntimeError: on all ranks, if their weights are not the same bits.
         """
         phases = sorted(self.totals)  # all ranks go through the same ones
-        numbers = [self.time_s, self.compute_cpu_s, self.evaluation_s]
+        own: list[float] = [self.time_s, self.virtual_s, self.compute_cpu_s, self.evaluation_s]
         for phase in phases:
             total = self.totals[phase]
-            numbers += [total.bytes_sent, total.dense_bytes, total.time_s, *total.seconds.values()]
-        vector = np.array(numbers, np.float64)
+            own += [total.bytes_sent, total.dense_bytes, total.time_s, *total.seconds.values()]
+            own += [total.virtual_s, *total.virtual_seconds.values()]
+        vector = np.array(own, np.float64)
         self.ring.all_reduce(vector, op="mean")
-        time_s, compute_cpu_s, evaluation_s, *rest = vector.tolist()
+        means = iter(vector.tolist())
 
-        by_phase, seconds = {}, dict.fromkeys(KINDS, 0.0)
+        def times(time_s: float) -> dict[str, Any]:
+            seconds = dict(zip(KINDS, means, strict=False))
+            return {"time_s": time_s, "seconds": seconds, "groups": grouped(seconds)}
+
+        time_s, virtual_s, compute_cpu_s, evaluation_s = (next(means) for _ in range(4))
+        by_phase = {}
         bytes_sent = dense_bytes = 0.0
         for phase in phases:
-            sent, dense, phase_s, *kinds = rest[: 3 + len(KINDS)]
-            rest = rest[3 + len(KINDS) :]
+            iterations, sent, dense = self.totals[phase].iterations, next(means), next(means)
             bytes_sent, dense_bytes = bytes_sent + sent, dense_bytes + dense
-            phase_seconds = dict(zip(KINDS, kinds, strict=True))
-            for kind, value in phase_seconds.items():
-                seconds[kind] += value
             by_phase[phase] = {
-                "iterations": self.totals[phase].iterations,
-                "bytes_per_iteration": sent / self.totals[phase].iterations,
+                "iterations": iterations,
+                "bytes_per_iteration": sent / iterations,
                 "ratio": dense / sent if sent else None,
-                "time_s": phase_s,
-                "seconds": phase_seconds,
-                "groups": grouped(phase_seconds),
+                **times(next(means)),
             }
-        return {
+            virtual = times(next(means))
+            if self.virtual is not None:
+                by_phase[phase]["virtual"] = virtual
+        result = {
             "test_accuracy": self.last_evaluation.get("test_accuracy"),
             "test_loss": self.last_evaluation.get("test_loss"),
             "train_loss": self.late_loss / self.late_iterations if self.late_iterations else None,
             "iterations": self.iteration,
             "skipped": self.skipped,
-            "time_s": time_s,
+            **_sum(time_s, by_phase.values()),
             "bytes_per_iteration": bytes_sent / self.iteration,
             "dense_bytes_per_iteration": dense_bytes / self.iteration,
             "ratio": dense_bytes / bytes_sent if bytes_sent else None,
-            "seconds": seconds,
-            "groups": grouped(seconds),
             "compute_cpu_s": compute_cpu_s,
             "evaluation_s": evaluation_s,
             "weights_sha256": self._agreed_digest(),
@@ -355,6 +418,9 @@ class Trainer:
             "last_window": self._last_window(),
             "phases": by_phase,
         }
+        if self.virtual is not None:
+            result["virtual"] = _sum(virtual_s, [part["virtual"] for part in by_phase.values()])
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """All that this rank needs to go on; it differs by rank (batch norm, what the aggregator holds, times)."""
@@ -363,6 +429,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "aggregator": self.aggregator.state_dict(),
             "totals": {phase: dict(vars(total)) for phase, total in self.totals.items()},
+            "cluster": None if self.virtual is None else self._cluster_state,
             **{name: getattr(self, name) for name in _COUNTERS},
         }
 
@@ -373,6 +440,8 @@ class Trainer:
         self.totals.clear()
         for phase, total in state["totals"].items():
             vars(self.totals[phase]).update(total)
+        if self.virtual is not None:
+            self._cluster_state = state["cluster"]
         for name in _COUNTERS:
             setattr(self, name, state[name])
 
@@ -400,9 +469,18 @@ class Trainer:
 
 
 _COUNTERS = (
-    "iteration", "skipped", "windows", "time_s", "evaluation_s", "compute_cpu_s", "late_loss", "late_iterations",
-    "last_evaluation",
+    "iteration", "skipped", "windows", "time_s", "virtual_s", "evaluation_s", "compute_cpu_s", "late_loss",
+    "late_iterations", "last_evaluation",
 )  # fmt: skip
+
+
+def _sum(time_s: float, phases: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all phases together took by one clock."""
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for part in phases:
+        for kind, value in part["seconds"].items():
+            seconds[kind] += value
+    return {"time_s": time_s, "seconds": seconds, "groups": grouped(seconds)}
 
 
 def train(

@@ -66,6 +66,8 @@ class Report:
         ratio: dense payload bytes / payload bytes of the gradients, on all ranks the same; 1 for plain.
         skipped: a gradient was not finite; all gradients are zero now, and the caller must not step.
         seconds: by kind: pack (both ways), encode, add, recode, decode, wait, fit, measure.
+        virtual_seconds: the same on the cluster of a `ring.virtual.VirtualRing`, whose messages cost "overhead" as
+            well; empty if the timeline has no virtual one.
         losses: relative losses that were measured in this iteration, or None:
             "local": Eq. 7 over ‖g_n‖² of this worker, in the compressed layers;
             "held_out": ‖ĝ - g‖² / ‖g‖² of the average over the workers, in all convolutions, and "layers", the same by
@@ -81,6 +83,7 @@ class Report:
     measure_bytes: int = 0
     skipped: bool = False
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    virtual_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     losses: dict[str, Any] | None = None
 
 
@@ -241,6 +244,7 @@ class Aggregator:
             measure_bytes=now.measure_bytes,
             skipped=skipped,
             seconds=now.timeline.totals(),
+            virtual_seconds={} if now.timeline.virtual is None else now.timeline.virtual.totals(),
             losses=now.losses or None,
         )
 

@@ -98,7 +98,7 @@ def test_what_a_run_prints_and_records(whole: tuple[Path, Path, str]) -> None:
     assert summary["data_source"] == environment["data_source"] == source
     # The data's source is said at the start and in the title of each table.
     assert printed.startswith(f"* Data: {source}.")
-    assert printed.count(f"resnet8 on {source}, 2 ranks x 4 images, {ITERATIONS} iterations\n") == 2
+    assert printed.count(f"resnet8 on {source}, 2 ranks x 4 images, {ITERATIONS} iterations\n") == 4
     assert text(summary, notes=False) in printed
     assert text(summary).endswith("\n".join(f"* {note}" for note in summary["notes"]) + "\n")
     assert summary["complete"]
@@ -385,7 +385,9 @@ def test_options_that_are_refused(arguments: list[str], message: str) -> None:
 
 def test_resume_takes_the_recorded_options(tmp_path: Path) -> None:
     options = {**DEFAULTS, "methods": ["rar"], "seed": 3}
-    record = {"options": options, "ranks": 2, "data_sha256": "", "data_source": "", "mpi": ""}
+    record = {"options": options, "ranks": 2, "one_process": False, "cluster": None} | dict.fromkeys(
+        ("data_sha256", "data_source", "mpi"), ""
+    )
     (tmp_path / "environment.json").write_text(json.dumps(record))
     resume = ["--resume", str(tmp_path)]
     assert parse(resume)[0]["seed"] == 3
