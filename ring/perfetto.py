@@ -16,6 +16,7 @@ import gzip
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,19 +176,20 @@ def check(content: Mapping[str, Any]) -> None:
             if event["ph"] in ends:
                 raise TraceError(f"a flow with two events of one kind: {event}")
             ends[event["ph"]] = event
-    for (process, number), found in slices.items():
-        if process not in named["process_name"] or number not in named["thread_name"]:
-            raise TraceError(f"thread {number} of process {process} has no name, or its process has none")
-        found.sort(key=lambda slice: (slice[0], -slice[1]))
-        _check_nesting((process, number), found)
+    outer: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for thread, found in slices.items():
+        if thread[0] not in named["process_name"] or thread[1] not in named["thread_name"]:
+            raise TraceError(f"thread {thread[1]} of process {thread[0]} has no name, or its process has none")
+        outer[thread] = _outermost(thread, found)
     for flow, ends in flows.items():
         if set(ends) != {"s", "f"}:
             raise TraceError(f"flow {flow} doesn't both start and end")
         if ends["f"]["ts"] < ends["s"]["ts"]:
             raise TraceError(f"flow {flow} ends before it starts")
         for event in ends.values():
-            time = round(1000 * event["ts"])
-            if not any(start <= time < end for start, end in slices.get((event["pid"], event["tid"]), [])):
+            time, around = round(1000 * event["ts"]), outer.get((event["pid"], event["tid"]), [])
+            index = bisect_right(around, time, key=lambda slice: slice[0]) - 1
+            if index < 0 or time >= around[index][1]:
                 raise TraceError(f"no slice to bind to: {event}")
 
 
@@ -216,14 +218,19 @@ def _check_event(event: Any) -> None:
         raise TraceError(f"unknown metadata: {event}")
 
 
-def _check_nesting(thread: tuple[int, int], slices: Sequence[tuple[int, int]]) -> None:
+def _outermost(thread: tuple[int, int], slices: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The slices of a thread that are in no other, in order; they hold all others as a whole."""
+    found: list[tuple[int, int]] = []
     around: list[int] = []
-    for start, end in slices:
+    for start, end in sorted(slices, key=lambda slice: (slice[0], -slice[1])):
         while around and around[-1] <= start:
             around.pop()
         if around and end > around[-1]:
             raise TraceError(f"slices of thread {thread} overlap at {_us(start)} us without nesting")
+        if not around:
+            found.append((start, end))
         around.append(end)
+    return found
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
