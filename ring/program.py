@@ -27,6 +27,21 @@ class Operation(NamedTuple):
     amounts: tuple[tuple[str, float], ...] = ()
 
 
+def amounts_of(
+    codec: Codec, kind: str, work: Work, function: Callable[..., Any], vector: Array, payload: Payload
+) -> Sequence[tuple[str, float]]:
+    """How much a computation that the algorithm asks its port for computes; `Codec.amounts`, or a mean's division.
+
+    Args:
+        vector, payload: as a whole; neither is looked into.
+    """
+    chunk = work.chunk
+    values = vector[chunk.start : chunk.stop]
+    if function is np.divide:
+        return [("scale", values.nbytes)]
+    return codec.amounts(kind, values, chunk.start, payload[chunk.first_byte : chunk.last_byte])
+
+
 class _Pending:
     """A message of which nothing is known, so that the algorithm says that it waits."""
 
@@ -55,13 +70,7 @@ class _Recorder:
         return buffer
 
     def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
-        chunk = work.chunk
-        values = self._vector[chunk.start : chunk.stop]
-        if function is np.divide:
-            amounts: Sequence[tuple[str, float]] = [("scale", values.nbytes)]
-        else:
-            payload = self._payload[chunk.first_byte : chunk.last_byte]
-            amounts = self._codec.amounts(kind, values, chunk.start, payload)
+        amounts = amounts_of(self._codec, kind, work, function, self._vector, self._payload)
         last = self.operations[-1] if self.operations else None
         if last is not None and (last.kind, last.work) == (kind, work):
             self.operations[-1] = last._replace(amounts=(*last.amounts, *amounts))

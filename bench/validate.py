@@ -1,0 +1,325 @@
+"""Is virtual time true? Real all-reduces between shaped hosts, beside what the emulator predicts: `make validate`.
+
+Hosts are network namespaces (`bench.hosts`) whose links are shaped to a rate; the real ring runs between them over TCP.
+Few parameters of a described cluster are fitted to *some* cells (sizes, rates and numbers of hosts in `CALIBRATION`):
+
+    the share of the rate that payload gets, latency, processor time per message and per MiB, and seconds of processor
+    time of the codecs, measured while those cells ran
+
+Everything else is then predicted: other sizes, other rates, other numbers of hosts. All hosts share this machine's
+cores, and so they do in the described cluster. The latency of links can't be shaped here: the fitted one is what the
+machine needs to pass a message on, so how the emulator treats latency is *not* validated by this.
+
+Writes cells.json (what was measured), validate.json (with predictions and errors) and table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+from tabulate import tabulate
+from tqdm import tqdm
+
+from bench.hosts import Hosts, HostsError, why_not
+from bench.record import environment, write_atomically, write_json
+from bench.shaped_codecs import METHODS
+from ring.algorithm import schedule, steps
+from ring.cluster import Cluster, Link, Node, as_table
+from ring.emulator import Emulator
+from ring.machine import usable_cores
+from ring.plan import CHUNK_BYTES
+from ring.program import Operation, record
+from ring.segments import cut_segments
+
+SIZES = tuple(64 * 1024 * 4**power for power in range(6))
+RATES_MBPS = (100, 300, 1000)
+HOSTS = (2, 3, 4, 6)
+#: What is fitted to; a cell is predicted if its size, its rate or its number of hosts is another.
+CALIBRATION_SIZES, CALIBRATION_RATES, CALIBRATION_HOSTS = (SIZES[0], SIZES[2], SIZES[4]), (100, 1000), (2, 6)
+#: Calls whose virtual time is averaged, after one that empties the buckets.
+EMULATED_CALLS = 3
+WANTED_MEAN_ERROR, WANTED_ERROR = 0.05, 0.15
+#: Seconds that all ranks of a set of hosts may take.
+TIMEOUT_S = 1800.0
+FLOAT32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measured all-reduce."""
+
+    method: str
+    size_bytes: int
+    rate_mbps: int
+    hosts: int
+    times_s: tuple[float, ...]
+    bytes_sent: float
+
+    @property
+    def time_s(self) -> float:
+        return statistics.median(self.times_s)
+
+    @property
+    def spread(self) -> float:
+        """Of the repeats: their interquartile range over their median."""
+        low, high = np.percentile(self.times_s, (25, 75))
+        return float(high - low) / self.time_s
+
+    @property
+    def calibrates(self) -> bool:
+        return (
+            self.size_bytes in CALIBRATION_SIZES
+            and self.rate_mbps in CALIBRATION_RATES
+            and self.hosts in CALIBRATION_HOSTS
+        )
+
+    @property
+    def naive_s(self) -> float:
+        """Bytes over bandwidth alone."""
+        return self.bytes_sent * 8 / (self.rate_mbps * 1e6)
+
+
+class Model:
+    """The described cluster that cells are predicted with."""
+
+    NAMES = ("share of the rate", "latency_us", "overhead_us", "copy_us_per_mib")
+    BEGIN = (0.94, 100.0, 20.0, 400.0)
+
+    def __init__(self, rates: Mapping[str, float], bursts: Mapping[int, int], cores: int) -> None:
+        self._rates, self._bursts, self._cores = dict(rates), dict(bursts), cores
+        self.parameters = self.BEGIN
+        self._programs: dict[tuple[str, int, int], list[list[Operation]]] = {}
+
+    def cluster(self, hosts: int, rate_mbps: int) -> Cluster:
+        share, latency_us, overhead_us, copy_us = self.parameters
+        return Cluster(
+            name=f"{hosts}-shaped-hosts",
+            source="fitted by bench.validate",
+            nodes=hosts,
+            shared_cores=self._cores,
+            node=Node(overhead_us=overhead_us, copy_us_per_mib=copy_us),
+            link=Link(
+                latency_us=latency_us, bandwidth_gbps=rate_mbps / 1e3 * share, burst_bytes=self._bursts[rate_mbps]
+            ),
+            rates=self._rates,
+        )
+
+    def time_s(self, cell: Cell) -> float:
+        """Of a call among others: the mean of some, after a first one."""
+        programs = self._program(cell)
+        emulator = Emulator(self.cluster(cell.hosts, cell.rate_mbps))
+        clocks_s = [0.0] * cell.hosts
+        for call in range(1 + EMULATED_CALLS):
+            clocks_s = emulator.run(programs, clocks_s, [None] * cell.hosts)
+            if call == 0:
+                begin_s = statistics.mean(clocks_s)
+        return (statistics.mean(clocks_s) - begin_s) / EMULATED_CALLS
+
+    def _program(self, cell: Cell) -> list[list[Operation]]:
+        key = cell.method, cell.size_bytes, cell.hosts
+        if key not in self._programs:
+            length = cell.size_bytes // FLOAT32.itemsize
+            codec = METHODS[cell.method](length)
+            segments = cut_segments(codec.regions(length, FLOAT32), cell.hosts, CHUNK_BYTES)
+            first, last = steps("all_reduce", cell.hosts)
+            self._programs[key] = [
+                record(
+                    codec, length, FLOAT32, schedule("all_reduce", segments, rank, cell.hosts),
+                    first=first, last=last, mean=True, size=cell.hosts,
+                )
+                for rank in range(cell.hosts)
+            ]  # fmt: skip
+        return self._programs[key]
+
+    def fit(self, cells: Sequence[Cell]) -> None:
+        """Choose the parameters with the least squares of the logarithms of predicted / measured."""
+
+        def loss(logarithms: Any) -> float:
+            self.parameters = tuple(np.exp(logarithms).tolist())
+            return sum(math.log(self.time_s(cell) / cell.time_s) ** 2 for cell in cells)
+
+        found = minimize(
+            loss, np.log(self.BEGIN), method="Nelder-Mead", options={"maxfev": 250, "xatol": 0.01, "fatol": 1e-5}
+        )
+        self.parameters = tuple(np.exp(found.x).tolist())
+
+
+def measure(
+    hosts: Sequence[int], rates_mbps: Sequence[int], sizes: Sequence[int], repeats: int, seconds: float
+) -> dict[str, Any]:
+    """Run all cells; what was found, in JSON's types."""
+    found: dict[str, Any] = {"cells": [], "shaping": {}}
+    plan = {"methods": list(METHODS), "sizes": list(sizes), "repeats": repeats, "seconds": seconds}
+    command = [sys.executable, "-m", "bench.shaped_times", json.dumps(plan)]
+    variables = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "NUMBA")}
+    variables["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    with tqdm(total=len(hosts) * len(rates_mbps), desc="hosts x rates", file=sys.stderr) as bar:
+        for number in hosts:
+            for rate_mbps in rates_mbps:
+                with Hosts(number, rate_mbps) as shaped:
+                    done = shaped.mpirun(command, timeout_s=TIMEOUT_S, environment=variables)
+                    found["shaping"][str(rate_mbps)] = shaped.describe()
+                if done.returncode:
+                    raise HostsError(f"the job on {number} hosts at {rate_mbps} Mbit/s failed: {done.stderr.strip()}")
+                cells = json.loads(done.stdout.splitlines()[-1])
+                found["cells"] += [{"hosts": number, "rate_mbps": rate_mbps, **cell} for cell in cells]
+                bar.update()
+    return found
+
+
+def as_cell(found: Mapping[str, Any]) -> Cell:
+    return Cell(
+        found["method"], found["size_bytes"], found["rate_mbps"], found["hosts"], tuple(found["times_s"]),
+        found["bytes_sent"],
+    )  # fmt: skip
+
+
+def codec_rates(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Amounts per second of processor time, over all calibrating cells."""
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for cell in found:
+        if as_cell(cell).calibrates:
+            for name, (amount, seconds) in cell["amounts_s"].items():
+                totals[name][0] += amount
+                totals[name][1] += seconds
+    return {name: amount / seconds for name, (amount, seconds) in totals.items() if seconds}
+
+
+def compare(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Fit, predict, and judge."""
+    cells = [as_cell(cell) for cell in found["cells"]]
+    bursts = {int(rate): shaping["burst_bytes"] for rate, shaping in found["shaping"].items()}
+    model = Model(codec_rates(found["cells"]), bursts, found["cores"])
+    model.fit([cell for cell in cells if cell.calibrates])
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        predicted_s = model.time_s(cell)
+        error = predicted_s / cell.time_s - 1
+        bound = max(WANTED_ERROR, 2 * cell.spread)
+        rows.append(
+            {
+                "method": cell.method, "hosts": cell.hosts, "rate_mbps": cell.rate_mbps,
+                "size_bytes": cell.size_bytes, "fitted": cell.calibrates, "measured_s": cell.time_s,
+                "spread": cell.spread, "predicted_s": predicted_s, "error": error, "bound": bound,
+                "within": abs(error) <= bound, "naive_s": cell.naive_s, "naive_error": cell.naive_s / cell.time_s - 1,
+            }
+        )  # fmt: skip
+    predicted = [row for row in rows if not row["fitted"]]
+    largest = max(found["shaping"], key=int)
+    return {
+        "parameters": dict(zip(Model.NAMES, model.parameters, strict=True)),
+        "cluster": as_table(model.cluster(max(cell.hosts for cell in cells), int(largest))),
+        "rows": rows,
+        "mean_error": mean_error([row["error"] for row in predicted]),
+        "naive_mean_error": mean_error([row["naive_error"] for row in predicted]),
+        "by_method": {
+            name: mean_error([row["error"] for row in predicted if row["method"] == name]) for name in METHODS
+        },
+        "within": sum(row["within"] for row in predicted),
+        "predicted": len(predicted),
+    }
+
+
+def mean_error(errors: Sequence[float]) -> float:
+    """Geometric mean of how far off predictions are, as a factor, less 1: exp(mean |log(predicted / measured)|) - 1."""
+    return float(np.expm1(np.mean(np.abs(np.log1p(np.asarray(errors)))))) if errors else 0.0
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The table and what it comes to, as Markdown."""
+    lines = [
+        [
+            row["method"], row["hosts"], row["rate_mbps"], size(row["size_bytes"]),
+            f"{row['measured_s'] * 1e3:.2f}", f"{row['spread']:.0%}", f"{row['predicted_s'] * 1e3:.2f}",
+            f"{row['error']:+.1%}", f"{row['naive_error']:+.1%}",
+            "fitted" if row["fitted"] else "" if row["within"] else f"beyond {row['bound']:.0%}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    headings = [
+        "method", "hosts", "Mbit/s", "size", "measured ms", "spread", "predicted ms", "error", "bytes / rate", "",
+    ]  # fmt: skip
+    table = tabulate(
+        lines, headings, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 8 + ["left"]
+    )
+    parameters = ", ".join(f"{name} {value:.4g}" for name, value in result["parameters"].items())
+    methods = ", ".join(f"{name} {error:.1%}" for name, error in result["by_method"].items())
+    return (
+        f"{table}\n\n"
+        f"Predicted, not fitted: {result['predicted']} cells. Geometric-mean error {result['mean_error']:.1%} "
+        f"({methods}); bytes over bandwidth alone {result['naive_mean_error']:.1%}. Within {WANTED_ERROR:.0%} or twice "
+        f"the repeats' spread: {result['within']} of {result['predicted']}.\nFitted: {parameters}.\n"
+        "The latency of links is not shaped here, so how the emulator treats it is not validated.\n"
+    )
+
+
+def size(num_bytes: int) -> str:
+    return f"{num_bytes >> 20} MiB" if num_bytes >= 1 << 20 else f"{num_bytes >> 10} KiB"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.validate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("results/validate"), metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true", help="few cells, within a minute: checks that all of it works")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each cell (5)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="about how long one lasts (0.3)")
+    parser.add_argument("--again", action="store_true", help="measure nothing, predict what FOLDER/cells.json has")
+    options = parser.parse_args(arguments)
+    if options.repeats < 1 or not 0 < options.seconds < 60:
+        parser.error("--repeats must be at least 1, and --seconds above 0 and below 60")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    cells_path = options.out / "cells.json"
+    if options.again:
+        try:
+            found = json.loads(cells_path.read_text())
+        except (OSError, ValueError) as error:
+            print(f"error: {cells_path}: {error}", file=sys.stderr)
+            return 2
+    else:
+        reason = why_not()
+        if reason is not None:
+            print(f"validate is skipped: {reason}")
+            return 0
+        try:
+            if options.quick:
+                found = measure((2, 3), (100, 300), SIZES[:3], 2, 0.05)
+            else:
+                found = measure(HOSTS, RATES_MBPS, SIZES, options.repeats, options.seconds)
+        except HostsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        found |= {
+            "cores": usable_cores(), "chunk_bytes": CHUNK_BYTES, "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "command": f"python -m bench.validate {shlex.join(sys.argv[1:])}".rstrip(), **environment(),
+        }  # fmt: skip
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_json(cells_path, found)
+    result = compare(found)
+    text = report(result)
+    about = {key: value for key, value in found.items() if key not in ("cells", "shaping")}
+    write_json(options.out / "validate.json", {**about, **result})
+    write_atomically(options.out / "table.md", text.encode())
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
