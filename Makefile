@@ -14,14 +14,20 @@ JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
 
 DATA ?=
 
-.PHONY: run timing figures busbw cifar100 test lint setup clean
+.PHONY: run timing scaling figures busbw cifar100 test lint setup clean
 
 run: setup
 	$(JOB) $(ARGS)
 
-# The time breakdown (Fig. 7b): few iterations of each system, no evaluation.
+# The time breakdown (Fig. 7b): the paper's clusters in virtual time beside what it states; then, on this machine, few
+# iterations of each system without evaluation.
 timing: setup
+	$(BIN)/python -m bench.paper_timing
 	$(JOB) --timing $(ARGS)
+
+# Time per iteration against nodes and bandwidth: where compression pays. Options: make scaling ARGS="--cluster v100-8gpu"
+scaling: setup
+	$(BIN)/python -m bench.scaling $(ARGS)
 
 # Draw everything again from what was recorded; trains nothing.
 figures: setup

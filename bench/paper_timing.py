@@ -13,7 +13,6 @@ figures are pictures; `bench.paper` has what its text states, and works out the 
 
 from __future__ import annotations
 
-import argparse
 import math
 import pickle
 import shlex
@@ -32,6 +31,7 @@ from tabulate import tabulate
 
 from bench import clusters, figures
 from bench.models import resnet32
+from bench.options import Parser, UsageError
 from bench.paper import COMPRESS, PAPER, SAMPLE, WARMUP_WINDOWS, WINDOW, WINDOWS, Paper
 from bench.predict import METHODS, Gradient, iteration_s
 from bench.record import environment, plain, write_atomically, write_json
@@ -440,24 +440,25 @@ def _end(axis: Any, x: float, y: float, text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench.paper_timing", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--fit", action="store_true", help="only fit the presets again, and print the numbers")
     parser.add_argument(
         "--out", type=Path, default=Path("results/paper-timing"), metavar="DIR", help="(default: %(default)s)"
     )
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
     vector = gradient()
     try:
+        options = parser.parse_args(words)
         if options.fit:
             print(fit_table(vector))
             return 0
         found = compare(vector)
-    except ClusterError as error:
+    except (UsageError, ClusterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    command = "python -m bench.paper_timing" + "".join(f" {shlex.quote(word)}" for word in arguments or sys.argv[1:])
+    command = " ".join(["python -m bench.paper_timing", *map(shlex.quote, words)])
     about = environment(("numpy", "scipy", "torch", "matplotlib")) | {"command": command}
     boxing = boxing_us()
     title = "Seconds per 500 iterations (100 sampling, 400 compressed at ratio 8), and to converge (45,000 iterations)"
