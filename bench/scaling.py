@@ -263,7 +263,8 @@ def draw(sweep: Sweep, points: Sequence[Point], found: Mapping[str, Any], title:
         below.plot(xs, [point.iteration_s["rar"] / point.compressed_s for point in points], **dashes)
         below.axhline(1, color=figures.method_color("rar"))
         below.set(ylabel="speed-up of an iteration\nover plain ring")
-        below.set_ylim(bottom=0)
+        if below.get_ylim()[1] > 1.5:
+            below.set_ylim(bottom=0)
         _where_it_pays(bars, sweep, found, (xs[0], xs[-1]))
         for axis in (above, below):
             axis.axvline(sweep.place, color="#BBBBBB", linewidth=1.2, zorder=0.5)
@@ -286,6 +287,8 @@ def _where_it_pays(axis: Axes, sweep: Sweep, found: Mapping[str, Any], ends: tup
         for low, high in found[method]["pays"]:
             left, right = low or ends[0], high or ends[1]
             axis.barh(place, right - left, 0.7, left, color=figures.method_color(method))
+        if not found[method]["pays"]:
+            axis.annotate("nowhere", (ends[0], place), (8, 0), textcoords="offset points", va="center", fontsize=8.5)
     axis.set_yticks(range(len(methods)), [f"{figures.METHOD_LABELS[method]} pays" for method in methods], fontsize=8.5)
     axis.set_ylim(len(methods) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
