@@ -14,7 +14,7 @@ JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
 
 DATA ?=
 
-.PHONY: run timing scaling figures busbw cifar100 test lint setup clean
+.PHONY: run timing scaling figures calibrate busbw cifar100 test lint setup clean
 
 run: setup
 	$(JOB) $(ARGS)
@@ -32,6 +32,11 @@ scaling: setup
 # Draw everything again from what was recorded; trains nothing.
 figures: setup
 	$(BIN)/python -m bench.figures results
+
+# Describe this machine for the emulator in results/this-machine.toml, and print what the fits miss.
+calibrate: setup
+	$(MPIRUN) -n 2 $(BIN)/python -m ring.calibrate
+	$(MPIRUN) -n 2 $(BIN)/python -m bench.calibrate
 
 # Our ring beside MPI_Allreduce, in nccl-tests' columns.
 busbw: setup

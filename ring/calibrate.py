@@ -13,8 +13,10 @@ From them come the numbers of the model that `ring.emulator` computes with, in t
     bandwidth_gbps                  where the ends of a stream mostly wait for the link, the rate of that stream; else
                                     what half a round trip = A + B * bytes leaves: 1 / (B - 2 * copy)
     latency_us                      A - 2 * overhead
-    full_duplex                     whether streams in both directions come nearer to what two links take than to one
-    burst_bytes                     what passes at once after a rest, if that can be told from the spread
+    full_duplex                     whether streams in both directions take about as long as one, if the link limits
+    burst_bytes                     what passes at once after a rest, where the link limits and it can be told from the
+                                    spread; messages that the round trips time are sent right behind others then, which
+                                    have emptied the token bucket
     add, copy, scale                bytes per second with all ranks at work, over vectors of 64 KiB to 16 MiB
 
 Lines are fitted to medians by relative errors (`ring.fit`). The table of residuals says where a message does not take
@@ -44,13 +46,13 @@ from mpi4py import MPI
 from ring.abort import check_launcher, end_together
 from ring.bench import parse_bytes, positive
 from ring.cluster import Cluster, Link, Node, write
-from ring.fit import Line, Samples, fit_line, flag, quartiles, relative_errors, rounded
+from ring.fit import Line, Samples, fit_line, flag, quartiles, relative_errors, rounded, table
 from ring.machine import core_quota, cores_allowed, processor
 from ring.probe import RATES, LinkTimes, Probe
 
 MIB = 1 << 20
-#: The share of its time that the busier end of a stream must wait for the link, for the link to be what limits it.
-LINK_LIMITED = 0.5
+#: Streams in both directions take so many times as long as one if the port has to be shared. Twice, but for noise.
+HALF_DUPLEX = 1.5
 #: Of the time of a byte, the least that is left for the link when both ends' copies take more: they overlap then.
 LEAST_WIRE = 0.1
 #: A link is written separately if it differs from the median by more than its own spread and this share.
@@ -148,19 +150,16 @@ def fit_link(times: LinkTimes) -> LinkFit:
     stream_sizes = np.array(times.stream_sizes)
     busy = np.median(times.busy, axis=0)
     one_way = np.median(times.one_way, axis=0)
-    limited = bool(np.median(times.waiting[:, -1]) > LINK_LIMITED)
+    limited = times.link_limited
     if limited:
         handling = fit_line(stream_sizes, np.maximum(busy, 1e-9))
     else:  # half of the way is what each end needs, measured once more: with memory that is in the caches
         handling = fit_line([*stream_sizes, *times.sizes], [*np.maximum(busy, 1e-9), *one_way / 2])
-    streamed = fit_line(
-        stream_sizes[-3:], np.median(times.streams["one way"], axis=0)[-3:], through_origin=True
-    ).slope  # fmt: skip
     median = fit_line(times.sizes, one_way)
 
     def model(line: Line) -> tuple[float, float]:
         """Latency and bandwidth."""
-        wire_s = streamed if limited else max(line.slope - 2 * handling.slope, LEAST_WIRE * line.slope)
+        wire_s = 1 / times.bytes_per_s if limited else max(line.slope - 2 * handling.slope, LEAST_WIRE * line.slope)
         return max(0.0, line.intercept - 2 * handling.intercept) * 1e6, 8e-9 / wire_s
 
     latency_us, bandwidth_gbps = model(median)
@@ -173,13 +172,10 @@ def fit_link(times: LinkTimes) -> LinkFit:
         latency_us=rounded(latency_us), bandwidth_gbps=rounded(bandwidth_gbps), burst_bytes=times.burst_bytes
     )  # fmt: skip
     fit = LinkFit(link, handling.intercept, handling.slope, spread_us, spread_gbps, "link" if limited else "processor")
-    if not limited:  # then nothing can be seen of it
-        return fit
-    half = replace(fit, link=replace(link, full_duplex=False))
-    both_s = float(np.median(times.streams["both ways"][:, -1]))
-    largest = times.stream_sizes[-1]
-    as_full, as_half = (math.log(which.stream_s(largest, True) / both_s) for which in (fit, half))
-    return half if abs(as_half) < abs(as_full) else fit
+    one_s, both_s = (float(np.median(times.streams[name][:, -1])) for name in ("one way", "both ways"))
+    if limited and both_s > HALF_DUPLEX * one_s:
+        fit = replace(fit, link=replace(link, full_duplex=False))
+    return fit
 
 
 def _spread(samples: Samples) -> float:
@@ -202,8 +198,10 @@ def common_link(fits: Sequence[LinkFit]) -> tuple[LinkFit, dict[int, Link]]:
     )
     others = {}
     for rank, fit in enumerate(fits):
+        # A small message's way is its latency and both ends' work.
+        handling_us = 2e6 * fit.overhead_s
         apart = (
-            (fit.link.latency_us, link.latency_us, fit.spread_us),
+            (fit.link.latency_us + handling_us, link.latency_us + handling_us, fit.spread_us),
             (fit.link.bandwidth_gbps, link.bandwidth_gbps, fit.spread_gbps),
         )
         if any(abs(own - common) > max(spread, NOTABLE * common) for own, common, spread in apart):
@@ -218,14 +216,6 @@ def common_link(fits: Sequence[LinkFit]) -> tuple[LinkFit, dict[int, Link]]:
 
 
 # The report
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned to the right, but for what stands behind the last."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)) for row in (head, *rows)]
-    notes = [row[len(head)] if len(row) > len(head) else "" for row in (head, *rows)]
-    return "\n".join((line + note).rstrip() for line, note in zip(lines, notes, strict=True))
 
 
 def residual_row(label: str, samples: Samples, fitted_s: float) -> list[str]:
@@ -243,7 +233,7 @@ COLUMNS = ("bytes", "measured", "quartiles", "fitted", "error")
 
 def residuals(times: LinkTimes, fit: LinkFit) -> str:
     """What was measured and what the model says, for every size."""
-    behind = ", each behind messages that emptied the token bucket" if times.drained else ""
+    behind = ", each behind messages that emptied the token bucket" if times.burst_bytes else ""
     parts = [f"one way, half a round trip{behind} (us)"]
     sizes, stream_sizes = list(enumerate(times.sizes)), list(enumerate(times.stream_sizes))
     rows = [residual_row(str(size), times.one_way[:, i], fit.one_way_s(size)) for i, size in sizes]
@@ -378,7 +368,7 @@ def report(
         f"ring, and {cluster.node.copy_us_per_mib:.1f} us per MiB"
     )
     if not cluster.link.burst_bytes:
-        parts.append("no token bucket could be told from the spread, so `burst_bytes` is 0")
+        parts.append("no token bucket was found, so `burst_bytes` is 0")
     for rank, (times, fit) in enumerate(zip(links, fits, strict=True)):
         if rank == 0 or rank in cluster.other_links:
             parts += [f"\nlink {rank}->{(rank + 1) % len(links)}", residuals(times, fit)]

@@ -94,3 +94,11 @@ def quartiles(samples: Samples) -> tuple[float, float, float]:
 def rounded(value: float, digits: int = 4) -> float:
     """To so many significant digits, as many as a measurement deserves in a file."""
     return float(f"{value:.{digits}g}")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to the right, but for what stands behind the last."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)) for row in (head, *rows)]
+    notes = [row[len(head)] if len(row) > len(head) else "" for row in (head, *rows)]
+    return "\n".join((line + note).rstrip() for line, note in zip(lines, notes, strict=True))

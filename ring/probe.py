@@ -14,34 +14,42 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from mpi4py import MPI
 
 from ring.algorithm import Work
 from ring.codec import Array
 from ring.errors import RingTimeout
-from ring.fit import Floats, quartiles
+from ring.fit import Floats, fit_line, quartiles
 from ring.mpi import MPIRing, yield_core
 from ring.plan import CHUNK_BYTES, POSTED_RECEIVES
 from ring.timeline import Timeline
 
 TAG, TELL = 11, 12
-SPIN_S, SLEEP_S, HOLD_S = 0.005, 100e-6, 1e-3
+#: The share of its time that a stream must have waited for the link, for the link to be what limits it.
+LINK_LIMITED = 0.3
+#: A wait for one message yields the core between tests for so long, then sleeps. In a stream it is time to sleep
+#: sooner, and longer, so that what the polling costs can be told from what the messages cost.
+SPIN_S, SLEEP_S, STREAMING_SPIN_S, STREAMING_SLEEP_S, HOLD_S = 0.1, 100e-6, 200e-6, 1e-3, 1e-3
 #: The fastest of so many round trips is one sample, unless they take longer than this; and of so many streams,
-#: which last so long, have so many messages and are repeated so often at most.
+#: which last so long, have at least and at most so many messages, and are repeated so often.
 ROUND_TRIPS, SAMPLE_TRIPS_S = 10, 0.05
-STREAMS, STREAM_S, MOST_STREAMED, STREAM_REPEATS = 3, 0.005, 4000, 11
+STREAMS, STREAM_S, LEAST_STREAMED, MOST_STREAMED, STREAM_REPEATS = 3, 0.01, 8, 4000, 11
 LEAST_REPEATS = 3
 #: Messages in flight: what the ring posts, and of small messages more, so that a link with some latency stays full.
 SMALL_BYTES, SMALL_IN_FLIGHT = 64 * 1024, 16
 #: Memory that messages are taken from in turn, so that they are not always in a cache.
 MEMORY_BYTES = 16 << 20
-#: To find a token bucket: a rest, then small messages for a while, so many times.
-REST_S, BURST_S, BURST_BYTES, BURST_REPEATS = 0.1, 0.05, 4096, 7
+#: To find a token bucket: a rest, then one message of at least so many bytes and at most so long, so many times.
+REST_S, LEAST_BURST, LONGEST_RESTED_S, BURST_REPEATS = 0.03, 4096, 0.1, 7
+#: To empty it: messages of this size.
+BURST_BYTES = 4096
 #: Chunks of a few bytes, to find what the ring itself costs for each message.
 TINY_CHUNK_BYTES, TINY_CHUNKS = 256, 256
 
@@ -57,17 +65,19 @@ class Request(Protocol):
 
 @dataclass
 class Stream:
-    """Many messages from one rank to another, or both ways at once, as one of the two saw it.
+    """Many messages from one rank to another, or both ways at once, as one of the two saw it; seconds per message.
 
     Attributes:
-        seconds: per message (of one direction).
-        busy_s: processor time per message that this rank sent or received.
-        waiting: share of the time in which this rank had nothing to do but wait for the link.
+        seconds: from the first post until the last was there.
+        late_s: from one to the next, of those that this rank received after the first quarter; 0 if it only sent.
+        busy_s: processor time of one that was sent or received.
+        queued_s: what this rank would have run, but other processes had the cores.
     """
 
     seconds: float
+    late_s: float
     busy_s: float
-    waiting: float
+    queued_s: float
 
 
 @dataclass
@@ -76,12 +86,13 @@ class LinkTimes:
 
     Attributes:
         sizes: of messages, bytes.
-        one_way: half round trips, shape (repeats, sizes); behind emptied buckets where `drained`.
-        streams: per message, shape (repeats, sizes), by "one way" and "both ways"; only of `stream_sizes`.
-        busy: processor time per message and end, both ways at once, shape (repeats, sizes).
-        waiting: share of its time that the busier end waited for the link, one way, shape (repeats, sizes).
-        bursts: bytes that seemed to pass at once after a rest, each repeat's.
-        drained: whether a token bucket was found, so that it was emptied before each timed message.
+        stream_sizes: those of them that the ring sends.
+        one_way: half round trips, shape (repeats, sizes).
+        streams: per message, shape (repeats, stream sizes), by "one way" and "both ways".
+        busy: processor time per message and end, both ways at once, shape (repeats, stream sizes).
+        waiting: share of a stream's time, one way, in which both ends waited for the link, shape as `busy`.
+        burst_bytes: what a rested link passes at once; 0 if nothing can be told. Otherwise that was emptied before each
+            message of `one_way`.
     """
 
     sizes: list[int]
@@ -90,14 +101,21 @@ class LinkTimes:
     streams: dict[str, Floats] = field(default_factory=dict)
     busy: Floats = field(default_factory=lambda: np.empty((0, 0)))
     waiting: Floats = field(default_factory=lambda: np.empty((0, 0)))
-    bursts: list[float] = field(default_factory=list)
-    drained: bool = False
+    burst_bytes: int = 0
 
     @property
-    def burst_bytes(self) -> int:
-        """A token bucket's depth; 0 if there is none that can be told from the spread."""
-        low, median, high = quartiles(self.bursts)
-        return int(median) if median > max(BURST_BYTES, 3 * (high - low)) else 0
+    def link_limited(self) -> bool:
+        """Whether both ends of a stream of the largest messages wait, so that it shows what the link can do."""
+        return bool(np.median(self.waiting[:, -1]) > LINK_LIMITED)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Of a stream in one direction, of the largest messages."""
+        large = slice(-3, None)
+        line = fit_line(
+            self.stream_sizes[large], np.median(self.streams["one way"], axis=0)[large], through_origin=True
+        )  # fmt: skip
+        return 1 / line.slope
 
 
 class Probe:
@@ -150,15 +168,18 @@ class Probe:
             time.sleep(sleep_s)
 
     def _poll_costs(self) -> tuple[float, float]:
-        """CPU seconds of a test with nothing to find, and a yield or a sleep behind it."""
-        request = self.comm.Irecv((self._inbox[0], MPI.BYTE), self.comm.rank, TELL)
+        """CPU seconds of a test with nothing to find, and a yield or a sleep behind it; of the fastest polls."""
+        request = self.comm.Irecv((self._small_inbox[0], MPI.BYTE), self.comm.rank, TELL)
         costs = []
-        for spin_s, polls in ((np.inf, 2000), (0.0, 100)):
-            start, cpu = time.perf_counter(), time.thread_time()
-            for _ in range(polls):
-                request.Test()
-                self._idle(start, "", SLEEP_S, spin_s, np.inf)
-            costs.append((time.thread_time() - cpu) / polls)
+        for spin_s, polls in ((np.inf, 500), (0.0, 10)):
+            samples = []
+            for _ in range(5):
+                start, cpu = time.perf_counter(), time.thread_time()
+                for _ in range(polls):
+                    request.Test()
+                    self._idle(start, "", STREAMING_SLEEP_S, spin_s, np.inf)
+                samples.append((time.thread_time() - cpu) / polls)
+            costs.append(min(samples))
         request.Cancel()
         self._wait(request, "for a receive to be cancelled")
         return costs[0], costs[1]
@@ -231,7 +252,10 @@ class Probe:
     # Streams
 
     def _stream(self, size: int, count: int, peer: int, sends: bool, receives: bool) -> Stream:
-        """`count` messages in each direction, and an empty one back if they go in one."""
+        """`count` messages in each direction, and an empty one back if they go in one.
+
+        A token bucket is empty when a quarter of them is there.
+        """
         ways: list[Callable[[int], MPI.Request]] = []
         if receives:
             ways.append(lambda number: self._receive(size, peer, number))
@@ -239,11 +263,12 @@ class Probe:
             ways.append(lambda number: self._send(size, peer))
         in_flight = SMALL_IN_FLIGHT if size <= SMALL_BYTES else POSTED_RECEIVES
         what = f"for {size} bytes to or from rank {peer} (streaming)"
-        pending: list[list[MPI.Request]] = [[] for _ in ways]
+        pending: list[deque[MPI.Request]] = [deque() for _ in ways]
         posted = [0] * len(ways)
         self._yields = self._sleeps = 0
-        start, cpu = time.perf_counter(), time.thread_time()
-        idle_since = start
+        skipped, done = count // 4, 0
+        idle_since = start = quarter = time.perf_counter()
+        queued_s, cpu = _queued_s(), time.thread_time()
         waiting = False
         while True:
             moved = False
@@ -252,8 +277,12 @@ class Probe:
                     pending[way].append(post(posted[way]))
                     posted[way] += 1
                 while pending[way] and pending[way][0].Test():
-                    pending[way].pop(0)
+                    pending[way].popleft()
                     moved = True
+                    if way == 0 and receives:
+                        done += 1
+                        if done == skipped:
+                            quarter = time.perf_counter()
             if not any(pending) and min(posted) == count:
                 break
             if moved:
@@ -261,15 +290,15 @@ class Probe:
             else:
                 if not waiting:
                     waiting, idle_since = True, time.perf_counter()
-                self._idle(idle_since, what, SLEEP_S, SPIN_S, self._timeout_s)
+                self._idle(idle_since, what, STREAMING_SLEEP_S, STREAMING_SPIN_S, self._timeout_s)
+        late_s = (time.perf_counter() - quarter) / (count - skipped) if receives else 0.0
         busy_s = time.thread_time() - cpu
-        polls_s = self._yields * self._yield_s + self._sleeps * self._sleep_s
-        idle_s = self._yields * self._yield_s + self._sleeps * (self._sleep_s + SLEEP_S)
-        busy_s = max(0.0, busy_s - polls_s)
+        queued_s = _queued_s() - queued_s
+        busy_s = max(0.0, busy_s - self._yields * self._yield_s - self._sleeps * self._sleep_s)
         if not (sends and receives):  # the sender's messages may have left, but not arrived
             self._wait(self._send(0, peer) if receives else self._receive(0, peer), what)
         seconds = (time.perf_counter() - start) / count
-        return Stream(seconds, busy_s / (count * len(ways)), idle_s / max(idle_s + busy_s, 1e-12))
+        return Stream(seconds, late_s, busy_s / (count * len(ways)), queued_s / count)
 
     # A link
 
@@ -292,85 +321,95 @@ class Probe:
         return times
 
     def _measure_link(self, peer: int, leading: bool, repeats: int, seconds: float) -> LinkTimes:
-        stream_sizes = [size for size in self._sizes if size <= CHUNK_BYTES]
-        times = LinkTimes(self._sizes, stream_sizes)
+        times = LinkTimes(self._sizes, [size for size in self._sizes if size <= CHUNK_BYTES])
         self._round_trips(0, ROUND_TRIPS, peer, leading)
-        times.bursts = self._find_bursts(peer, leading)
-        times.drained = times.burst_bytes > 0
-        filling = 2 * times.burst_bytes
-
-        def plan(
-            once: Callable[[int], float], sizes: Sequence[int], trips: int, sample_s: float
-        ) -> tuple[int, dict[int, int]]:
-            """How many repeats of how many trips at each size fit into the time; the leading rank's word."""
-            first_s = {size: min(once(size) for _ in range(2)) for size in sizes}
-            counts = {size: max(1, min(trips, int(sample_s / max(first_s[size], 1e-9)))) for size in sizes}
-            total_s = sum(counts[size] * first_s[size] for size in sizes)
-            least = min(repeats, LEAST_REPEATS)
-            told = [max(least, min(repeats, int(seconds / max(total_s, 1e-9)))), *counts.values()]
-            count, *trips_of = (int(number) for number in self._tell(told, peer, leading))
-            return count, dict(zip(sizes, trips_of, strict=True))
+        self._measure_streams(times, peer, leading, repeats, seconds)
+        # The leading rank has the last word on what is decided from timings.
+        limited, rate = self._tell([times.link_limited, times.bytes_per_s], peer, leading)
+        if limited:
+            self._find_burst(times, rate, peer, leading)
+        filling = [BURST_BYTES] * -(-2 * times.burst_bytes // BURST_BYTES)
 
         def one_way(size: int, count: int) -> float:
-            if not filling or size == 0:
+            if not (filling and size):
                 return self._round_trips(size, count, peer, leading)
-            fill = [BURST_BYTES] * -(-filling // BURST_BYTES)
             gaps = []
             for last in (0, size):
-                *_, before, there = self._train([*fill, last], peer, leading)
+                *_, before, there = self._train([*filling, last], peer, leading)
                 gaps.append(there - before)
-            # Only the receiver knows; and an empty message's way comes on top of what the bytes add to it.
+            # Only the receiver knows; and what the bytes add comes on top of an empty message's way.
             added_s = self._tell([gaps[1] - gaps[0]], peer, not leading)[0]
-            return self._round_trips(0, 1, peer, leading) + max(0.0, added_s)
+            return self._round_trips(0, ROUND_TRIPS, peer, leading) + max(0.0, added_s)
 
-        count, trips = plan(lambda size: 2 * one_way(size, 1), times.sizes, ROUND_TRIPS, SAMPLE_TRIPS_S)
-        times.one_way = np.array([[one_way(size, trips[size]) for size in times.sizes] for _ in range(count)])
+        first_s = {size: min(one_way(size, 1) for _ in range(2)) for size in times.sizes}
+        repeats, trips = self._plan(
+            {size: 2 * first_s[size] for size in first_s}, peer, leading, repeats=repeats, seconds=seconds,
+            most=1 if filling else ROUND_TRIPS, sample_s=SAMPLE_TRIPS_S,
+        )  # fmt: skip
+        times.one_way = np.array([[one_way(size, trips[size]) for size in times.sizes] for _ in range(repeats)])
+        return times
 
+    def _plan(
+        self, once_s: Mapping[int, float], peer: int, leading: bool,
+        *, repeats: int, seconds: float, most: int, sample_s: float,
+    ) -> tuple[int, dict[int, int]]:  # fmt: skip
+        """How many repeats of how many trips of each size fit into the time; the leading rank's word."""
+        counts = [max(1, min(most, int(sample_s / max(cost_s, 1e-9)))) for cost_s in once_s.values()]
+        total_s = sum(count * cost_s for count, cost_s in zip(counts, once_s.values(), strict=True))
+        fitting = max(min(repeats, LEAST_REPEATS), min(repeats, int(seconds / max(total_s, 1e-9))))
+        told = [int(number) for number in self._tell([fitting, *counts], peer, leading)]
+        return told[0], dict(zip(once_s, told[1:], strict=True))
+
+    def _measure_streams(self, times: LinkTimes, peer: int, leading: bool, repeats: int, seconds: float) -> None:
         def stream(size: int, count: int, both: bool) -> tuple[Stream, Stream]:
             """This rank's view and the other's of one stream."""
             own = self._stream(size, count, peer, leading or both, not leading or both)
-            theirs = [self._tell(list(astuple(own)), peer, leading is way) for way in (True, False)]
-            return own, Stream(*theirs[leading])
+            told = [self._tell(astuple(own), peer, leading is way) for way in (True, False)]
+            return own, Stream(*told[leading])
 
-        def fastest(size: int, count: int, both: bool) -> tuple[Stream, Stream]:
-            return min(
-                (stream(size, count, both) for _ in range(STREAMS)), key=lambda ends: max(end.seconds for end in ends)
-            )  # fmt: skip
+        def seconds_of(ends: tuple[Stream, Stream]) -> float:
+            return max(end.seconds for end in ends)
 
-        count, trips = plan(
-            lambda size: 2 * STREAMS * stream(size, 8, True)[0].seconds, stream_sizes, MOST_STREAMED, STREAM_S * STREAMS
-        )
-        streams: dict[str, list[list[float]]] = {"one way": [], "both ways": []}
+        once_s = {size: STREAMS * 2 * seconds_of(stream(size, LEAST_STREAMED, True)) for size in times.stream_sizes}
+        repeats, counts = self._plan(
+            once_s, peer, leading, repeats=min(repeats, STREAM_REPEATS), seconds=2 * seconds, most=MOST_STREAMED,
+            sample_s=STREAMS * STREAM_S,
+        )  # fmt: skip
+        whole: dict[str, list[list[float]]] = {"one way": [], "both ways": []}
+        late: dict[str, list[list[float]]] = {"one way": [], "both ways": []}
         busy, waiting = [], []
-        for _ in range(min(count, STREAM_REPEATS)):
-            rows: dict[str, list[tuple[Stream, Stream]]] = {
-                name: [fastest(size, max(4, trips[size]), name == "both ways") for size in stream_sizes]
-                for name in streams
-            }
-            for name, row in rows.items():
-                streams[name].append([max(ends[0].seconds, ends[1].seconds) for ends in row])
-            busy.append([(ends[0].busy_s + ends[1].busy_s) / 2 for ends in rows["both ways"]])
-            waiting.append([min(ends[0].waiting, ends[1].waiting) for ends in rows["one way"]])
-        times.streams = {name: np.array(rows) for name, rows in streams.items()}
+        for _ in range(repeats):
+            fastest = {}
+            for name in whole:
+                samples = [
+                    [stream(size, max(LEAST_STREAMED, counts[size]), name == "both ways") for _ in range(STREAMS)]
+                    for size in times.stream_sizes
+                ]
+                fastest[name] = [min(sample, key=seconds_of) for sample in samples]
+                whole[name].append([seconds_of(ends) for ends in fastest[name]])
+                late[name].append(
+                    [float(np.median([max(a.late_s, b.late_s) for a, b in sample])) for sample in samples]
+                )
+            busy.append([(ends[0].busy_s + ends[1].busy_s) / 2 for ends in fastest["both ways"]])
+            waiting.append([_waiting(*ends) for ends in fastest["one way"]])
         times.busy, times.waiting = np.array(busy), np.array(waiting)
-        return times
+        # The fastest are the least disturbed. Where the link has a token bucket they are also those that found it
+        # fullest, so there it is what comes behind the first quarter that counts; and not the fastest of that, as
+        # messages may have piled up before a receiver that was kept from its core.
+        times.streams = {name: np.array(row) for name, row in (late if times.link_limited else whole).items()}
 
-    def _find_bursts(self, peer: int, leading: bool) -> list[float]:
-        """The bytes that seemed to pass at once after a rest, each repeat's."""
-        count = SMALL_IN_FLIGHT
-        while True:  # until it takes long enough
-            start = time.perf_counter()
-            self._train([0, *[BURST_BYTES] * count], peer, leading)
-            enough = self._tell([time.perf_counter() - start > BURST_S], peer, leading)[0]
-            if enough:
-                break
-            count *= 2
-        bursts = []
-        for _ in range(BURST_REPEATS):
-            time.sleep(REST_S)
-            start_s, *arrived_s = self._train([0, *[BURST_BYTES] * count], peer, leading)
-            bursts.append(0.0 if leading else burst_bytes(np.array(arrived_s) - start_s, BURST_BYTES))
-        return self._tell(bursts, peer, not leading)
+    def _find_burst(self, times: LinkTimes, rate: float, peer: int, leading: bool) -> None:
+        """Time messages after a rest, and see how many of their bytes have not waited for the link."""
+        sizes = [size for size in times.sizes if size >= LEAST_BURST and size / rate <= LONGEST_RESTED_S]
+        rested_s = []
+        for size in (0, *sizes):
+            samples = []
+            for _ in range(BURST_REPEATS):
+                time.sleep(REST_S)
+                samples.append(self._round_trips(size, 1, peer, leading))
+            rested_s.append(min(samples))
+        found = burst_bytes(sizes, np.array(rested_s[1:]) - rested_s[0], rate) if leading and sizes else 0
+        times.burst_bytes = int(self._tell([found], peer, leading)[0])
 
     # Computing
 
@@ -409,23 +448,41 @@ class Probe:
         return seconds[1:]
 
 
-def burst_bytes(arrived_s: Floats, size: int) -> float:
-    """The depth of the token bucket that messages have come through, 0 where there is none; in bytes, and noisy.
+def _queued_s() -> float:
+    """How long this thread has been ready to run while others had the cores; 0 where the kernel doesn't tell."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) * 1e-9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
-    Once the bucket is empty, bytes = burst + rate * time. It has to be by the second half of the messages.
+
+def _median(samples: Sequence[float]) -> float:
+    return float(np.median(samples))
+
+
+def _waiting(first: Stream, second: Stream) -> float:
+    """Share of the time in which neither end worked, nor was kept from it by other processes."""
+    seconds = max(first.seconds, second.seconds)
+    return max(0.0, 1 - (max(first.busy_s, second.busy_s) + first.queued_s + second.queued_s) / max(seconds, 1e-12))
+
+
+def burst_bytes(sizes: Sequence[int], added_s: npt.ArrayLike, rate: float) -> int:
+    """The depth of the token bucket that messages have come through after a rest; 0 if there seems to be none.
+
+    A message larger than the bucket waits for all of its bytes but those: size = burst + rate * time.
 
     Args:
-        arrived_s: when each message was there, after the first could have been.
-        size: of each.
+        sizes: of the messages, ascending.
+        added_s: seconds that each took longer than an empty one.
+        rate: bytes per second of the link.
     """
-    sent = size * np.arange(1.0, len(arrived_s) + 1)
-    late = slice(len(sent) // 2, None)
-    time_s, late_sent = arrived_s[late] - arrived_s[late].mean(), sent[late] - sent[late].mean()
-    spread = float(time_s @ time_s)
-    if not spread > 0:
-        return 0.0
-    rate = float(time_s @ late_sent) / spread
-    return float(sent[late].mean() - rate * arrived_s[late].mean())
+    free = np.asarray(sizes) - rate * np.asarray(added_s, np.float64)
+    # Those of which more than half has not waited may have passed as a whole.
+    beyond = free[free < np.asarray(sizes) / 2]
+    if not len(beyond):
+        return int(free[-1])
+    low, burst, high = quartiles(beyond[:3])  # the smallest of them, as an error of the rate counts least there
+    return int(burst) if burst > max(LEAST_BURST / 2, 2 * (high - low)) else 0
 
 
 class _Waits(Timeline):
