@@ -117,7 +117,7 @@ def test_a_job_that_takes_too_long_is_ended_with_what_it_said() -> None:
     with Hosts(2, rate_mbps=1000) as hosts:
         with pytest.raises(subprocess.TimeoutExpired) as caught:
             hosts.mpirun([sys.executable, "-c", program], timeout_s=3)
-        assert caught.value.stdout.split() == ["started", "started"]
+        assert caught.value.stdout.count("started") == 2
         for name in of_this_process():
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True)
             assert pids.stdout == ""
