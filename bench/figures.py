@@ -212,7 +212,7 @@ class Run:
             f"command: {environment.get('command')}",
         ]
         if clock is not None and clock.key is not None:
-            about = f"Seconds are those of the emulated cluster {clock.name}"
+            about = f"Seconds are those of {clock.name}"
             source = summary["cluster"].get("source")
             parts.insert(0, f"{about}: {source}" if source else about)
             parts[2] += f", which trained for real{' in one process' if summary.get('one_process') else ''}"

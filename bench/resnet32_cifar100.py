@@ -211,9 +211,8 @@ class Run:
             raise ValueError(f"unknown --model {options['model']!r}, known are {', '.join(MODELS)}")
         if options["device"] == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no such device here")
-        if self.recorded and self.recorded["one_process"] != self.one_process:
-            how = "without mpirun" if self.recorded["one_process"] else f"with mpirun -n {self.recorded['ranks']}"
-            raise ValueError(f"the run in {options['resume']} was begun {how}, go on with it the same way")
+        if self.recorded and self.recorded["one_process"] and not self.one_process:
+            raise ValueError(f"the run in {options['resume']} was begun without mpirun, go on with it the same way")
         if self.recorded and self.recorded["ranks"] != self.workers.size:
             raise ValueError(
                 f"the run in {options['resume']} has {self.recorded['ranks']} ranks, now there are {self.workers.size}"

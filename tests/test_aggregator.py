@@ -13,10 +13,12 @@ from torch import nn
 
 from bench.models import resnet32
 from gradiveq import Aggregator, FitError, GradiVeQ, NonFiniteGradient, Plain, QSGDRing, Report
+from ring.cluster import Cluster, Link, Node
 from ring.errors import RingMismatch
 from ring.handle import Ring
 from ring.lockstep import run
 from ring.timeline import Timeline
+from ring.virtual import VirtualRing
 
 Vector = npt.NDArray[np.float32]
 #: gradient(name, shape, rank, iteration)
@@ -690,3 +692,25 @@ def test_resnet32() -> None:
     payload = 9 * 31 * 3 + rest + 2
     assert reports[6].ratio == pytest.approx(470_006 / payload)
     assert reports[6].bytes_sent == pytest.approx(4 * payload, abs=2000)
+
+
+def test_reports_by_the_clusters_clock() -> None:
+    """Messages of an hour each; what is computed takes no time at all."""
+    cluster = Cluster("far", nodes=3, node=Node(overhead_us=1e6), link=Link(latency_us=3.6e9))
+
+    def work(ring: Ring) -> tuple[Report, Report, dict[str, float]]:
+        virtual = VirtualRing(ring, cluster, processor_time=lambda: 0.0)
+        timeline = Timeline(virtual=Timeline(virtual.clock))
+        _, (report,), (mine,) = train(virtual, Plain(), 1, timeline=timeline)
+        _, (plain,), (theirs,) = train(ring, Plain(), 1)
+        assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+        assert timeline.virtual is not None
+        assert timeline.virtual.totals() == report.virtual_seconds
+        return report, plain, report.virtual_seconds
+
+    for report, plain, seconds in run(3, work):
+        # 4 steps; each message costs its sender and its receiver a second.
+        assert seconds["overhead"] == pytest.approx(8)
+        assert sum(seconds.values()) == pytest.approx(4 * 3600 + 8, abs=0.1)
+        assert report.seconds.keys() >= {"pack", "add"}
+        assert plain.virtual_seconds == {}

@@ -85,6 +85,26 @@ def method_record(folder: Path, method: str, iterations: int, evaluations: bool)
     }  # fmt: skip
 
 
+def add_cluster(folder: Path, *, one_process: bool, slower: float = 3.0) -> Path:
+    """Make a run one with a second clock, by which everything takes `slower` times as long."""
+
+    def times(entry: dict[str, Any]) -> dict[str, Any]:
+        scaled = {key: {k: slower * v for k, v in entry[key].items()} for key in ("seconds", "groups")}
+        return {"time_s": slower * entry["time_s"], **scaled}
+
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"one_process": one_process, "cluster": {"name": "far/away", "source": "a guess", "nodes": 6}}
+    for method in summary["methods"].values():
+        method["virtual"] = times(method)
+        for part in method["phases"].values():
+            part["virtual"] = times(part)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for path in folder.glob("metrics-*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**line, "virtual_s": slower * line["time_s"]}) + "\n" for line in lines))
+    return folder
+
+
 def make_run(folder: Path, methods: tuple[str, ...] = ("rar", "qsgd", "gradiveq"), evaluations: bool = True) -> Path:
     folder.mkdir(parents=True)
     records = {method: method_record(folder, method, 40, evaluations) for method in methods}
@@ -231,6 +251,26 @@ def test_what_the_run_figures_show(tmp_path, pages):
     assert [text.get_text() for text in compression.axes[0].texts] == ["3-5", "9", "9"]
 
 
+@pytest.mark.parametrize("one_process", [False, True])
+def test_the_clusters_clock(tmp_path, pages, one_process):
+    written = figures.draw(add_cluster(make_run(tmp_path / "run"), one_process=one_process))
+    there, common = ["accuracy-far-away.png", "breakdown-far-away.png"], ["loss.png", "compression.png"]
+    here = [] if one_process else ["accuracy.png", "breakdown.png"]
+    assert [path.name for path in written] == [*here, *there, *common]
+    accuracy, breakdown = pages[len(here) :][:2]
+    for page in (accuracy, breakdown):
+        assert "on far/away, 6 nodes (emulated)" in texts(page)
+        assert "Seconds are those of far/away, 6 nodes (emulated): a guess. " in texts(page)
+        assert ("trained for real in one process" in texts(page)) == one_process
+    assert accuracy.axes[0].lines[0].get_xdata()[-1] == pytest.approx(3 * 40 * sum(seconds_of("plain").values()))
+    assert accuracy.axes[1].lines[0].get_xdata()[-1] == 40
+    assert [bar.get_width() for bar in breakdown.axes[1].containers[0]] == pytest.approx([3 * 520] * 5)
+    if here:
+        assert pages[0].axes[0].lines[0].get_xdata()[-1] == pytest.approx(40 * sum(seconds_of("plain").values()))
+        assert pages[1].axes[1].containers[0][0].get_width() == pytest.approx(520)
+        assert "far/away" not in texts(pages[0]) + texts(pages[1])
+
+
 def test_long_runs_are_shown_per_500_iterations(tmp_path, pages):
     folder = make_run(tmp_path / "run", ("rar",))
     summary = json.loads((folder / "summary.json").read_text())
@@ -349,7 +389,14 @@ def test_empty_folder(tmp_path, capsys):
 
 
 DAMAGE = {
-    "summary.json": ['{"methods": ', "[]", "{}", '{"methods": {"rar": {}}, "data_source": "x"}', "\x00"],
+    "summary.json": [
+        '{"methods": {}, "data_source": "x", "cluster": 3}',
+        '{"methods": ',
+        "[]",
+        "{}",
+        '{"methods": {"rar": {}}, "data_source": "x"}',
+        "\x00",
+    ],
     "environment.json": ["", None],
     "metrics-rar.jsonl": ['{"type": "iteration", "itera', '{"type": "iteration"}\n', "[1]\n", None],
     "busbw.json": ['{"rows": [{"implementation": "ring"}]}', "{"],

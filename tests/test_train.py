@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -28,8 +31,10 @@ from bench.train import (
 )
 from gradiveq.aggregator import NonFiniteGradient
 from gradiveq.methods import GradiVeQ, Method, Plain, QSGDRing
+from ring.cluster import Cluster, Link, Node
 from ring.handle import Ring
 from ring.lockstep import run
+from ring.virtual import VirtualRing
 
 CLASSES = 3
 GRADIVEQ = GradiVeQ(warmup=2, sample=4, compress=5, n_components=3, fit_slices="all", holdout_every=2)
@@ -124,6 +129,127 @@ def test_seconds_and_bytes_add_up(dataset: Dataset, method: Method) -> None:
         assert {name: part["iterations"] for name, part in result["phases"].items()} == {
             "warm-up": 2, "sample": 7, "compress": 5,
         }  # fmt: skip
+
+
+class Processor:
+    """Processor time that passes when a test says so, for each worker's thread."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def __call__(self) -> float:
+        return self._seconds.get(threading.get_ident(), 0.0)
+
+    def compute(self, seconds: float) -> None:
+        self._seconds[threading.get_ident()] = self() + seconds
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Processor:
+    processor = Processor()
+    monkeypatch.setattr("bench.train.VirtualRing", functools.partial(VirtualRing, processor_time=processor))
+    return processor
+
+
+def nodes(iteration_s: float | None = 0.3, other: float | None = None) -> Cluster:
+    """Two nodes, between which a message takes half a second, whatever its size."""
+    node = Node(iteration_s=iteration_s)
+    others = {} if other is None else {1: dataclasses.replace(node, iteration_s=other)}
+    return Cluster("pair", nodes=2, node=node, link=Link(latency_us=5e5, bandwidth_gbps=1e6), other_nodes=others)
+
+
+def test_the_clusters_clock(dataset: Dataset, processor: Processor) -> None:
+    """Hand-computed: an all-reduce between two takes two messages, and an iteration has two of them."""
+
+    def work(ring: Ring, cluster: Cluster) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
+        job = trainer(ring, dataset, Plain(), settings(3), cluster=cluster)
+        load = job.batches.batch
+
+        def batch(iteration: int) -> Any:
+            processor.compute(0.125)
+            return load(iteration)
+
+        job.batches.batch = batch  # type: ignore[method-assign]
+        lines = [line for line in all_of(job) if line["type"] == "iteration"]
+        return lines, job.result(), weights_digest(job.model)
+
+    results = run(2, lambda ring: work(ring, nodes()))
+    for lines, result, _ in results:
+        for line in lines:
+            assert line["virtual_seconds"] == pytest.approx(
+                {"data": 0.125, "forward": 0.1, "backward": 0.2, "wait": 1.0, "control": 1.0, "other": 0.0}, abs=1e-5
+            )
+        assert [line["virtual_s"] for line in lines] == pytest.approx([2.425, 4.85, 7.275], abs=1e-4)
+        assert result["virtual"]["time_s"] == pytest.approx(7.275, abs=1e-4)
+        assert result["virtual"]["groups"]["exposed communication"] == pytest.approx(3.0, abs=1e-4)
+        assert result["phases"]["plain"]["virtual"]["groups"]["compute"] == pytest.approx(0.9, abs=1e-4)
+    # Node 1 computes 1 s longer. By then node 0's first message has come; both of its own get there half a second
+    # later, and then node 0's second one takes as long: so node 1 is half a second behind at the end, and stays it.
+    slow = run(2, lambda ring: work(ring, nodes(other=1.3)))
+    for (lines, _, _), own, waits in zip(slow, (0.3, 1.3), ([1.5, 2.0, 2.0], [1.0, 1.0, 1.0]), strict=True):
+        for line in lines:
+            assert line["virtual_seconds"]["forward"] == pytest.approx(own / 3)
+        assert [line["virtual_seconds"]["wait"] for line in lines] == pytest.approx(waits, abs=1e-5)
+    # Without `iteration_s` computing takes processor time, of which there is none but the data's.
+    for lines, _, _ in run(2, lambda ring: work(ring, nodes(None))):
+        assert [line["virtual_s"] for line in lines] == pytest.approx([2.125, 4.25, 6.375], abs=1e-4)
+    plain = run(2, lambda ring: all_of(trainer(ring, dataset, Plain(), settings(3))))
+    digests = {digest for _, _, digest in results}
+    assert len(digests) == 1
+    assert not any(line.keys() & {"virtual_s", "virtual_seconds"} for line in plain[0])
+    assert [line["loss"] for line in plain[0][:3]] == [line["loss"] for line in results[0][0]]
+
+
+@EVERY_METHOD
+def test_what_is_not_training_takes_no_virtual_time(dataset: Dataset, processor: Processor, method: Method) -> None:
+    """Evaluating, saving and writing cost rank 0 an hour each, before, between and after the iterations."""
+
+    def work(ring: Ring, hour_s: float) -> tuple[list[dict[str, Any]], list[Any], dict[str, Any]]:
+        def pass_time() -> None:
+            processor.compute(hour_s * (1 + ring.rank))
+
+        def save() -> None:
+            states.append(copy.deepcopy(job.state_dict()))
+            pass_time()
+
+        def write(line: dict[str, Any]) -> None:
+            lines.append(line)
+            pass_time()
+
+        job = trainer(ring, dataset, method, settings(13), cluster=nodes())
+        lines: list[dict[str, Any]] = []
+        states: list[Any] = []
+        pass_time()
+        train(job, write, save, eval_every=2 if hour_s else 0, checkpoint_every=3)
+        pass_time()
+        return lines, states, job.result()
+
+    plain, busy = run(2, lambda ring: work(ring, 0.0)), run(2, lambda ring: work(ring, 3600.0))
+    for (lines, _, result), (busy_lines, _, busy_result) in zip(plain, busy, strict=True):
+        iterations = [line for line in busy_lines if line["type"] == "iteration"]
+        assert len(iterations) == 13
+        for line, other in zip((line for line in lines if line["type"] == "iteration"), iterations, strict=True):
+            assert line["virtual_seconds"] == pytest.approx(other["virtual_seconds"], abs=1e-4)
+            assert line["virtual_s"] == pytest.approx(other["virtual_s"], abs=1e-4)
+        assert result["virtual"]["time_s"] == pytest.approx(busy_result["virtual"]["time_s"], abs=1e-4)
+        measured_s = sum(line["virtual_seconds"].get("measure", 0.0) for line in iterations)
+        assert (measured_s > 0.9) == (method.name == "gradiveq")
+        elapsed_s = sum(sum(line["virtual_seconds"].values()) for line in iterations)
+        assert iterations[-1]["virtual_s"] == pytest.approx(elapsed_s - measured_s)
+
+    def resumed(ring: Ring) -> tuple[list[dict[str, Any]], float]:
+        job = trainer(ring, dataset, method, settings(13), cluster=nodes())
+        processor.compute(3600.0 * ring.rank)
+        job.load_state_dict(busy[ring.rank][1][1])
+        before_s = job.virtual_s
+        return all_of(job), before_s
+
+    for (lines, before_s), (expected, _, _) in zip(run(2, resumed), plain, strict=True):
+        whole = [line for line in expected if line["type"] == "iteration"]
+        assert before_s == pytest.approx(whole[5]["virtual_s"], abs=1e-4)
+        # The two compare in which iteration they are, once: two messages.
+        for line, other in zip((line for line in lines if line["type"] == "iteration"), whole[6:], strict=True):
+            assert line["virtual_s"] == pytest.approx(other["virtual_s"] + 1.0, abs=1e-4)
 
 
 def test_methods_begin_with_the_same_weights_and_data(dataset: Dataset) -> None:
