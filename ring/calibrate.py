@@ -308,12 +308,13 @@ def calibrate(comm: MPI.Intracomm, options: argparse.Namespace) -> tuple[Cluster
         return None
     links = [everything[rank][0][rank] for rank in range(comm.size)]
     alone, together = [[entry[column] for entry in everything] for column in (1, 2)]
-    by_ring_s = statistics.median(second for entry in everything for second in entry[3])
     fits = [fit_link(times) for times in links]
     base, others = common_link(fits)
-    # What MPI does for such small messages is counted once, as part of the line through all sizes.
+    # What MPI does for such small messages is counted once, as part of the line through all sizes. The least of both,
+    # as they are measured at different times and other processes cost them caches.
+    by_ring_s = min(second for entry in everything for second in entry[3])
     tiny = np.array(links[0].stream_sizes) <= 512
-    by_mpi_s = statistics.median(float(np.median(times.busy[:, tiny])) for times in links)
+    by_mpi_s = min(float(times.busy[:, tiny].min()) for times in links)
     bookkeeping_s = max(0.0, by_ring_s - by_mpi_s)
     rates = {
         name: rounded(statistics.median(float(np.median(rank[name][size])) for rank in together for size in rank[name]))
