@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import re
 import sys
 import zipfile
 import zlib
@@ -239,18 +238,12 @@ def draw(run_folder: Path) -> list[Path]:
         with _style():
             figures: dict[str, Figure | None] = {}
             for clock in clocks(run.summary):
-                name = "" if clock.key is None else f"-{_file_name(run.summary['cluster']['name'])}"
-                figures[f"accuracy{name}.png"] = _accuracy(run, clock)
-                figures[f"breakdown{name}.png"] = _breakdown(run, clock)
+                figures[f"accuracy{clock.suffix}.png"] = _accuracy(run, clock)
+                figures[f"breakdown{clock.suffix}.png"] = _breakdown(run, clock)
             figures |= {"loss.png": _loss(run), "compression.png": _compression(run)}
             return [_write(figure, run.folder / name) for name, figure in figures.items() if figure is not None]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise FigureError(f"{run.folder} is damaged: its record isn't as it should be ({error!r})") from error
-
-
-def _file_name(name: str) -> str:
-    """A cluster's name, which may be anything, as part of a file's."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "cluster"
 
 
 def _on(clock: Clock) -> str:

@@ -51,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "timeout": 300.0,
     "eval_every": None,
     "checkpoint_every": None,
+    "trace": False,
     "figures": True,
     "progress": "auto",
     "out": None,
@@ -71,7 +72,7 @@ PAPER: dict[str, Any] = {
 TIMING: dict[str, Any] = {"iterations": 60, "eval_every": 0, "checkpoint_every": 0}
 #: Options that a resumed run may have otherwise than it began: the trained weights don't depend on them. Of the data,
 #: the content is compared instead.
-FREE = {"data", "timeout", "checkpoint_every", "figures", "progress", "out", "resume"}
+FREE = {"data", "timeout", "checkpoint_every", "trace", "figures", "progress", "out", "resume"}
 #: Options of one method only.
 ONLY_GRADIVEQ = {
     "warmup", "sample", "compress", "max_sample", "stop_multiple", "loss_threshold", "n_components", "ratio",
@@ -222,6 +223,11 @@ def make_parser() -> Parser:
         output, "--checkpoint-every",
         "iterations between checkpoints; 0: none (default: a tenth of the run, at most 500)",
         type=int, metavar="N",
+    )  # fmt: skip
+    add(
+        output, "--trace",
+        "the last compressed iteration of each method (the last one, if it has none) as a file for ui.perfetto.dev",
+        action="store_true",
     )  # fmt: skip
     add(output, "--no-figures", "draw nothing", dest="figures", action="store_false")
     add(output, "--progress", "a bar, lines, or what suits the terminal", choices=("auto", "bar", "lines", "none"))

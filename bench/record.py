@@ -5,6 +5,7 @@
         metrics-<method>.jsonl   grows while a method runs; one JSON object per line
         summary.json             written when a method ends, so it lists those that are finished
         weights-<method>.pt      the trained parameters, the same on every rank (a dict of tensors for `torch.load`)
+        trace-<method>….perfetto.json.gz     with `--trace`, for ui.perfetto.dev; `bench.tracing`
         checkpoint/              what `--resume` needs; `bench.checkpoint`
 
 All numbers are JSON numbers, `null` where there is none or it is not finite. Times are seconds; `time_s` is training
@@ -111,6 +112,10 @@ GROUPS = {
 
 def metrics_name(method: str) -> str:
     return f"metrics-{method}.jsonl"
+
+
+#: Of all traces.
+TRACES = "trace-*"
 
 
 def weights_name(method: str) -> str:

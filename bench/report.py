@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,10 +36,12 @@ class Clock(NamedTuple):
     Attributes:
         name: for tables and figures.
         key: in a summary, where each method and phase has this clock's seconds; None for the entry itself.
+        suffix: of the names of files that show them.
     """
 
     name: str
     key: str | None = None
+    suffix: str = ""
 
     def times(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
         """`time_s`, `seconds` and `groups` of a method's or a phase's entry."""
@@ -51,7 +54,8 @@ def clocks(summary: Mapping[str, Any]) -> list[Clock]:
     found = [] if summary.get("one_process") else [Clock("this machine")]
     cluster = summary.get("cluster")
     if cluster:
-        found.append(Clock(f"{cluster['name']}, {cluster['nodes']} nodes (emulated)", "virtual"))
+        suffix = re.sub(r"[^\w.-]+", "-", cluster["name"]).strip("-.")  # a name may be anything
+        found.append(Clock(f"{cluster['name']}, {cluster['nodes']} nodes (emulated)", "virtual", f"-{suffix}"))
     return found
 
 

@@ -279,7 +279,7 @@ class Run:
         model = resnet_cifar(8, classes, seed=seed) if name == "resnet8" else MODELS[name](classes, seed=seed)
         return Trainer(
             self.ring, model, self.dataset, method, self.settings,
-            nonfinite=self.options["nonfinite"], device=device, cluster=self.cluster,
+            nonfinite=self.options["nonfinite"], device=device, cluster=self.cluster, trace=self.options["trace"],
         )  # fmt: skip
 
     def _notes(self) -> list[str]:
@@ -544,20 +544,35 @@ class Run:
                 write_atomically(self.folder / weights_name(name), _weights(trainer))
 
             self.workers.attempt(write_weights, OSError, here=self.lead)
+            if self.options["trace"]:
+                self._trace(name, trainer)
             checkpoints.finish(name, plain({**result, "checkpoint_s": checkpoint_s}))
         finally:
             progress.close()
             if metrics is not None:
                 metrics.close()
 
+    def _trace(self, name: str, trainer: Trainer) -> None:
+        """Collective. Nothing here makes it a failed run."""
+        from bench import tracing
+        from bench.report import clocks
+        from ring.trace import TraceError
+
+        said = self.workers.gather(tracing.rows(trainer.timeline))
+        if self.lead:
+            try:
+                print("\n".join(tracing.write(self.folder, name, clocks(self._summary({})), said)), flush=True)
+            except (TraceError, OSError) as error:
+                print(f"{name}: no trace: {' '.join(str(error).split())}", file=sys.stderr)
+
 
 def remove(folder: Path, created: list[Path]) -> None:
     """Remove what a run writes into its folder, and the folders that were made for it if nothing else is in them."""
     from bench.checkpoint import FOLDER
-    from bench.record import ENVIRONMENT, SUMMARY, metrics_name, weights_name
+    from bench.record import ENVIRONMENT, SUMMARY, TRACES, metrics_name, weights_name
 
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
-    written = (ENVIRONMENT, SUMMARY, metrics_name("*"), weights_name("*"))
+    written = (ENVIRONMENT, SUMMARY, metrics_name("*"), weights_name("*"), TRACES)
     for pattern in written:
         for path in [*folder.glob(pattern), *folder.glob(f".{pattern}.tmp")]:
             with contextlib.suppress(OSError):

@@ -30,6 +30,7 @@ from gradiveq.methods import Method
 from ring.cluster import Cluster
 from ring.handle import Ring
 from ring.timeline import Timeline
+from ring.trace import keeping
 from ring.virtual import VirtualRing
 
 #: The paper's schedule (section 4 of Yu et al. 2018).
@@ -41,6 +42,8 @@ LEAST = 20
 EVALUATION_BATCH = 50
 #: How a cluster's `iteration_s` is divided: a backward pass computes twice what a forward pass does.
 FORWARD, BACKWARD, UPDATE = 1 / 3, 2 / 3, 0.0
+#: The phases whose last iteration is kept for a trace: one of each method.
+TRACED = ("plain", "qsgd", "compress")
 
 
 class Windows(NamedTuple):
@@ -163,6 +166,7 @@ class Trainer:
         nonfinite: "fail", or "skip" to leave out a step to which some rank has no finite gradient: then weights and
             batch norm's statistics are as before it on all ranks.
         device: where the model is.
+        trace: keep what happened in the last iteration of the phase in `TRACED` in the timeline, for `ring.trace`.
         cluster: of as many nodes as there are ranks; its clock runs beside this machine's, within `step` only. What is
             computed doesn't depend on it.
 
@@ -183,8 +187,9 @@ class Trainer:
         nonfinite: str = "fail",
         device: str | torch.device = "cpu",
         cluster: Cluster | None = None,
+        trace: bool = False,
     ) -> None:
-        self.ring, self.dataset, self.settings = ring, dataset, settings
+        self.ring, self.dataset, self.settings, self.trace = ring, dataset, settings, trace
         self.device = torch.device(device)
         self.model = model.to(self.device)
         # What is no part of training goes over `ring`, so that the cluster hears nothing of it.
@@ -231,6 +236,11 @@ class Trainer:
         Returns:
             The line for the metrics (`bench.record`), and whether any rank was asked to stop.
         """
+        kept = self.trace and self.aggregator.phase in TRACED
+        with keeping(self.timeline) if kept else nullcontext():
+            return self._step(stop)
+
+    def _step(self, stop: bool) -> tuple[dict[str, Any], bool]:
         watches = [Stopwatch(timeline) for timeline in self._start_clocks()]
         span = self.timeline.span
         lr = learning_rate(self.iteration, self.settings)

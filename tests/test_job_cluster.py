@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from bench import figures
 from bench.clusters import names
 from bench.emulation import MOST_THREADS, choose, note
 from bench.report import text
+from ring import perfetto
 from ring.cluster import ClusterError, parse, read
 
 #: Processor time that isn't in the table counts for almost nothing, so that seconds are the same in every run.
@@ -72,8 +74,10 @@ def runs(folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
     path = f"{blocked}:{environment()['PYTHONPATH']}"
     arguments = [*SMALL, "--data", "data", "--threads", "1", "--progress", "none"]
     results = {
-        "threads": job(1, [*arguments, "--cluster", "two.toml", "--out", "threads"], folder, PYTHONPATH=path),
-        "processes": job(2, [*arguments, "--cluster", "two.toml", "--out", "processes"], folder),
+        "threads": job(
+            1, [*arguments, "--cluster", "two.toml", "--trace", "--out", "threads"], folder, PYTHONPATH=path
+        ),
+        "processes": job(2, [*arguments, "--cluster", "two.toml", "--trace", "--out", "processes"], folder),
         "none": job(2, [*arguments, "--cluster", "none", "--out", "none"], folder),
     }
     for result in results.values():
@@ -147,6 +151,24 @@ def test_figures_by_the_clusters_clock(folder: Path, runs: dict[str, Any], monke
     assert drawn["threads"] == [*there, *common]
     assert drawn["processes"] == ["accuracy.png", "breakdown.png", *there, *common]
     assert drawn["none"] == ["accuracy.png", "breakdown.png", *common]
+
+
+def test_traces(folder: Path, runs: dict[str, Any]) -> None:
+    there, here = "-two-racks-of-one.perfetto.json.gz", ".perfetto.json.gz"
+    for run, endings in (("threads", [there]), ("processes", [there, here]), ("none", [])):
+        names = {f"trace-{method}{ending}" for method in METHODS for ending in endings}
+        assert {path.name for path in (folder / run).glob("trace-*")} == names
+        for name in names:
+            content = json.loads(gzip.decompress((folder / run / name).read_bytes()))
+            perfetto.check(content)
+            slices = [event for event in content["traceEvents"] if event["ph"] == "X"]
+            kinds = {event["name"] for event in slices}
+            assert {"forward", "backward", "update", "control", "wait"} <= kinds
+            assert ("encode" in kinds) == ("-rar" not in name)
+            if name.endswith(there):
+                (forward, _) = [event["dur"] for event in slices if event["name"] == "forward"]  # of one iteration
+                assert forward == pytest.approx(0.1e6, rel=1e-4)
+                assert f"{name[6:].removesuffix(there)}, an iteration on two/racks of one, 2 nodes" in runs[run].stdout
 
 
 @pytest.mark.parametrize("ranks", [1, 2], ids=["threads", "processes"])
