@@ -12,7 +12,9 @@ call, because what overwrites it is the finished sum, which contains it; at the 
 predecessor that it will read no more.
 
 How a rank waits. MPI moves large messages only inside MPI calls, and its own blocking waits spin, which is fatal with
-more ranks than cores. So a wait tests, yields the core, tests again; after some milliseconds it sleeps in between.
+more ranks than cores. So a wait tests, yields the core, tests again; after some milliseconds it sleeps in between. If a
+neighbour is on another host it sleeps at once: a message takes longer than that, and a core that is left alone does the
+kernel's part of sending. Sleeps are short against what was waited already, so that no link idles for long.
 
 How a call fails. Whoever fails tells all others on a communicator of its own, which every waiting rank looks at; so
 all raise `RingError` with the same story. An exception that nobody catches ends the whole job: `ring.abort`.
@@ -25,7 +27,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -52,11 +54,12 @@ GREETING_BYTES = 64 * 1024
 SHARED_BYTES = 128 * 1024
 TAG, DONE_READING = 7, 8
 NOTHING = np.empty(0, np.uint8)
-#: So many times a wait just tests, if each rank of the host has a core to itself and if not; then it yields the core
-#: between tests, and after some milliseconds it sleeps in between, for at most so long.
-QUICK_POLLS, QUICK_POLLS_SHARING = 300, 10
+#: So many times a wait just tests, if each rank of the host has a core to itself, if not, and between hosts; then, on
+#: one host, it yields the core between tests, and after some milliseconds it sleeps in between: for a share of what it
+#: has waited already, within bounds.
+QUICK_POLLS, QUICK_POLLS_SHARING, QUICK_POLLS_BETWEEN_HOSTS = 300, 10, 30
 SPIN_S = 0.005
-LONGEST_SLEEP_S = 0.001
+SLEEP_SHARE, SHORTEST_SLEEP_S, LONGEST_SLEEP_S = 0.02, 20e-6, 0.001
 #: Plans come and go with the codecs; so many greetings are kept.
 MOST_GREETINGS = 16
 
@@ -178,11 +181,16 @@ class _Port:
         return self._owner.comm.Isend((message, MPI.BYTE), self._owner.successor, TAG)
 
 
+def _ranks_in(comm: MPI.Intracomm, ranks: Sequence[int], other: MPI.Intracomm) -> Sequence[int]:
+    """What the ranks of `comm` are called in `other`, MPI.UNDEFINED where they are not in it."""
+    return comm.Get_group().Translate_ranks(ranks, other.Get_group())
+
+
 class _Window:
     """Memory of one vector per rank that its neighbours on the same host can read."""
 
     def __init__(self, comm: MPI.Intracomm, host: MPI.Intracomm, before: int, after: int, num_bytes: int) -> None:
-        before_here, after_here = comm.Get_group().Translate_ranks([before, after], host.Get_group())
+        before_here, after_here = _ranks_in(comm, [before, after], host)
         window = MPI.Win.Allocate_shared(num_bytes, 1, comm=host)
         self.own: Payload = np.asarray(window.Shared_query(host.rank)[0])
         self.address = self.own.ctypes.data
@@ -226,7 +234,11 @@ class MPIRing(Ring):
         self._greetings: dict[str, _Greeting] = {}
         self.windows: list[_Window] = []
         self._neighbours = cast(MPI.Intracomm, self.comm.Split_type(MPI.COMM_TYPE_SHARED))
-        self._quick_polls = QUICK_POLLS if self._neighbours.size <= usable_cores() else QUICK_POLLS_SHARING
+        self._quick_polls, self._spin_s = QUICK_POLLS_SHARING, SPIN_S
+        if self._neighbours.size <= usable_cores():
+            self._quick_polls = QUICK_POLLS
+        if MPI.UNDEFINED in _ranks_in(self.comm, [self.predecessor, self.successor], self._neighbours):
+            self._quick_polls, self._spin_s = QUICK_POLLS_BETWEEN_HOSTS, 0.0
         self.heard = np.zeros(HEADER_BYTES + GREETING_BYTES, np.uint8)
         self._heard_key = self.heard[:KEY_BYTES]
         self.heard_numbers = self.heard[:WORDS].view(np.int64)
@@ -338,10 +350,10 @@ class MPIRing(Ring):
     def _wait(self, wait: Wait, plan: Plan) -> None:
         """Poll until the request is complete, somebody fails, or the deadline passes."""
         start = now = time.perf_counter()
-        test, sleep_s, polls = wait.request.Test, 20e-6, 0
+        test, polls = wait.request.Test, 0
         while not test():
             polls += 1
-            if polls % 64 and now - start < SPIN_S:
+            if polls % 64 and now - start < self._spin_s:
                 yield_core()
                 continue
             now = time.perf_counter()
@@ -349,9 +361,8 @@ class MPIRing(Ring):
                 self._hear_alarm(wait, plan)
             if now - start > self.timeout_s:
                 self._fail(RingTimeout(f"{self._where(wait, plan)} and gave up after {self.timeout_s:g} s"))
-            if now - start >= SPIN_S:
-                time.sleep(sleep_s)
-                sleep_s = min(2 * sleep_s, LONGEST_SLEEP_S)
+            if now - start >= self._spin_s:
+                time.sleep(min(max(SHORTEST_SLEEP_S, SLEEP_SHARE * (now - start)), LONGEST_SLEEP_S))
 
     def _where(self, wait: Wait, plan: Plan) -> str:
         peer = f"to send to rank {self.successor}" if wait.sending else f"for rank {self.predecessor}"
