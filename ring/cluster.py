@@ -10,6 +10,7 @@
     compute_speed = 1.0               # times as fast as the machine on which processor time is measured
     iteration_s = 1.3                 # seconds of forward, backward and update; left out to take measured ones
     slowdown = 1.0                    # everything it computes takes so many times as long: a fixed straggler
+    call_us = 0.0                     # processor time per collective, before its first message
     overhead_us = 0.0                 # processor time per message sent, and per message received
     copy_us_per_mib = 0.0             # processor time per MiB sent, and per MiB received
     overlap_slowdown = 1.0            # computing takes so many times as long while the node is sending
@@ -77,6 +78,7 @@ class Node:
     compute_speed: float = _key(1.0, above=0)
     iteration_s: float | None = _key(None, above=0)
     slowdown: float = _key(1.0, above=0)
+    call_us: float = _key(0.0, least=0)
     overhead_us: float = _key(0.0, least=0)
     copy_us_per_mib: float = _key(0.0, least=0)
     overlap_slowdown: float = _key(1.0, least=1)

@@ -122,6 +122,7 @@ def closed_form(
     decode = nothing if codec.in_place else node.slowdown * sizes.seconds("decode", sizes.mean)
     handling = node.slowdown * 1e-6 * (node.overhead_us * sizes.present + node.copy_us_per_mib * sizes.bytes / MIB)
     wire, latency_s = sizes.bytes / link.bytes_per_s, link.latency_us * 1e-6
+    call_s = node.slowdown * node.call_us * 1e-6
     every_step = encode if codec.linear else nothing
 
     def segment(chunks: Floats) -> float:
@@ -142,7 +143,7 @@ def closed_form(
     fill_s = segment(encode) if reduce_s == reducing_s else encode[largest]
     drain_s = segment(decode) if gather_s == gathering_s else decode[largest]
     busiest = max(wire[largest], (every_step + add + 2 * handling)[largest], (decode + 2 * handling)[largest])
-    time_s = float(
+    time_s = call_s + float(
         max(
             fill_s + (size - 1) * (reduce_s + gather_s) + drain_s,
             # What the largest of three neglects: the ends of a segment are so far apart on its way,
@@ -158,7 +159,7 @@ def closed_form(
         "encode": segment(encode) * (size if codec.linear else 1),
         "add" if codec.linear else "recode": segment(add) * (size - 1),
         "decode": segment(decode) * size,
-        "overhead": segment(handling) * 4 * (size - 1),
+        "overhead": segment(handling) * 4 * (size - 1) + call_s,
     }
     seconds = {kind: value for kind, value in seconds.items() if value}
     return sizes.estimate(time_s, {**seconds, "wait": max(0.0, time_s - sum(seconds.values()))}, closed_form=True)
@@ -306,6 +307,7 @@ class _AllNodes:
         self._slowdown = np.array([node.slowdown for node in nodes]) * luck.stragglers
         self._overlap = np.array([node.overlap_slowdown for node in nodes])
         self._overlaps = bool((self._overlap > 1).any())
+        self._call_s = np.array([node.call_us for node in nodes]) * 1e-6
         self._overhead_s = np.array([node.overhead_us for node in nodes]) * 1e-6
         self._copy_s = np.array([node.copy_us_per_mib for node in nodes]) * 1e-6 / MIB
         self._handles = bool(self._overhead_s.any() or self._copy_s.any())
@@ -334,6 +336,8 @@ class _AllNodes:
         #: Messages on their way, by the step of the receiver and the number of the chunk: when each receiver has it.
         arriving: dict[tuple[int, int], Floats] = {}
         tables: dict[tuple[str, bool], Floats] = {}
+        if program and self._call_s.any():
+            self._compute("overhead", self._call_s)
         for kind, item, amounts in program:
             segment, number = (self._ranks - item.step) % self._size, item.chunk.start % self._most
             there = None if self._full else self._sizes.present[segment, number]

@@ -4,6 +4,7 @@ Each worker has a clock and goes through its program (`ring.program`). What move
 
     computing       by the amounts over the cluster's rates, or by the processor time that it took when it was done
                     for real; times the node's slowdown, and `overlap_slowdown` for as long as the node is sending
+    beginning       `call_us` of processor time
     sending         `overhead_us` and `copy_us_per_mib` of processor time; then the message is posted
     a message       leaves when it was posted and those before it on the same link have left:
                     left = max(posted, left of the one before) + bytes / bandwidth, arrived = left + latency
@@ -197,6 +198,7 @@ class Emulator:
         self.cluster, self.calls = cluster, 0
         self.links = _Links(cluster)
         nodes = [cluster.node_at(rank) for rank in range(cluster.nodes)]
+        self.call_s = [node.call_us * 1e-6 for node in nodes]
         self._overhead_s = [node.overhead_us * 1e-6 for node in nodes]
         self._copy_s = [node.copy_us_per_mib * 1e-6 / MIB for node in nodes]
         self.slowdown = [node.slowdown for node in nodes]
@@ -300,6 +302,8 @@ class _Run:
         clock_s = self._starts_s[rank]
         left_s: dict[int, float] = {}
         sending, number = -1, 0
+        if emulator.call_s[rank] and self._programs[rank]:
+            clock_s = yield from self._compute(rank, clock_s, "overhead", None, emulator.call_s[rank])
         for operation in self._programs[rank]:
             kind, work, _ = operation
             chunk = work.chunk
@@ -353,7 +357,7 @@ class _Run:
             seconds = self._measured(rank, operation)
         return seconds
 
-    def _compute(self, rank: int, clock_s: float, kind: str, work: Work, seconds: float) -> Steps:
+    def _compute(self, rank: int, clock_s: float, kind: str, work: Work | None, seconds: float) -> Steps:
         """Compute what takes so long on a node that is not slow; the return value is the clock when it is done."""
         seconds *= self._slowdown[rank]
         slow, busy_s = self._emulator.overlap[rank], self._links.free_s[rank] - clock_s

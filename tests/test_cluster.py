@@ -21,6 +21,7 @@ shared_cores = 2
 compute_speed = 2.0
 iteration_s = 1.3
 slowdown = 1.5
+call_us = 9.0
 overhead_us = 3.0
 copy_us_per_mib = 40.0
 overlap_slowdown = 1.2
@@ -52,7 +53,7 @@ def test_everything_is_read(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text(EVERYTHING)
     cluster = read(path)
-    node = Node(2.0, 1.3, 1.5, 3.0, 40.0, 1.2)
+    node = Node(2.0, 1.3, 1.5, 9.0, 3.0, 40.0, 1.2)
     link = Link(50.0, 5.0, 10.0, 0.01, 1000, False)
     assert cluster == Cluster(
         "two-racks", "invented for this test", 6, 7, 2, node, link, Racks(3, 5.0, "round-robin"), Stragglers(0.1, 4.0),

@@ -142,6 +142,10 @@ def test_messages_cost_processor_time() -> None:
     assert clocks(cluster(node=copying)) == pytest.approx([10, 10])
 
 
+def test_collectives_cost_processor_time() -> None:
+    assert clocks(cluster(node={"call_us": 250.0}), calls=2) == pytest.approx([16.5, 16.5])
+
+
 def test_computing_is_slower_while_sending() -> None:
     """The second chunk is added from 3 ms on, and until 4 the first one is leaving: 1.5 ms instead of 1."""
     assert clocks(cluster(node={"overlap_slowdown": 2.0}), chunk_bytes=1000) == pytest.approx([6.5, 6.5])
@@ -266,7 +270,7 @@ def random_cluster(rng: random.Random, nodes: int, *, alike: bool) -> Cluster:
         "nodes": nodes,
         "node": {
             "slowdown": rng.uniform(1, 2), "overlap_slowdown": rng.choice([1.0, 1.0, 1.2, 2.0]),
-            "overhead_us": rng.choice([0, 0, 5, 50]), "copy_us_per_mib": rng.choice([0, 200]),
+            "overhead_us": rng.choice([0, 0, 5, 50]), "call_us": rng.choice([0, 30]), "copy_us_per_mib": rng.choice([0, 200]),
         },
         "link": {"latency_us": 10 ** rng.uniform(0, 3.5), "bandwidth_gbps": 10 ** rng.uniform(-2, 2)},
         "rates": rates,
