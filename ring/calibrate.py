@@ -6,6 +6,7 @@ Four things are timed between each rank and its successor (`ring.probe`): round 
 direction and in both at once, and after a rest; and on each rank, alone and all at once, adding, copying and scaling.
 From them come the numbers of the model that `ring.emulator` computes with, in this order:
 
+    call_us                         processor time of a collective beside that of its messages
     overhead_us, copy_us_per_mib    processor time of a message at each end = overhead + copy * bytes, a line through
                                     what streams in both directions took, of all sizes that the ring sends (and through
                                     half of each way, if processors limit it); plus, for each message, what the ring
@@ -312,7 +313,7 @@ def calibrate(comm: MPI.Intracomm, options: argparse.Namespace) -> tuple[Cluster
     base, others = common_link(fits)
     # What MPI does for such small messages is counted once, as part of the line through all sizes. The least of both,
     # as they are measured at different times and other processes cost them caches.
-    by_ring_s = min(second for entry in everything for second in entry[3])
+    call_s, by_ring_s = (min(entry[3][part] for entry in everything) for part in (0, 1))
     tiny = np.array(links[0].stream_sizes) <= 512
     by_mpi_s = min(float(times.busy[:, tiny].min()) for times in links)
     bookkeeping_s = max(0.0, by_ring_s - by_mpi_s)
@@ -333,6 +334,7 @@ def calibrate(comm: MPI.Intracomm, options: argparse.Namespace) -> tuple[Cluster
         nodes=comm.size,
         shared_cores=cores,
         node=Node(
+            call_us=rounded(call_s * 1e6),
             overhead_us=rounded((base.overhead_s + bookkeeping_s) * 1e6),
             copy_us_per_mib=rounded(base.copy_s * MIB * 1e6),
         ),
@@ -366,7 +368,7 @@ def report(
     parts.append(table(head, rows))
     parts.append(
         f"\na message costs each end {base.overhead_s * 1e6:.2f} us in MPI, {bookkeeping_s * 1e6:.2f} us in the "
-        f"ring, and {cluster.node.copy_us_per_mib:.1f} us per MiB"
+        f"ring, and {cluster.node.copy_us_per_mib:.1f} us per MiB; a collective {cluster.node.call_us:.2f} us more"
     )
     if not cluster.link.burst_bytes:
         parts.append("no token bucket was found, so `burst_bytes` is 0")

@@ -430,22 +430,27 @@ class Probe:
         self.hold()
         return rates
 
-    def bookkeeping_s(self, repeats: int) -> list[float]:
-        """CPU seconds of an all-reduce in chunks of a few bytes, per message sent or received, without the waiting.
+    def bookkeeping_s(self, repeats: int) -> tuple[float, float]:
+        """CPU seconds of a reduce-scatter in chunks of a few bytes, without the waiting: per call, and per message.
 
-        Includes what MPI does for such a message outside the waits.
+        A line through calls with one chunk in a segment and with many, the least of the repeats of each. What MPI does
+        for such a message outside the waits is part of it; a message is counted at both ends.
         """
         ring = MPIRing(self.comm, chunk_bytes=TINY_CHUNK_BYTES, timeout_s=self._timeout_s)
-        vector = np.zeros(self.comm.size * TINY_CHUNKS * TINY_CHUNK_BYTES // 4, np.float32)
-        seconds = []
-        for _ in range(repeats + 1):
-            timeline = _Waits(time.thread_time)
-            start_s = time.thread_time()
-            stats = ring.all_reduce(vector, timeline=timeline)
-            cpu_s = time.thread_time() - start_s - timeline.totals().get("wait", 0.0)
-            seconds.append(cpu_s / (2 * stats.messages))
+        found = []
+        for chunks in (1, TINY_CHUNKS):
+            vector = np.zeros(self.comm.size * chunks * TINY_CHUNK_BYTES // 4, np.float32)
+            seconds = []
+            for _ in range(repeats + 1):
+                timeline = _Waits(time.thread_time)
+                start_s = time.thread_time()
+                stats = ring.reduce_scatter(vector, timeline=timeline)
+                seconds.append(time.thread_time() - start_s - timeline.totals().get("wait", 0.0))
+            found.append((2 * stats.messages, min(seconds[1:])))
         self.hold()
-        return seconds[1:]
+        (few, few_s), (many, many_s) = found
+        message_s = max(0.0, (many_s - few_s) / (many - few))
+        return max(0.0, few_s - few * message_s), message_s
 
 
 def _queued_s() -> float:
