@@ -60,9 +60,10 @@ class Progress:
             elif self._style == "lines" and done % self._every == 0:
                 elapsed = time.monotonic() - self._start
                 left = elapsed / (done - self._first) * (self._iterations - done)
+                there = f" ({line['virtual_s']:,.1f} s of training on the cluster)" if "virtual_s" in line else ""
                 print(
                     f"{self._method}: {done} of {self._iterations}, {line['phase']}, loss {line['loss']:.3f}, "
-                    f"{elapsed:.0f} s, {left:.0f} s left",
+                    f"{elapsed:.0f} s, {left:.0f} s left{there}",
                     flush=True,
                 )
 

@@ -29,33 +29,18 @@ from typing import TYPE_CHECKING, Any
 
 # Only what leaves NumPy alone: how many threads it may have is known, and has to be told, before it is imported.
 from bench.launch import INTERRUPTED, StopRequest, launched, limit_threads, run_as_threads, run_together
-from bench.options import DEFAULTS, NO_CLUSTER, PAPER, UsageError, parse
+from bench.options import DEFAULTS, NO_CLUSTER, UsageError, parse
 from bench.progress import Progress, has_terminal
-from bench.workers import LONG_S, Failure, Processes, Threads, Workers
+from bench.workers import LONG_S, Failure, Processes, Workers
 
 if TYPE_CHECKING:
     from bench.checkpoint import Checkpoints
+    from bench.configure import Configuration
     from bench.data import Dataset
-    from bench.train import Settings, Trainer
+    from bench.train import Trainer
     from gradiveq.methods import Method
     from ring.cluster import Cluster
     from ring.handle import Ring
-
-STATED = (
-    "ResNet-32, CIFAR-100, 6 workers, 45,000 iterations, warm-up 2,500, Lt 100, Lc 400, loss threshold 0.01, "
-    "s infinite (one compressor a layer), 4-bit QSGD in sampling iterations"
-)
-CHOSEN = (
-    "batch size {batch_size} a worker (32 x 6 = 192 images make 45,000 iterations 173 epochs; He et al. 2016 have 164)",
-    "learning rate {lr:g}, divided by 10 after 1/2 and 3/4 of the run, linear warm-up over {lr_warmup} iterations",
-    "SGD with momentum {momentum:g} and weight decay {weight_decay:g}",
-    "augmentation by 4 black pixels around, random crop, random flip; pixels normalised by channel",
-    "slice size K = {slice_size} (the paper: a multiple of F*D)",
-    "PCA fitted on {fit_slices} slice(s) of a group, so d <= Lt - 1 with 'first'",
-    "QSGD with the norm '{qsgd_norm}' of buckets of {qsgd_bucket}",
-    "batch norm: each worker's own statistics in training, their average on a copy for evaluation",
-    "weights as in He et al. 2015, from seed {seed}, the same for all methods",
-)
 
 
 class Interrupted(Exception):
@@ -86,6 +71,7 @@ def run_processes(arguments: list[str] | None, workers: Processes, stop: StopReq
     from ring.abort import check_launcher, end_together
 
     end_together(workers.comm)
+
     from bench.emulation import choose
     from ring.cluster import ClusterError
     from ring.errors import RingError
@@ -107,7 +93,10 @@ def run_processes(arguments: list[str] | None, workers: Processes, stop: StopReq
     if different:
         rank, name = different[0]
         raise Failure(f"ranks 0 and {rank} were given different values of --{name.replace('_', '-')}")
-    cluster = workers.attempt(lambda: choose(options["cluster"], recorded, workers.size), ClusterError)
+    # Read by one, as all have to emulate the same.
+    cluster = workers.gather(
+        workers.attempt(lambda: choose(options["cluster"], recorded, workers.size), ClusterError, here=workers.lead)
+    )[0]
     ring = MPIRing(workers.comm, timeout_s=options["timeout"], chunk_bytes=options["chunk_bytes"] or CHUNK_BYTES)
     return Run(workers, ring, options, recorded, cluster, stop).run()
 
@@ -166,14 +155,15 @@ class Run:
         self.workers, self.ring, self.options, self.recorded = workers, ring, options, recorded
         self.cluster, self.stop = cluster, stop
         self.lead = workers.lead
-        self.one_process = isinstance(workers, Threads)
-        self.scaled = ""
         self.evaluated = False  # whether this command has tested any model
 
     def run(self) -> int:
+        from bench.configure import configure, notes
         from bench.data import DataError
 
-        self.methods, self.settings = self.workers.attempt(self._configure, ValueError)
+        self.workers.attempt(self._same_ranks, ValueError)
+        self.configuration: Configuration = self.workers.attempt(lambda: configure(self.options), ValueError)
+        self.methods = self.configuration.methods
         # One rank first: it may have to download.
         dataset = self.workers.attempt(self._load, DataError, here=self.lead, timeout_s=LONG_S)
         self.dataset: Dataset = self.workers.attempt(self._load, DataError, here=not self.lead) or dataset
@@ -182,69 +172,19 @@ class Run:
         self.trainers: dict[str, Trainer] = self.workers.attempt(
             lambda: {name: self._trainer(method) for name, method in self.methods.items()}, ValueError
         )
-        self.notes = self._notes()
+        self.notes = notes(self.options, self.configuration, self.dataset, self.workers, self.cluster)
         self.folder = self._open_folder()
         return self._run_methods()
 
     # --- before anything is written
 
-    def _configure(self) -> tuple[dict[str, Method], Settings]:
-        """The methods and settings, and in the options what was left open."""
-        import torch
-
-        from bench.models import MODELS
-        from bench.train import (
-            PAPER_COMPRESS,
-            PAPER_ITERATIONS,
-            PAPER_SAMPLE,
-            PAPER_WARMUP,
-            Settings,
-            scaled_schedule,
-        )  # fmt: skip
-        from gradiveq.methods import METHODS, GradiVeQ, Plain, QSGDRing
-
-        options = self.options
-        for name in options["methods"]:
-            if name not in METHODS:
-                raise ValueError(f"unknown method {name!r} in --methods, known are {', '.join(METHODS)}")
-        if options["model"] not in {*MODELS, "resnet8"}:
-            raise ValueError(f"unknown --model {options['model']!r}, known are {', '.join(MODELS)}")
-        if options["device"] == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no such device here")
-        if self.recorded and self.recorded["one_process"] and not self.one_process:
-            raise ValueError(f"the run in {options['resume']} was begun without mpirun, go on with it the same way")
-        if self.recorded and self.recorded["ranks"] != self.workers.size:
-            raise ValueError(
-                f"the run in {options['resume']} has {self.recorded['ranks']} ranks, now there are {self.workers.size}"
-            )
-
-        iterations = options["iterations"]
-        settings = Settings(
-            **{name: options[name] for name in ("iterations", "batch_size", "lr", "lr_warmup")},
-            **{name: options[name] for name in ("momentum", "weight_decay", "seed")},
-        )
-        windows = scaled_schedule(iterations)
-        left_open = [name for name in windows._fields if options[name] is None]
-        for name in left_open:
-            options[name] = getattr(windows, name)
-        if left_open and iterations < PAPER_ITERATIONS:
-            paper = dict(zip(windows._fields, (PAPER_WARMUP, PAPER_SAMPLE, PAPER_COMPRESS), strict=True))
-            self.scaled = "; ".join(f"{name} {paper[name]:,} -> {options[name]:,}" for name in left_open)
-        if options["eval_every"] is None:
-            options["eval_every"] = max(1, iterations // 5)
-        if options["checkpoint_every"] is None:
-            options["checkpoint_every"] = min(500, max(1, iterations // 10))
-
-        qsgd = QSGDRing(options["qsgd_bits"], options["qsgd_bucket"], options["qsgd_norm"], options["qsgd_pipelined"])
-        same = ["warmup", "sample", "compress", "max_sample", "stop_multiple", "holdout_every"]
-        same += ["slice_size", "fit_slices", "loss_threshold", "n_components", "ratio"]
-        gradiveq = GradiVeQ(
-            sampling=qsgd if options["sampling"] == "qsgd" else Plain(),
-            reuse=float(options["reuse"]) if options["reuse"] == "inf" else options["reuse"],
-            **{name: options[name] for name in same},
-        )
-        every: dict[str, Method] = {"rar": Plain(), "qsgd": qsgd, "gradiveq": gradiveq}
-        return {name: every[name] for name in options["methods"]}, settings
+    def _same_ranks(self) -> None:
+        """Raises ValueError if a run is resumed with other ranks than it has."""
+        folder, recorded, size = self.options["resume"], self.recorded, self.workers.size
+        if recorded and recorded["one_process"] and not self.workers.one_process:
+            raise ValueError(f"the run in {folder} was begun without mpirun, go on with it the same way")
+        if recorded and recorded["ranks"] != size:
+            raise ValueError(f"the run in {folder} has {recorded['ranks']} ranks, now there are {size}")
 
     def _load(self) -> Dataset:
         return read_data(self.options["data"])
@@ -274,62 +214,13 @@ class Run:
         device = self.options["device"]
         if device == "cuda":
             device = f"cuda:{self.workers.local_rank % torch.cuda.device_count()}"
-        classes, seed = self.dataset.num_classes, self.settings.seed
+        classes, seed = self.dataset.num_classes, self.configuration.settings.seed
         name = self.options["model"]
         model = resnet_cifar(8, classes, seed=seed) if name == "resnet8" else MODELS[name](classes, seed=seed)
         return Trainer(
-            self.ring, model, self.dataset, method, self.settings,
+            self.ring, model, self.dataset, method, self.configuration.settings,
             nonfinite=self.options["nonfinite"], device=device, cluster=self.cluster, trace=self.options["trace"],
         )  # fmt: skip
-
-    def _notes(self) -> list[str]:
-        """What has to be said beside the results."""
-        from bench.emulation import note
-        from bench.train import PAPER_ITERATIONS
-
-        options, size = self.options, self.workers.size
-        notes = [f"Data: {self.dataset.source}."]
-        if self.dataset.name != "CIFAR-100":
-            notes.append("This is not CIFAR-100: don't compare these accuracies with published ones for it.")
-        if "gradiveq" in self.methods:
-            text = (
-                f"GradiVeQ: warm-up {options['warmup']}, then windows of {options['sample']} sampling and "
-                f"{options['compress']} compressed iterations"
-            )
-            if self.scaled:
-                text += f"; scaled from the paper's {PAPER_ITERATIONS:,} iterations ({self.scaled})"
-            notes.append(f"{text}.")
-        notes.append(
-            f"Learning rate {options['lr']:g}, divided by 10 after 1/2 and 3/4 of the run, warm-up over "
-            f"{options['lr_warmup']} iterations (the paper states none)."
-        )
-        if self.cluster is not None:
-            notes.append(note(self.cluster))
-        here, cores = self.workers.local_size, self.workers.cores
-        if self.one_process:
-            notes.append(
-                f"All {size} workers are threads of one process; this machine's clock says nothing about the methods."
-            )
-        elif here > cores:
-            notes.append(
-                f"{here} ranks share {cores} cores with {options['threads']} thread(s) each, so computing takes longer "
-                "than it would on machines of their own; its share in the totals is inflated."
-            )
-        if options["paper"]:
-            notes.append(f"The paper states: {STATED}.")
-            values = {**options, "slice_size": options["slice_size"] or "F*D', at most 4,096, D' a divisor of D"}
-            notes += [f"The paper leaves out, chosen here: {text.format(**values)}." for text in CHOSEN]
-            changed = [
-                f"--{name.replace('_', '-')} {options[name]}"
-                for name in PAPER
-                if options[name] != PAPER[name] and name not in ("data", "batch_size")
-            ]
-            changed += [f"{size} workers"] if size != 6 else []
-            changed += [self.dataset.name] if self.dataset.name != "CIFAR-100" else []
-            changed += [options["model"]] if options["model"] != "resnet32" else []
-            if changed:
-                notes.append(f"Not the paper's: {', '.join(changed)}.")
-        return notes
 
     # --- with a folder
 
@@ -373,7 +264,7 @@ class Run:
             **environment(),
             "mpi": self.workers.mpi,
             "ranks": self.workers.size,
-            "one_process": self.one_process,
+            "one_process": self.workers.one_process,
             "cluster": self._cluster_table(),
             "ranks_on_first_machine": self.workers.local_size,
             "cores": self.workers.cores,
@@ -402,7 +293,7 @@ class Run:
             "iterations": options["iterations"],
             "complete": all(name in finished for name in self.methods),
             "notes": self.notes,
-            "one_process": self.one_process,
+            "one_process": self.workers.one_process,
             "cluster": self._cluster_table(),
             "options": {**options, "resume": None},
             "methods": {name: finished[name] for name in self.methods if name in finished},

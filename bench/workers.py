@@ -37,7 +37,8 @@ class Workers(ABC):
         lead: whether this is rank 0, which reads, writes and speaks for all.
         local_rank, local_size: the same among the workers of this machine.
         cores: those that the workers of this machine may use.
-        mpi: the library that brings them together; None for threads.
+        one_process: whether they are threads.
+        mpi: the library that brings processes together.
         command: what comes before `python` to start them.
     """
 
@@ -46,6 +47,7 @@ class Workers(ABC):
     local_rank: int
     local_size: int
     cores: int
+    one_process = False
     mpi: str | None = None
     command = ""
 
@@ -142,6 +144,8 @@ class Meeting:
 
 class Threads(Workers):
     """The threads of one process."""
+
+    one_process = True
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self._meeting = meeting
