@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+#: What is compressed goes in chunks of about so many elements at most: nothing hides the encoding of the first chunk
+#: and the decoding of the last, and with one chunk in a segment nothing else is hidden either.
+CHUNK_ELEMENTS = 256 * 1024
+
 
 @dataclass(frozen=True)
 class Region:
@@ -101,7 +105,8 @@ def cut_segments(
     Args:
         regions: what the codec says of the vector.
         size: number of workers.
-        chunk_bytes: the bytes of payload in a chunk, to within a unit.
+        chunk_bytes: the most bytes of payload in a chunk, to within a unit. Of what takes less than two bytes an
+            element, a chunk also has no more than about CHUNK_ELEMENTS, or chunk_bytes / 2 elements if these are more.
         bounds: size + 1 ascending elements to cut the segments at, instead of equal payloads.
     """
     payload = PayloadMap(regions)
@@ -120,7 +125,8 @@ def cut_segment(payload: PayloadMap, index: int, size: int, chunk_bytes: int) ->
 
 def _cut_chunks(payload: PayloadMap, start: int, stop: int, chunk_bytes: int) -> list[Chunk]:
     num_bytes = payload.byte_at(stop) - payload.byte_at(start)
-    cuts = payload.cut(start, stop, max(1, -(-num_bytes // chunk_bytes)))
+    most_elements = max(CHUNK_ELEMENTS, chunk_bytes // 2)
+    cuts = payload.cut(start, stop, max(1, -(-num_bytes // chunk_bytes), -(-(stop - start) // most_elements)))
     return [
         Chunk(first, last, payload.byte_at(first), payload.byte_at(last))
         for first, last in pairwise(cuts)

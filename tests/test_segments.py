@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ring.segments import PayloadMap, Region, cut_segments
+from ring.segments import CHUNK_ELEMENTS, PayloadMap, Region, cut_segments
 
 regions_of_all_kinds = st.lists(
     st.builds(
@@ -80,3 +82,16 @@ def test_bounds_are_checked() -> None:
 def test_a_region_with_a_negative_length_is_refused() -> None:
     with pytest.raises(ValueError, match="length >= 0"):
         Region(-1, 1, 4)
+
+
+def test_what_is_compressed_is_cut_by_elements_as_well() -> None:
+    length = 6 * 700_000
+    plain, eighth = [Region(length, 1, 4)], [Region(length, 256, 128, 128)]
+    most = 512 * 1024
+    assert max(chunk.stop - chunk.start for row in cut_segments(plain, 6, most) for chunk in row) * 4 <= most
+    rows = cut_segments(eighth, 6, most)
+    assert {len(row) for row in rows} == {3}
+    assert max(chunk.stop - chunk.start for row in rows for chunk in row) <= CHUNK_ELEMENTS
+    # Whoever asks for large messages gets them: plain ones of two bytes an element, and one for each segment.
+    assert {len(row) for row in cut_segments([Region(length, 1, 2)], 6, 4 << 20)} == {1}
+    assert {len(row) for row in cut_segments(eighth, 6, sys.maxsize)} == {1}
