@@ -14,7 +14,7 @@ JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
 
 DATA ?=
 
-.PHONY: run timing scaling figures calibrate busbw cifar100 test lint setup clean
+.PHONY: run timing scaling figures calibrate validate busbw shaped-busbw cifar100 test lint setup clean
 
 run: setup
 	$(JOB) $(ARGS)
@@ -32,11 +32,20 @@ scaling: setup
 # Draw everything again from what was recorded; trains nothing.
 figures: setup
 	$(BIN)/python -m bench.figures results
+	for record in results/gantt/*.json; do case $$record in *.perfetto.json) ;; *) $(BIN)/python -m bench.gantt --draw $$record || exit;; esac; done
 
 # Describe this machine for the emulator in results/this-machine.toml, and print what the fits miss.
 calibrate: setup
 	$(MPIRUN) -n 2 $(BIN)/python -m ring.calibrate
 	$(MPIRUN) -n 2 $(BIN)/python -m bench.calibrate
+
+# The emulator's predictions beside the real ring between hosts with shaped links (Linux, as root; about 15 minutes).
+validate: setup
+	$(BIN)/python -m bench.validate $(ARGS)
+
+# On such hosts: our ring beside MPI_Allreduce, Gloo and a plain TCP stream; GradiVeQ beside plain ring all-reduce.
+shaped-busbw: setup
+	$(BIN)/python -m bench.shaped_busbw $(ARGS)
 
 # Our ring beside MPI_Allreduce, in nccl-tests' columns.
 busbw: setup

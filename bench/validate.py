@@ -96,8 +96,8 @@ class Cell:
 class Model:
     """The described cluster that cells are predicted with."""
 
-    NAMES = ("share of the rate", "latency_us", "overhead_us", "copy_us_per_mib")
-    BEGIN = (0.94, 100.0, 20.0, 400.0)
+    NAMES = ("share of the rate", "latency_us", "call_us", "overhead_us", "copy_us_per_mib")
+    BEGIN = (0.94, 100.0, 100.0, 20.0, 400.0)
 
     def __init__(self, rates: Mapping[str, float], bursts: Mapping[int, int], cores: int) -> None:
         self._rates, self._bursts, self._cores = dict(rates), dict(bursts), cores
@@ -105,13 +105,13 @@ class Model:
         self._programs: dict[tuple[str, int, int], list[list[Operation]]] = {}
 
     def cluster(self, hosts: int, rate_mbps: int) -> Cluster:
-        share, latency_us, overhead_us, copy_us = self.parameters
+        share, latency_us, call_us, overhead_us, copy_us = self.parameters
         return Cluster(
             name=f"{hosts}-shaped-hosts",
             source="fitted by bench.validate",
             nodes=hosts,
             shared_cores=self._cores,
-            node=Node(overhead_us=overhead_us, copy_us_per_mib=copy_us),
+            node=Node(call_us=call_us, overhead_us=overhead_us, copy_us_per_mib=copy_us),
             link=Link(
                 latency_us=latency_us, bandwidth_gbps=rate_mbps / 1e3 * share, burst_bytes=self._bursts[rate_mbps]
             ),
