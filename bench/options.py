@@ -199,8 +199,8 @@ def make_parser() -> Parser:
     add(
         cluster, "--cluster",
         "whose clock runs beside this machine's: a preset of bench/clusters, a TOML file as in ring/cluster.py, or "
-        f"'{NO_CLUSTER}' (default: gradiveq-cpu, with a node for each rank). Given without mpirun: all nodes of the "
-        "cluster are threads of one process",
+        f"'{NO_CLUSTER}' (default: gradiveq-cpu, with a node for each rank). Given without mpirun: all "
+        "nodes of the cluster are threads of one process",
         metavar="NAME",
     )  # fmt: skip
 

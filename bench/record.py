@@ -13,8 +13,8 @@ time only: evaluations, checkpoints, start-up and the measuring of held-out loss
 counting where it was stopped.
 
 Two clocks: `time_s` and `seconds` are this machine's. `virtual_s`, `virtual_seconds` and what is in "virtual" are those
-of an emulated cluster (`ring.virtual`): the same iterations, if they had run there. Runs with `--cluster none`, and
-those recorded before there were two clocks, don't have them.
+of an emulated cluster (`ring.virtual`): the same iterations, if they had run there. This machine's clock stands still
+while it emulates. Runs with `--cluster none`, and those recorded before there were two clocks, have the one only.
 
 **metrics-<method>.jsonl** holds lines of three types, in the order in which things happened:
 

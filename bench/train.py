@@ -199,7 +199,7 @@ class Trainer:
         if cluster is not None:
             self.training_ring = self.virtual = VirtualRing(ring, cluster)
             self._cluster_state = self.virtual.state_dict()
-            self.timeline = Timeline(virtual=Timeline(self.virtual.clock))
+            self.timeline = Timeline(self._wall_clock(), virtual=Timeline(self.virtual.clock))
         self.aggregator = Aggregator(
             self.model, self.training_ring, method, seed=settings.seed, nonfinite=nonfinite, timeline=self.timeline
         )
@@ -310,6 +310,13 @@ class Trainer:
             self.late_iterations += 1
         self.iteration += 1
         return line, bool(said[1] > 0)
+
+    def _wall_clock(self) -> Callable[[], float]:
+        """This machine's, which stands still while the cluster is emulated; unless clocks of ranks are compared."""
+        virtual = self.virtual
+        if virtual is None or self.trace:
+            return time.perf_counter
+        return lambda: time.perf_counter() - virtual.emulating_s
 
     def _start_clocks(self) -> list[Timeline]:
         """This machine's timeline and the cluster's, whose clock goes on from the end of the last iteration."""

@@ -81,6 +81,8 @@ class VirtualRing(Ring):
         inner: the ring that does the work, of as many workers as the cluster has nodes.
         cluster: what to emulate.
         processor_time: seconds of processor time of the calling thread.
+    Attributes:
+        emulating_s: this machine's seconds that emulating has taken in all collectives, beside what `inner` did.
     Raises:
         ClusterError: the cluster has another number of nodes.
     Cost of a collective: one exchange of a few numbers on `inner`, and the emulation of all workers on each.
@@ -99,6 +101,7 @@ class VirtualRing(Ring):
         self._node = cluster.node_at(inner.rank)
         self._emulator = Emulator(cluster)
         self._programs: OrderedDict[str, _Programs] = OrderedDict()
+        self.emulating_s = 0.0
         self._base_s, self._mark_s = 0.0, processor_time()
         self._set_pace()
 
@@ -128,11 +131,13 @@ class VirtualRing(Ring):
         return self.inner.empty(length, dtype)
 
     def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+        start_s, begun_s = self.clock(), time.perf_counter()
         programs = self._programs_of(plan, codec, vector)
-        start_s = self.clock()
+        self.emulating_s += time.perf_counter() - begun_s
         meter = _Meter(Timeline() if timeline is None else timeline, self._processor_time)
         stats = self.inner._execute(plan, codec, vector, meter)
 
+        begun_s = time.perf_counter()
         row = np.zeros(1 + programs.columns)
         row[0] = start_s
         for column, key in enumerate(programs.measured[self.rank]):
@@ -151,6 +156,7 @@ class VirtualRing(Ring):
         )
         self._set_pace()
         self._set_clock(ends_s[self.rank])
+        self.emulating_s += time.perf_counter() - begun_s
         return stats
 
     def _speed(self, rank: int) -> float:

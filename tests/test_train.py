@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import math
 import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -250,6 +252,32 @@ def test_what_is_not_training_takes_no_virtual_time(dataset: Dataset, processor:
         # The two compare in which iteration they are, once: two messages.
         for line, other in zip((line for line in lines if line["type"] == "iteration"), whole[6:], strict=True):
             assert line["virtual_s"] == pytest.approx(other["virtual_s"] + 1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_this_machines_clock_stands_still_while_the_cluster_is_emulated(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, trace: bool
+) -> None:
+    """But not in a trace, for which the clocks of all ranks have to agree."""
+
+    class SlowClock(threading.local):
+        """A million seconds pass whenever it is looked at."""
+
+        now_s = 0.0
+
+        def __call__(self) -> float:
+            self.now_s += 1e6
+            return self.now_s
+
+    monkeypatch.setattr("ring.virtual.time", SimpleNamespace(perf_counter=SlowClock(), thread_time=time.thread_time))
+
+    def work(ring: Ring) -> list[float]:
+        job = trainer(ring, dataset, Plain(), settings(2), cluster=nodes(), trace=trace)
+        return [job.step()[0]["iteration_s"] for _ in range(2)]
+
+    for times in run(2, work):
+        # Two collectives, with a look before and behind each of two parts.
+        assert times == ([pytest.approx(-4e6, rel=1e-3)] * 2 if not trace else [pytest.approx(0, abs=1e3)] * 2)
 
 
 def test_methods_begin_with_the_same_weights_and_data(dataset: Dataset) -> None:
