@@ -59,7 +59,7 @@ NOTHING = np.empty(0, np.uint8)
 #: has waited already, within bounds.
 QUICK_POLLS, QUICK_POLLS_SHARING, QUICK_POLLS_BETWEEN_HOSTS = 300, 10, 30
 SPIN_S = 0.005
-SLEEP_SHARE, SHORTEST_SLEEP_S, LONGEST_SLEEP_S = 0.02, 20e-6, 0.001
+SLEEP_SHARE, SHORTEST_SLEEP_S, LONGEST_SLEEP_S = 0.005, 20e-6, 0.001
 #: Plans come and go with the codecs; so many greetings are kept.
 MOST_GREETINGS = 16
 
