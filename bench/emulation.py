@@ -11,8 +11,9 @@ from ring.cluster import Cluster, ClusterError, parse
 
 #: Where the GradiVeQ paper's Fig. 7 comes from.
 DEFAULT = "gradiveq-cpu"
-#: So many workers train for real in one process; larger clusters can be predicted without data (`ring.dry`).
-MOST_THREADS = 256
+#: So many workers train for real in one process, as each of them emulates all; larger clusters can be predicted without
+#: data (`ring.dry`).
+MOST_THREADS = 32
 
 
 def choose(name: str | None, recorded: Mapping[str, Any], ranks: int | None) -> Cluster | None:

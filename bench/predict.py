@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -93,11 +94,9 @@ class Gradient:
         return run(cluster, codec, self.length, op="mean", chunk_bytes=chunk_bytes)
 
     def share_s(self, cluster: Cluster, run: DryRun = dry.all_reduce) -> float:
-        """Seconds to gather the bases, once per window: the second half of a plain all-reduce of as many bytes."""
-        if cluster.nodes == 1:
-            return 0.0
-        whole = run(cluster, Identity(), self.basis_bytes // 4)
-        return (whole.time_s - whole.seconds.get("add", 0.0)) / 2
+        """Seconds to gather the bases, once per window: half of an all-reduce of as many bytes without its adds."""
+        gathering = dataclasses.replace(cluster, rates={**cluster.rates, "add": sys.float_info.max})
+        return run(gathering, Identity(), self.basis_bytes // 4).time_s / 2
 
     def aggregation_s(self, cluster: Cluster, run: DryRun = dry.all_reduce, *, share: bool = True) -> dict[str, float]:
         """Seconds per iteration that each method takes to aggregate, GradiVeQ's as the mean over a window.
@@ -114,7 +113,7 @@ class Gradient:
 
 
 def iteration_s(cluster: Cluster) -> float:
-    """Seconds of forward, backward and update.
+    """Seconds of forward, backward and update; longer where nodes share cores, as all compute at the same time.
 
     Raises:
         ClusterError: the cluster doesn't say.
@@ -123,7 +122,8 @@ def iteration_s(cluster: Cluster) -> float:
         raise ClusterError(
             f"cluster {cluster.name} doesn't say what an iteration computes: `node.iteration_s` is missing"
         )
-    return cluster.node.iteration_s * cluster.node.slowdown
+    crowd = max(1.0, cluster.nodes / (cluster.shared_cores or cluster.nodes))
+    return cluster.node.iteration_s * cluster.node.slowdown * crowd
 
 
 def build(model: str, num_classes: int = 100) -> nn.Module:

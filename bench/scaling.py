@@ -36,7 +36,7 @@ from ring import dry
 from ring.cluster import Cluster, ClusterError, as_table
 
 #: Nodes up to which every message is counted, and most nodes where that is the only way.
-COUNTED, MOST_COUNTED = 512, 256
+COUNTED, MOST_COUNTED = 4096, 256
 MOST_NODES = 100_000
 LEAST_GBPS, MOST_GBPS = 0.01, 400.0
 PER_DECADE = 8
@@ -72,8 +72,9 @@ class Sweep:
 
     Attributes:
         what: "nodes" or "bandwidth".
-        cluster: at some x.
-        place: x of the cluster itself.
+        base: the cluster as it is described.
+        gradient: what is aggregated.
+        computing_s: of an iteration on `base`.
     """
 
     what: str
@@ -106,8 +107,9 @@ class Sweep:
         run: DryRun = dry.closed_form if cluster.nodes > COUNTED and cluster.homogeneous else dry.all_reduce
         seconds = self.gradient.aggregation_s(cluster, run)
         compressed_s = self.gradient.aggregation(cluster, "compress", run).time_s
-        each = {method: self.computing_s + seconds[method] for method in METHODS}
-        return Point(x, each, self.computing_s + compressed_s)
+        computing_s = self.computing_s * iteration_s(cluster) / iteration_s(self.base)  # cores may be shared
+        each = {method: computing_s + seconds[method] for method in METHODS}
+        return Point(x, each, computing_s + compressed_s)
 
 
 def _spaced(least: float, most: float) -> list[float]:
@@ -337,6 +339,11 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], dict
         ClusterError, ValueError: an option can't be used.
     """
     base = clusters.load(options.cluster)
+    if base.other_nodes or base.other_links or base.stragglers.probability:
+        raise ClusterError(
+            f"cluster {base.name}: `override` and `stragglers` are for single nodes and moments, and scaling changes "
+            "the number of nodes: leave them out, or train in virtual time (--cluster of the job)"
+        )
     if options.iteration_s is not None:
         base = base.with_nodes(base.nodes, node={"iteration_s": options.iteration_s})
     gradient = Gradient.of(build(options.model), options.ratio)

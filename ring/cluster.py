@@ -21,7 +21,7 @@
     bandwidth_gbps = 10.0             # Gbit/s of payload
     packet_loss = 0.0                 # share of packets sent again: what is left of the bandwidth is 1 - packet_loss
     burst_bytes = 0                   # bytes that a rested link passes at once (a token bucket's depth)
-    full_duplex = true                # whether a node's port sends and receives at the same time
+    full_duplex = true                # whether nodes' ports send and receive at the same time; the same for all
 
     [racks]                           # left out if nothing is shared
     size = 3                          # nodes in a rack
@@ -32,7 +32,7 @@
     probability = 0.0
     slowdown = 1.0
 
-    [rates]                           # amounts per second and node; what is missing is measured, see `Codec.work`
+    [rates]                           # amounts per second and node; what is missing is measured, see `Codec.amounts`
     add = 4e9                         # payload bytes added
 
     [override.node.3]                 # what is different about node 3: keys of [node]
@@ -48,9 +48,9 @@ Packet loss is a loss of bandwidth here, nothing more: how a protocol backs off 
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 import os
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -148,13 +148,14 @@ class Cluster:
 
     @property
     def homogeneous(self) -> bool:
-        """Whether all nodes and links are alike at all times, and nothing is shared between them."""
+        """Whether all nodes and links are alike at all times, with no memory, and nothing is shared between them."""
         return (
             not self.other_nodes
             and not self.other_links
             and self.racks is None
             and self.shared_cores is None
             and self.link.jitter_us == 0
+            and self.link.burst_bytes == 0
             and self.link.full_duplex
             and self.stragglers.probability * (self.stragglers.slowdown - 1) == 0
         )
@@ -191,18 +192,19 @@ def read(path: Path) -> Cluster:
         ClusterError: with the file, the key and the value.
     """
     try:
-        return parse(tomllib.loads(path.read_text()), str(path))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ClusterError(f"{path}: can't be read ({error.strerror or error})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ClusterError(f"{path}: not a TOML file: {error}") from error
+    return parse(table, str(path))
 
 
 def write(cluster: Cluster, path: Path) -> None:
     """Write a file that `read` makes the same cluster of; it is there as a whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(tomli_w.dumps(as_table(cluster)))
+        partial.write_text(tomli_w.dumps(as_table(cluster)), encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -219,9 +221,15 @@ def as_table(cluster: Cluster) -> dict[str, Any]:
     table["rates"] = dict(cluster.rates)
     others = {"node": cluster.other_nodes, "link": cluster.other_links}
     table["override"] = {
-        name: {str(rank): keys(part) for rank, part in parts.items()} for name, parts in others.items() if parts
+        name: {str(rank): _different(keys(part), keys(getattr(cluster, name))) for rank, part in parts.items()}
+        for name, parts in others.items()
+        if parts
     }
     return {name: value for name, value in table.items() if value != {}}
+
+
+def _different(table: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if base.get(key) != value}
 
 
 def parse(table: Mapping[str, Any], where: str) -> Cluster:
@@ -250,8 +258,10 @@ def parse(table: Mapping[str, Any], where: str) -> Cluster:
             parts = {}
             for rank, part in _table(overrides.get(name, {}), f"override.{name}").items():
                 key = f"override.{name}.{rank}"
-                if not (rank.isdecimal() and int(rank) < values["nodes"]):
+                if not (rank.isascii() and rank.isdigit() and str(int(rank)) == rank and int(rank) < values["nodes"]):
                     raise ClusterError(f"`{key}`: nodes are numbered 0 to {values['nodes'] - 1} (`nodes` - 1)")
+                if name == "link" and "full_duplex" in _table(part, key):
+                    raise ClusterError(f"`{key}.full_duplex`: ports are alike on all nodes, so only [link] says it")
                 parts[int(rank)] = dataclasses.replace(common, **_values(kind, _table(part, key), f"{key}."))
             values[f"other_{name}s"] = parts
     except ClusterError as error:
@@ -296,7 +306,7 @@ def _value(entry: dataclasses.Field[Any], value: Any, key: str) -> Any:
 
 
 def _number(value: Any, key: str, bounds: Mapping[str, Any]) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ClusterError(f"`{key}` must be a finite number, got {value!r}")
     for bound, limit in bounds.items():
         holds, words = BOUNDS[bound]

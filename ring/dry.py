@@ -30,6 +30,11 @@ from ring.timeline import Timeline
 
 #: Up to so many nodes `all_reduce` counts messages; beyond, if nodes are alike, it takes the closed form.
 MOST_NODES = 4096
+#: So many messages are counted at most where nodes share something (half a minute), and otherwise (some minutes, or
+#: with jitter some gigabytes).
+MOST_SHARED_MESSAGES, MOST_MESSAGES, MOST_JITTERED_MESSAGES = 1_000_000, 1_000_000_000, 200_000_000
+#: The part of a computation that is the codec's, in the program of a vector without data.
+CODEC = "codec"
 #: From so many on, the closed form is within 1 %: what it neglects doesn't grow with the number of nodes.
 LEAST_NODES = 64
 #: Of more segments than these, the closed form looks at a sample, evenly spaced.
@@ -69,14 +74,23 @@ def all_reduce(
         codec: what travels; only its sizes are asked for (`regions` and `amounts`).
         op, chunk_bytes: as for `Ring.all_reduce`.
     Raises:
-        ClusterError: the cluster has no rate for something that is computed.
+        ClusterError: the cluster has no rate for something that is computed, or more messages than can be counted.
         ValueError: the codec can't code such a vector, or an argument is invalid.
     """
     how = {"dtype": dtype, "op": op, "chunk_bytes": chunk_bytes}
     if cluster.nodes > MOST_NODES and cluster.homogeneous:
         return closed_form(cluster, codec, length, **how)  # type: ignore[arg-type]
     sizes = _Sizes(cluster, codec, length, **how)  # type: ignore[arg-type]
-    if cluster.shared_cores is not None or Emulator(cluster).links.shared:
+    shared = cluster.shared_cores is not None or Emulator(cluster).links.shared
+    jittered = cluster.link.jitter_us > 0 or any(link.jitter_us for link in cluster.other_links.values())
+    most = MOST_SHARED_MESSAGES if shared else MOST_JITTERED_MESSAGES if jittered else MOST_MESSAGES
+    messages = 2 * (cluster.nodes - 1) * int(sizes.present.sum())
+    if messages > most:
+        raise ClusterError(
+            f"cluster {cluster.name}: {cluster.nodes} nodes send {messages:,} messages, at most {most:,} can be "
+            "counted where nodes differ, share something or vary; take fewer nodes, or larger chunks"
+        )
+    if shared:
         return _event_by_event(sizes)
     return _AllNodes(sizes).run()
 
@@ -116,10 +130,16 @@ def closed_form(
     sizes = _Sizes(
         cluster, codec, length, dtype=dtype, op=op, chunk_bytes=chunk_bytes, most_segments=MOST_SEGMENTS
     )  # fmt: skip
+    if not sizes.most_chunks:
+        return sizes.estimate(0.0, {}, closed_form=True)
     nothing = np.zeros_like(sizes.bytes)
-    encode = nothing if codec.in_place else node.slowdown * sizes.seconds("encode", False)
-    add = node.slowdown * sizes.seconds("add" if codec.linear else "recode", False)
-    decode = nothing if codec.in_place else node.slowdown * sizes.seconds("decode", sizes.mean)
+    encode = nothing if codec.in_place else node.slowdown * sizes.seconds("encode", CODEC)
+    add = node.slowdown * sizes.seconds("add" if codec.linear else "recode", CODEC)
+    decode = (
+        nothing
+        if codec.in_place
+        else node.slowdown * sizes.seconds("decode", CODEC, *(["scale"] if sizes.mean else []))
+    )
     handling = node.slowdown * 1e-6 * (node.overhead_us * sizes.present + node.copy_us_per_mib * sizes.bytes / MIB)
     wire, latency_s = sizes.bytes / link.bytes_per_s, link.latency_us * 1e-6
     call_s = node.slowdown * node.call_us * 1e-6
@@ -218,11 +238,11 @@ class _Sizes:
             row[: len(segment)] = [value(chunk) for chunk in segment]
         return table
 
-    def seconds(self, kind: str, scaled: bool) -> Floats:
+    def seconds(self, kind: str, *parts: str) -> Floats:
         """What computing takes, by segment and number of the chunk.
 
         Args:
-            scaled: whether the chunk is divided for a mean as well.
+            parts: CODEC for what the codec does, "scale" for the division for a mean.
         Raises:
             ClusterError: a rate is missing.
         """
@@ -230,8 +250,10 @@ class _Sizes:
         def seconds(chunk: Chunk) -> float:
             values = self._vector[chunk.start : chunk.stop]
             payload = self._payload[chunk.first_byte : chunk.last_byte]
-            amounts = [*self.codec.amounts(kind, values, chunk.start, payload)]
-            if scaled:
+            amounts: list[tuple[str, float]] = []
+            if CODEC in parts:
+                amounts += self.codec.amounts(kind, values, chunk.start, payload)
+            if "scale" in parts:
                 amounts.append(("scale", values.nbytes))
             found = seconds_by_rate(self.cluster, amounts)
             if found is None:
@@ -285,7 +307,7 @@ class _Shape(Codec):
     def decode(self, payload: Payload, start: int, values: Array, size: int) -> None: ...
 
     def amounts(self, kind: str, values: Array, start: int, payload: Payload) -> Sequence[tuple[str, float]]:
-        return []
+        return [(CODEC, 1.0)]
 
 
 class _AllNodes:
@@ -335,7 +357,7 @@ class _AllNodes:
         )  # fmt: skip
         #: Messages on their way, by the step of the receiver and the number of the chunk: when each receiver has it.
         arriving: dict[tuple[int, int], Floats] = {}
-        tables: dict[tuple[str, bool], Floats] = {}
+        tables: dict[tuple[str, ...], Floats] = {}
         if program and self._call_s.any():
             self._compute("overhead", self._call_s)
         for kind, item, amounts in program:
@@ -352,7 +374,7 @@ class _AllNodes:
                 self._wait(arriving.pop((item.step, number)), there)
                 self._handle(self._sizes.bytes[segment, number], there)
             elif kind != WAIT_SENT:  # in between, what was sent has left long before: it has gone around the ring
-                key = kind, bool(amounts)
+                key = kind, *(name for name, _ in amounts)
                 if key not in tables:
                     tables[key] = self._sizes.seconds(*key)
                 self._compute(kind, tables[key][segment, number])

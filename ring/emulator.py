@@ -13,9 +13,9 @@ Each worker has a clock and goes through its program (`ring.program`). What move
 
 So overlap needs no rule of its own: it is what the order of posting and waiting leaves of it. A token bucket lets up to
 `burst_bytes` of a rested link leave at once. Links of several nodes that lead out of a rack share its uplink, and into
-one its downlink: messages pass them one after the other, in the order in which they get there, and switches never run
-out of memory. A port that is not full duplex sends or receives at a time. Nodes that are hosts of one machine share its
-cores evenly: with n computing on c cores, each proceeds at min(1, c/n).
+one its downlink: messages pass them one after the other, in the order in which they depart, and switches never run
+out of memory. Ports that are not full duplex send or receive one message at a time, whichever can depart first. Nodes
+that are hosts of one machine share its cores evenly: with n computing on c cores, each proceeds at min(1, c/n).
 
 Where nothing is shared, a worker runs ahead to its next wait for a message that nobody has sent yet. Where something
 is, everything that touches it happens in the order of time.
@@ -26,7 +26,7 @@ Cost: about 4 us per operation of a program, 10 with shared cores.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -116,54 +116,59 @@ def draw_jitter(jitters_s: Sequence[float], generator: np.random.Generator, step
 
 
 class _Links:
-    """When each link, uplink and port is free again; what `Emulator` keeps from one collective to the next."""
+    """When each link, port and uplink is free again; what `Emulator` keeps from one collective to the next."""
 
     def __init__(self, cluster: Cluster) -> None:
         nodes = cluster.nodes
         links = [cluster.link_from(rank) for rank in range(nodes)]
         self._rates = [link.bytes_per_s for link in links]
         self._bursts = [float(link.burst_bytes) for link in links]
-        self._half_duplex = [not link.full_duplex for link in links]
         self.latencies_s = [link.latency_us * 1e-6 for link in links]
         self._jitters_s = [link.jitter_us * 1e-6 for link in links]
-        self.free_s = [0.0] * nodes
+        self.half_duplex = not cluster.link.full_duplex and nodes > 1
+        self.free_s, self._ports_s = [0.0] * nodes, [0.0] * nodes
         self._tokens, self._counted_s = list(self._bursts), [0.0] * nodes
         self._paths: list[list[tuple[str, int]]] = [[] for _ in range(nodes)]
         self._uplink_s: dict[tuple[str, int], float] = {}
-        if cluster.racks is not None and nodes > 1:
+        if cluster.racks is not None:
             racks = [cluster.racks.of(rank, nodes) for rank in range(nodes)]
             self._uplink_rate = cluster.racks.uplink_gbps * 1e9 / 8
             for rank, rack in enumerate(racks):
                 if (to := racks[(rank + 1) % nodes]) != rack:
                     self._paths[rank] = [("up", rack), ("down", to)]
-        self.shared = any(self._half_duplex) or any(self._paths)
+        self.shared = self.half_duplex or any(self._paths)
 
     def state(self) -> dict[str, Any]:
         return {
-            "free": list(self.free_s), "tokens": list(self._tokens), "counted": list(self._counted_s),
+            "free": list(self.free_s), "ports": list(self._ports_s), "tokens": list(self._tokens),
+            "counted": list(self._counted_s),
             "uplinks": [[way, rack, free_s] for (way, rack), free_s in self._uplink_s.items()],
         }  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.free_s, self._tokens = list(state["free"]), list(state["tokens"])
-        self._counted_s = list(state["counted"])
+        self.free_s, self._ports_s = list(state["free"]), list(state["ports"])
+        self._tokens, self._counted_s = list(state["tokens"]), list(state["counted"])
         self._uplink_s = {(way, rack): free_s for way, rack, free_s in state["uplinks"]}
 
-    def jitter_s(self, generator: np.random.Generator, programs: Sequence[Sequence[Operation]]) -> Floats | None:
+    def jitter_s(self, generator: np.random.Generator, programs: Sequence[Sequence[Operation]]) -> list[Any] | None:
         """Additions to the latency of one collective, by step, number of the message in the step, and sender."""
         if not any(self._jitters_s):
             return None
         counts = [Counter(work.step for kind, work, _ in program if kind == SEND) for program in programs]
         last = max((max(count, default=0) for count in counts), default=0)
         most = max((max(count.values(), default=1) for count in counts), default=1)
-        return draw_jitter(self._jitters_s, generator, last + 1, most)
+        jitter_s: list[Any] = draw_jitter(self._jitters_s, generator, last + 1, most).tolist()
+        return jitter_s
 
-    def transmit(self, rank: int, posted_s: float, num_bytes: int) -> tuple[float, float, float]:
-        """A message from `rank` to its successor: when it departs, has left, and arrives but for latency."""
-        departed_s = max(posted_s, self.free_s[rank])
-        if self._half_duplex[rank]:  # both ends are busy with it
-            successor = (rank + 1) % len(self.free_s)
-            departed_s = max(departed_s, self.free_s[successor])
+    def ready_s(self, rank: int) -> float:
+        """From when on the next message from `rank` to its successor may depart."""
+        ready_s = self.free_s[rank]
+        if self.half_duplex:  # both ends are busy with it
+            ready_s = max(ready_s, self._ports_s[rank], self._ports_s[(rank + 1) % len(self.free_s)])
+        return ready_s
+
+    def transmit(self, rank: int, departed_s: float, num_bytes: int) -> tuple[float, float]:
+        """A message departs, at `ready_s` or later: when it has left, and when it arrives but for latency."""
         tokens = self._bursts[rank]
         if tokens:
             rested_s = departed_s - self._counted_s[rank]
@@ -171,19 +176,24 @@ class _Links:
         left_s = departed_s + max(0.0, num_bytes - tokens) / self._rates[rank]
         self._tokens[rank], self._counted_s[rank] = max(0.0, tokens - num_bytes), left_s
         self.free_s[rank] = left_s
-        if self._half_duplex[rank]:
-            self.free_s[successor] = left_s
+        if self.half_duplex:
+            self._ports_s[rank] = self._ports_s[(rank + 1) % len(self.free_s)] = left_s
         arrived_s, reached_s = left_s, departed_s
         for uplink in self._paths[rank]:
             reached_s = max(reached_s, self._uplink_s.get(uplink, 0.0))
             self._uplink_s[uplink] = reached_s + num_bytes / self._uplink_rate
             arrived_s = max(arrived_s, self._uplink_s[uplink])
-        return departed_s, left_s, arrived_s
+        return left_s, arrived_s
 
 
 #: What a worker that goes through its program yields: the moment to be resumed at, or None if others will see to it.
 Steps = Generator[float | None, None, float]
-CORES = -1
+#: In the place of a worker's rank: an event of the cores, of a link.
+CORES, LINK = -1, -2
+#: What somebody may wait for: that a message has ARRIVED, or has LEFT; with rank and step of the one who waits, and the
+#: chunk's start.
+ARRIVED, LEFT = "arrived", "left"
+Moment = tuple[str, int, int, int]
 
 
 class Emulator:
@@ -259,10 +269,11 @@ class _Run:
         self._now_s = 0.0
         self._events: list[tuple[float, int, int]] = []
         self._plans = 0  # of when the cores will be done, of which only the last counts
-        #: By rank and step of the receiver and the chunk's start: when a message arrives, and who waits for one that
-        #: nobody has sent yet.
-        self._arrivals: dict[tuple[int, int, int], float] = {}
-        self._waiting: dict[tuple[int, int, int], int] = {}
+        #: Where links share something: messages that were posted and have not departed, by sender.
+        self._posted: list[deque[tuple[Work, int, float]]] = [deque() for _ in programs]
+        #: When it was or will be, of what is known; and who waits for what isn't.
+        self._moments: dict[Moment, float] = {}
+        self._waiting: dict[Moment, int] = {}
 
     def run(self) -> list[float]:
         workers = [self._worker(rank) for rank in range(len(self._programs))]
@@ -270,14 +281,17 @@ class _Run:
         for rank, start_s in enumerate(self._starts_s):
             heapq.heappush(self._events, (start_s, rank, 0))
         while self._events:
-            self._now_s, rank, plan = heapq.heappop(self._events)
+            self._now_s, rank, number = heapq.heappop(self._events)
             if rank == CORES:
                 assert self._cores is not None
-                if plan < self._plans:
+                if number < self._plans:
                     continue
                 _, rank = self._cores.next_end()
                 self._cores.end(rank, self._now_s)
                 self._plan_cores()
+            elif rank == LINK:
+                self._depart_if_ready(number)
+                continue
             try:
                 resume_s = next(workers[rank])
                 if resume_s is not None:
@@ -296,56 +310,73 @@ class _Run:
     def _worker(self, rank: int) -> Steps:
         """Go through the program; the return value is the clock at the end."""
         links, timeline, emulator = self._links, self._timelines[rank], self._emulator
-        kept = timeline if timeline is not None and timeline.keep else None
-        size = len(self._programs)
-        successor = (rank + 1) % size
         clock_s = self._starts_s[rank]
-        left_s: dict[int, float] = {}
         sending, number = -1, 0
         if emulator.call_s[rank] and self._programs[rank]:
             clock_s = yield from self._compute(rank, clock_s, "overhead", None, emulator.call_s[rank])
         for operation in self._programs[rank]:
             kind, work, _ = operation
-            chunk = work.chunk
             if kind == SEND:
-                handling_s = emulator.handling_s(rank, chunk.num_bytes)
+                handling_s = emulator.handling_s(rank, work.chunk.num_bytes)
                 if handling_s:
                     clock_s = yield from self._compute(rank, clock_s, "overhead", work, handling_s)
-                if links.shared and clock_s > self._now_s:
-                    yield clock_s
                 sending, number = work.step, number + 1 if work.step == sending else 0
-                departed_s, left_s[chunk.start], arrived_s = links.transmit(rank, clock_s, chunk.num_bytes)
-                arrived_s += links.latencies_s[rank]
-                if self._jitter_s is not None:
-                    arrived_s += self._jitter_s[sending, number, rank]
-                key = (successor, sending + 1, chunk.start)
-                self._arrivals[key] = arrived_s
-                if key in self._waiting:
-                    heapq.heappush(self._events, (arrived_s, self._waiting.pop(key), 0))
-                if kept is not None:
-                    kept.sent.append(Sent(kept.call, work, clock_s, departed_s, left_s[chunk.start]))
-            elif kind in (WAIT, WAIT_SENT):
-                if kind == WAIT:
-                    key = (rank, work.step, chunk.start)
-                    if key not in self._arrivals:
-                        self._waiting[key] = rank
-                        yield None
-                    there_s = self._arrivals.pop(key)
-                    if kept is not None:
-                        kept.received.append(Received(kept.call, work, there_s))
+                if not links.shared:
+                    self._depart(rank, work, number, clock_s, max(clock_s, links.ready_s(rank)))
                 else:
-                    there_s = left_s[chunk.start]
+                    if clock_s > self._now_s:
+                        yield clock_s
+                    self._posted[rank].append((work, number, clock_s))
+                    self._depart_if_ready(rank)
+            elif kind in (WAIT, WAIT_SENT):
+                moment = (ARRIVED if kind == WAIT else LEFT, rank, work.step, work.chunk.start)
+                if moment not in self._moments:
+                    self._waiting[moment] = rank
+                    yield None
+                there_s = self._moments.pop(moment)
+                if kind == WAIT and timeline is not None and timeline.keep:
+                    timeline.received.append(Received(timeline.call, work, there_s))
                 if there_s > clock_s:
                     if timeline is not None:
                         timeline.record("wait", clock_s, there_s, work)
                     clock_s = there_s
                     if self._cores is not None and clock_s > self._now_s:
                         yield clock_s
-                if kind == WAIT and (handling_s := emulator.handling_s(rank, chunk.num_bytes)):
+                if kind == WAIT and (handling_s := emulator.handling_s(rank, work.chunk.num_bytes)):
                     clock_s = yield from self._compute(rank, clock_s, "overhead", work, handling_s)
             else:
                 clock_s = yield from self._compute(rank, clock_s, kind, work, self._seconds(rank, operation))
         return clock_s
+
+    def _depart_if_ready(self, rank: int) -> None:
+        """Let the next message that `rank` has posted depart, if there is one, now or when it can."""
+        if not self._posted[rank]:
+            return
+        ready_s = self._links.ready_s(rank)
+        if ready_s > self._now_s:  # and look again then, as somebody else may be faster
+            heapq.heappush(self._events, (ready_s, LINK, rank))
+            return
+        self._depart(rank, *self._posted[rank].popleft(), self._now_s)
+        if self._posted[rank]:
+            heapq.heappush(self._events, (self._links.ready_s(rank), LINK, rank))
+
+    def _depart(self, rank: int, work: Work, number: int, posted_s: float, departed_s: float) -> None:
+        """A message, with this number in its step, begins to leave."""
+        left_s, arrived_s = self._links.transmit(rank, departed_s, work.chunk.num_bytes)
+        arrived_s += self._links.latencies_s[rank]
+        if self._jitter_s is not None:
+            arrived_s += self._jitter_s[work.step][number][rank]
+        start, successor = work.chunk.start, (rank + 1) % len(self._programs)
+        for moment, when_s in (
+            ((ARRIVED, successor, work.step + 1, start), arrived_s),
+            ((LEFT, rank, work.step, start), left_s),
+        ):
+            self._moments[moment] = when_s
+            if moment in self._waiting:
+                heapq.heappush(self._events, (when_s, self._waiting.pop(moment), 0))
+        timeline = self._timelines[rank]
+        if timeline is not None and timeline.keep:
+            timeline.sent.append(Sent(timeline.call, work, posted_s, departed_s, left_s))
 
     def _seconds(self, rank: int, operation: Operation) -> float:
         """Of a computation."""

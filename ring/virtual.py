@@ -106,9 +106,13 @@ class VirtualRing(Ring):
         self._set_pace()
 
     def _set_pace(self) -> None:
-        """How slow this node is until the end of the next collective."""
+        """How slow this node is until the end of the next collective.
+
+        Where nodes share cores, all are taken to compute at the same time in between.
+        """
         luck = chance(self.cluster, self._emulator.calls + 1)
-        self._slowdown = self._node.slowdown * float(luck.stragglers[self.rank])
+        crowd = max(1.0, self.size / (self.cluster.shared_cores or self.size))
+        self._slowdown = self._node.slowdown * float(luck.stragglers[self.rank]) * crowd
 
     def clock(self) -> float:
         """This worker's virtual seconds, from 0 on."""
@@ -117,12 +121,19 @@ class VirtualRing(Ring):
 
     @contextmanager
     def taking(self, seconds: float) -> Iterator[None]:
-        """What is computed within takes `seconds` on a node that is not slow, whatever it takes here."""
-        end_s = self.clock() + seconds * self._slowdown
+        """What is computed within takes `seconds` on a node that is not slow, whatever it takes here.
+
+        Raises:
+            RuntimeError: there was a collective within, whose time would be lost.
+        """
+        end_s, calls = self.clock() + seconds * self._slowdown, self._emulator.calls
         try:
             yield
         finally:
-            self._set_clock(end_s)
+            if self._emulator.calls == calls:
+                self._set_clock(end_s)
+        if self._emulator.calls != calls:
+            raise RuntimeError("a collective can't be part of what `taking` gives a time to")
 
     def _set_clock(self, now_s: float) -> None:
         self._base_s, self._mark_s = now_s, self._processor_time()
@@ -146,25 +157,25 @@ class VirtualRing(Ring):
         measured = [
             dict(zip(keys, rows[rank, 1:].tolist(), strict=False)) for rank, keys in enumerate(programs.measured)
         ]
+        speeds = [self.cluster.node_at(rank).compute_speed for rank in range(self.size)]
         timelines: list[Timeline | None] = [None] * self.size
         timelines[self.rank] = None if timeline is None else timeline.virtual
         ends_s = self._emulator.run(
             programs.by_rank,
             rows[:, 0].tolist(),
             timelines,
-            lambda rank, operation: measured[rank][operation.kind, operation.work] / self._speed(rank),
+            lambda rank, operation: measured[rank][operation.kind, operation.work] / speeds[rank],
         )
         self._set_pace()
         self._set_clock(ends_s[self.rank])
         self.emulating_s += time.perf_counter() - begun_s
         return stats
 
-    def _speed(self, rank: int) -> float:
-        return self.cluster.node_at(rank).compute_speed
-
     def _programs_of(self, plan: Plan, codec: Codec, vector: Array) -> _Programs:
         programs = self._programs.get(plan.description)
-        if programs is None:
+        if programs is not None:
+            self._programs.move_to_end(plan.description)
+        else:
             programs = self._programs[plan.description] = _Programs(plan, codec, vector, self.cluster)
             if len(self._programs) > MOST_PROGRAMS:
                 self._programs.popitem(last=False)

@@ -106,6 +106,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ("nodes = 2\n[override.node.2]\nslowdown = 2", r"`override.node.2`: nodes are numbered 0 to 1 \(`nodes` - 1\)"),
         ("nodes = 2\n[override.rack.1]\nslowdown = 2", "unknown key `override.rack`"),
         ("nodes = 2\n[override.link.1]\nlatency_us = -1", "`override.link.1.latency_us` must be at least 0, got -1"),
+        (
+            "nodes = 2\n[override.link.1]\nfull_duplex = false",
+            "`override.link.1.full_duplex`: ports are alike on all nodes",
+        ),
+        ("nodes = 4\n[override.node.03]\nslowdown = 2", r"`override.node.03`: nodes are numbered 0 to 3"),
+        (f"nodes = {'9' * 400}", "`nodes` must be a finite number"),
         ("nodes = [", "not a TOML file"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from toy_codecs import HalfPerHop, PairSums
 from gradiveq.codec import PCASizes
 from gradiveq.qsgd import QSGD
 from ring import Codec, Composite, Identity, dry, lockstep
-from ring.cluster import Cluster, ClusterError, parse
+from ring.cluster import Cluster, ClusterError, Racks, parse
 from ring.codec import Array, Hop, Payload
 from ring.timeline import Timeline
 from ring.virtual import VirtualRing
@@ -103,6 +104,18 @@ def test_half_duplex_ports_take_turns() -> None:
     assert clocks(cluster(link={"full_duplex": False})) == pytest.approx([9, 10])
 
 
+def test_half_duplex_ports_take_turns_in_pairs() -> None:
+    """Of four nodes, two links that share no port are always busy: 6 messages out and 6 in, of 400 ms each."""
+    half = dry.all_reduce(cluster(4, link={"full_duplex": False}), Identity(), 400_000)
+    assert half.time_s == pytest.approx(12 * 0.4, rel=0.01)
+
+
+def test_computing_is_not_slower_while_only_receiving() -> None:
+    """A port that is busy with what it receives doesn't slow computing, half duplex or not."""
+    slow = cluster(link={"full_duplex": False}, node={"overlap_slowdown": 2.0})
+    assert clocks(slow) == pytest.approx(clocks(cluster(link={"full_duplex": False})))
+
+
 def test_hosts_of_one_machine_share_its_core() -> None:
     """Both add at 3 ms, on one core: until 7."""
     assert clocks(cluster(shared_cores=1)) == pytest.approx([10, 10])
@@ -169,6 +182,17 @@ def test_racks_share_their_uplinks() -> None:
     assert dry.all_reduce(cluster(4, racks=wide), Identity(), 4000).time_s == pytest.approx(alone, rel=0.1)
 
 
+def test_an_uplink_is_taken_when_a_message_departs() -> None:
+    """Node 0's slow link queues many messages; until they depart, the uplink is free for node 2's."""
+    racks = {"size": 2, "uplink_gbps": 0.08, "placement": "round-robin"}
+    slow = cluster(4, racks=racks, override={"link": {"0": {"bandwidth_gbps": 0.0008}}})
+    received = in_virtual_time(slow, 400, chunk_bytes=100)[3][1].received
+    assert received[0].arrived_s * 1e3 == pytest.approx(0.1 + 1)
+    wide = cluster(4, racks={"size": 2, "uplink_gbps": 0.016, "placement": "round-robin"})
+    alone, beside = (dry.all_reduce(c, Identity(), 40_000, chunk_bytes=1000).time_s for c in (cluster(4), wide))
+    assert beside == pytest.approx(alone, rel=0.01)  # as wide as its links together
+
+
 def test_jitter_and_random_stragglers_depend_on_the_seed_and_the_call() -> None:
     def run(seed: int) -> list[float]:
         more = {"seed": seed, "stragglers": {"probability": 0.5, "slowdown": 3.0}}
@@ -230,6 +254,23 @@ def test_what_has_no_rate_takes_the_processor_time_that_it_took() -> None:
         assert end - after == pytest.approx(5e-3)
 
 
+def test_taking() -> None:
+    """Slow nodes take longer, and those that share cores; a collective within would be lost."""
+
+    def work(ring: lockstep.LockstepRing) -> list[float]:
+        found = []
+        for described in (cluster(4), cluster(4, shared_cores=2), cluster(4, node={"slowdown": 3.0})):
+            virtual = VirtualRing(ring, described, processor_time=lambda: 0.0)
+            with virtual.taking(1.0):
+                pass
+            found.append(virtual.clock())
+        with pytest.raises(RuntimeError, match="a collective can't be part"), virtual.taking(1.0):
+            virtual.barrier()
+        return found
+
+    assert lockstep.run(4, work) == [[1.0, 2.0, 3.0]] * 4
+
+
 def test_a_missing_rate_needs_data() -> None:
     with pytest.raises(ClusterError, match=r"cluster test has no `rates` for qsgd\.encode, and nothing was measured"):
         dry.all_reduce(parse({"nodes": 2, "name": "test"}, "x"), QSGD(), 1000)
@@ -270,7 +311,8 @@ def random_cluster(rng: random.Random, nodes: int, *, alike: bool) -> Cluster:
         "nodes": nodes,
         "node": {
             "slowdown": rng.uniform(1, 2), "overlap_slowdown": rng.choice([1.0, 1.0, 1.2, 2.0]),
-            "overhead_us": rng.choice([0, 0, 5, 50]), "call_us": rng.choice([0, 30]), "copy_us_per_mib": rng.choice([0, 200]),
+            "overhead_us": rng.choice([0, 0, 5, 50]), "call_us": rng.choice([0, 30]),
+            "copy_us_per_mib": rng.choice([0, 200]),
         },
         "link": {"latency_us": 10 ** rng.uniform(0, 3.5), "bandwidth_gbps": 10 ** rng.uniform(-2, 2)},
         "rates": rates,
@@ -286,12 +328,15 @@ def random_codec(rng: random.Random, length: int) -> Codec:
     return rng.choice([Identity(), QSGD(), PCASizes("a", 256, [(length, 32)])])
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(40))
 def test_dry_is_what_data_gives(seed: int) -> None:
     """The clock of the slowest worker, the seconds by kind and the bytes, to the last bit but for rounding of sums."""
     rng = random.Random(seed)
-    nodes, length = rng.choice([2, 3, 5, 6]), rng.choice([1, 7, 5000, 30_001])
-    described = random_cluster(rng, nodes, alike=False)
+    nodes, length = rng.choice([1, 2, 3, 5, 6]), rng.choice([1, 7, 5000, 30_001])
+    described = random_cluster(rng, nodes, alike=nodes == 1)
+    if rng.random() < 0.5:  # then event by event
+        shared: dict[str, Any] = rng.choice([{"racks": Racks(2, 1.0, "round-robin")}, {"shared_cores": 2}])
+        described = replace(described, **shared)
     codec, chunk_bytes = rng.choice([Identity(), QSGD(), Composite([(length, QSGD())])]), rng.choice([3000, 1 << 30])
     op = rng.choice(["sum", "mean"])
     estimate = dry.all_reduce(described, codec, length, chunk_bytes=chunk_bytes, op=op)
@@ -331,8 +376,13 @@ def test_the_closed_form_of_unlike_segments() -> None:
 
 
 def test_the_closed_form_says_where_it_does_not_hold() -> None:
-    with pytest.raises(ClusterError, match="all alike"):
-        dry.closed_form(cluster(100, shared_cores=2), Identity(), 1000)
+    for more in (
+        {"shared_cores": 2},
+        {"link": {"burst_bytes": 1000}},
+        {"override": {"node": {"1": {"slowdown": 2.0}}}},
+    ):
+        with pytest.raises(ClusterError, match="all alike"):
+            dry.closed_form(cluster(100, **more), Identity(), 1000)
     with pytest.raises(ClusterError, match="needs 64 `nodes` or more, got 6"):
         dry.closed_form(cluster(6), Identity(), 1000)
 
@@ -354,6 +404,9 @@ def test_arguments_of_dry_runs() -> None:
         dry.all_reduce(cluster(), Identity(), 10, chunk_bytes=0)
     assert dry.all_reduce(cluster(1), Identity(), 10).time_s == 0
     assert dry.all_reduce(cluster(3), Identity(), 0).messages == 0
+    assert dry.all_reduce(cluster(10_000), Identity(), 0).messages == 0
+    with pytest.raises(ClusterError, match="10000 nodes send 199,980,000 messages, at most 1,000,000 can be counted"):
+        dry.all_reduce(cluster(10_000, racks={"size": 10}), Identity(), 100_000)
 
 
 MPI_AND_LOCKSTEP = """

@@ -15,7 +15,7 @@ from bench import validate
 from bench.hosts import why_not
 from bench.validate import Cell, Model, compare, main, mean_error, report
 
-TRUE = (0.9, 200.0, 50.0, 300.0)
+TRUE = (0.9, 200.0, 150.0, 50.0, 300.0)
 RATES = {"add": 5e9, "scale": 5e9, "qsgd.encode": 6e8, "qsgd.recode": 5e8, "qsgd.decode": 2e9,
          "pca.encode": 1.5e10, "pca.decode": 2e10}  # fmt: skip
 
@@ -45,11 +45,12 @@ def honest() -> dict[str, Any]:
 
 def test_the_fit_finds_the_machine_that_made_the_times(honest: dict[str, Any]) -> None:
     result = honest
-    share, latency_us, overhead_us, copy_us = result["parameters"].values()
+    share, latency_us, _, overhead_us, copy_us = result["parameters"].values()
     assert share == pytest.approx(TRUE[0], rel=0.02)
-    assert latency_us + 2 * overhead_us == pytest.approx(TRUE[1] + 2 * TRUE[2], rel=0.1)  # hard to tell apart
-    assert copy_us < 3 * TRUE[3]
-    assert result["mean_error"] < 0.01
+    assert latency_us + 2 * overhead_us == pytest.approx(TRUE[1] + 2 * TRUE[3], rel=0.3)  # hard to tell apart
+    assert copy_us < 3 * TRUE[4]
+    assert result["mean_error"] < 0.02
+    assert result["met"]
     assert result["naive_mean_error"] > 0.1
     assert result["within"] == result["predicted"] == sum(not row["fitted"] for row in result["rows"])
     assert 0 < result["predicted"] < len(result["rows"])
@@ -64,6 +65,7 @@ def test_only_calibrating_cells_are_fitted_to(honest: dict[str, Any]) -> None:
     changed = compare(found)
     assert changed["parameters"] == honest["parameters"]
     assert changed["within"] == 0
+    assert not changed["met"]
     assert changed["mean_error"] == pytest.approx(1.0, abs=0.05)
     assert changed["mean_error"] >= 2 * honest["mean_error"]
 
@@ -101,6 +103,16 @@ def test_the_report_names_what_is_beyond() -> None:
 
 
 @pytest.mark.usefixtures("known")
+def test_a_bad_prediction_is_no_success(tmp_path: Path) -> None:
+    found = made_cells()
+    for cell in found["cells"]:
+        cell["times_s"] = [2 * time_s for time_s in cell["times_s"]]
+    (tmp_path / "cells.json").write_text(json.dumps(found))
+    assert main(["--again", "--out", str(tmp_path)]) == 1
+    assert "As good as wanted: no" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("known")
 def test_predicting_again_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "cells.json").write_text(json.dumps(made_cells()))
     assert main(["--again", "--out", str(tmp_path)]) == 0
@@ -111,6 +123,12 @@ def test_predicting_again_what_was_measured(tmp_path: Path, capsys: pytest.Captu
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--again", "--out", str(tmp_path / "none")]) == 2
     assert "cells.json" in capsys.readouterr().err
+    for content in ("{}", "[]", "no"):
+        (tmp_path / "cells.json").write_text(content)
+        assert main(["--again", "--out", str(tmp_path)]) == 2
+        assert "not what a validation has measured" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["--quick", "--out", str(tmp_path / "file" / "out")]) == (0 if why_not() else 2)
     for arguments in (["--repeats", "0"], ["--seconds", "-1"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

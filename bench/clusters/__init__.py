@@ -16,6 +16,10 @@ from pathlib import Path
 from ring.cluster import Cluster, ClusterError, read
 
 FOLDER = Path(__file__).parent
+#: What the codecs of this project can be rated by (`Codec.amounts`).
+RATES = (
+    "add", "copy", "scale", "qsgd.encode", "qsgd.recode", "qsgd.decode", "pca.encode", "pca.decode",
+)  # fmt: skip
 #: Where `python -m bench.calibrate` writes the machine at hand.
 THIS_MACHINE = Path("results/this-machine.toml")
 
@@ -34,16 +38,25 @@ def load(name_or_path: str) -> Cluster:
         ClusterError: neither is there, or the file says something impossible.
     """
     if name_or_path in names():
-        return read(FOLDER / f"{name_or_path}.toml")
+        return _read(FOLDER / f"{name_or_path}.toml")
     if name_or_path == "this-machine":
         if not THIS_MACHINE.is_file():
             raise ClusterError(
                 f"{THIS_MACHINE}, which describes this machine, is not there: python -m bench.calibrate writes it"
             )
-        return read(THIS_MACHINE)
+        return _read(THIS_MACHINE)
     path = Path(name_or_path)
     if not path.is_file():
         raise ClusterError(
             f"there is no cluster {name_or_path!r}: give {', '.join(names())}, this-machine, or a TOML file"
         )
-    return read(path)
+    return _read(path)
+
+
+def _read(path: Path) -> Cluster:
+    """A rate that nothing asks for is a misspelt one: what is missing would be measured here, in silence."""
+    cluster = read(path)
+    for name, rate in cluster.rates.items():
+        if name not in RATES:
+            raise ClusterError(f"{path}: unknown key `rates.{name}` (= {rate!r}); known are {', '.join(RATES)}")
+    return cluster
