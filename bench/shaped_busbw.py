@@ -174,6 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"skipped: {refused}")
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
+    about = environment() | {"cores": usable_cores()}  # of the source as it is now: measuring takes a while
+    about["command"] = shlex.join(["python", "-m", "bench.shaped_busbw", *(arguments or sys.argv[1:])])
     for part in options.parts:
         rows: list[dict[str, Any]] = []
         links = []
@@ -195,9 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if part == "aggregation":
             compare(rows)
         print(f"\n{busbw_table(rows) if part == 'busbw' else aggregation_table(rows)}\n", flush=True)
-        about = environment() | {"cores": usable_cores(), "mpi": mpi}
-        about["command"] = shlex.join(["python", "-m", "bench.shaped_busbw", *(arguments or sys.argv[1:])])
-        write_json(options.out / f"{part}.json", {"environment": about, "links": links, "rows": rows})
+        found_by = about | {"mpi": mpi}
+        write_json(options.out / f"{part}.json", {"environment": found_by, "links": links, "rows": rows})
     return 0
 
 
