@@ -114,6 +114,7 @@ class _Greeting:
             self.leaving: Array = self.chunk.view(dtype)
             self.arriving: Array = heard[HEADER_BYTES : HEADER_BYTES + plan.num_bytes].view(dtype)
             self.stats = Stats(plan.num_bytes, 1)
+            self.adding = next((item for item in plan.work if item.step == 1), plan.greeting_work)
         self.with_chunk = comm.Send_init((self.memory, MPI.BYTE), successor, TAG)
         self.alone = comm.Send_init((self.memory[:HEADER_BYTES], MPI.BYTE), successor, TAG)
         self.request = self.alone
@@ -318,9 +319,9 @@ class MPIRing(Ring):
         compute = compute_unmeasured if timeline is None else timeline.compute
         # The same operands in the same order on both: which of two NaNs a sum becomes depends on it.
         terms = (greeting.leaving, greeting.arriving) if self.rank == 0 else (greeting.arriving, greeting.leaving)
-        compute("add", plan.greeting_work, np.add, *terms, vector)
+        compute("add", greeting.adding, np.add, *terms, vector)
         if plan.mean:
-            compute("add", plan.greeting_work, np.divide, vector, 2, vector)
+            compute("add", greeting.adding, np.divide, vector, 2, vector)
         if not greeting.request.Test():
             self._complete(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
         return greeting.stats
