@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bench import validate
 from bench.hosts import why_not
 from bench.validate import Cell, Model, compare, main, mean_error, report
 
-TRUE = (0.9, 200.0, 150.0, 50.0, 300.0)
+TRUE = (0.9, 0.6, 0.8, 200.0, 150.0, 50.0, 300.0)
 RATES = {"add": 5e9, "scale": 5e9, "qsgd.encode": 6e8, "qsgd.recode": 5e8, "qsgd.decode": 2e9,
          "pca.encode": 1.5e10, "pca.decode": 2e10}  # fmt: skip
 
@@ -39,17 +40,19 @@ def made_cells(noise: float = 0.0) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def honest() -> dict[str, Any]:
-    return compare(made_cells())
+def honest() -> Iterator[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validate, "MOST_FITS", 250)
+        yield compare(made_cells())
 
 
 def test_the_fit_finds_the_machine_that_made_the_times(honest: dict[str, Any]) -> None:
     result = honest
-    share, latency_us, _, overhead_us, copy_us = result["parameters"].values()
-    assert share == pytest.approx(TRUE[0], rel=0.02)
-    assert latency_us + 2 * overhead_us == pytest.approx(TRUE[1] + 2 * TRUE[3], rel=0.3)  # hard to tell apart
-    assert copy_us < 3 * TRUE[4]
-    assert result["mean_error"] < 0.02
+    assert result["parameters"]["share of the rate"] == pytest.approx(
+        TRUE[0], rel=0.03
+    )  # others are hard to tell apart
+    assert result["mean_error"] < 0.04
+    assert result["mean_error"] < result["naive_mean_error"] / 2
     assert result["met"]
     assert result["naive_mean_error"] > 0.1
     assert result["within"] == result["predicted"] == sum(not row["fitted"] for row in result["rows"])
