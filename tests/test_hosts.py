@@ -149,8 +149,9 @@ def test_nothing_stays_after_building_failed() -> None:
 
 
 OWNER = """
-    import sys, time
+    import signal, sys, time
     from bench.hosts import Hosts
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where tests run in the background
     with Hosts(2, rate_mbps=100) as hosts:
         hosts.popen(0, ["sleep", "600"])
         print("built", flush=True)
@@ -178,7 +179,10 @@ def test_nothing_stays_after_a_signal(number: signal.Signals, doing: str) -> Non
         left = {name for name in names() if name.startswith(f"{module.PREFIX}-{owner.pid}-")}
         assert len(left) == 3
         owner.send_signal(number)
-        status = owner.wait(30)
+        try:
+            status = owner.wait(30)
+        finally:
+            owner.kill()
     if number == signal.SIGKILL:
         assert left <= names()
         assert list(module.FOLDER.glob(f"{module.PREFIX}-{owner.pid}-*"))
