@@ -39,7 +39,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from bench import gradients
 from bench.record import ENVIRONMENT, GROUPS, SUMMARY, metrics_name, write_atomically, write_json
-from bench.report import Clock, clocks
+from bench.report import Clock, bytes_text, clocks
 from gradiveq.pca import DEFAULT_LOSS_THRESHOLD
 
 #: Okabe and Ito's palette. A method has the same colour in every figure; others than these get one by their name.
@@ -100,7 +100,7 @@ class FigureError(ValueError):
 # --- the page: title above, caption below, written atomically --------------------------------------------------------
 
 
-def _figure(width: float, height: float, title: str, caption: str) -> Figure:
+def new_figure(width: float, height: float, title: str, caption: str) -> Figure:
     """A figure with its title, and with how it came about under the plot; constrained layout fills what is between."""
     lines = _wrap(title, width - 0.3, TITLE_SIZE, "bold")
     notes = [line for part in caption.split("\n") for line in _wrap(part, width - 0.2, CAPTION_SIZE)]
@@ -145,14 +145,14 @@ def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[
     return lines
 
 
-def _write(figure: Figure, path: Path) -> Path:
+def write_figure(figure: Figure, path: Path) -> Path:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=DPI, metadata={"Software": None})
     write_atomically(path, data.getvalue())
     return path
 
 
-def _style() -> Any:
+def figure_style() -> Any:
     """Matplotlib's defaults and ours, whatever the user's settings are."""
     return matplotlib.style.context(["default", STYLE])
 
@@ -161,7 +161,7 @@ def method_color(method: str) -> str:
     return METHOD_COLORS.get(method) or OTHER_COLORS[zlib.crc32(method.encode()) % len(OTHER_COLORS)]
 
 
-def _method(method: str) -> dict[str, Any]:
+def method_style(method: str) -> dict[str, Any]:
     """How a method is drawn, everywhere."""
     return {"color": method_color(method), "label": METHOD_LABELS.get(method, method)}
 
@@ -179,8 +179,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.summary = _read_object(folder / SUMMARY)
-        self.environment = _read_object(folder / ENVIRONMENT)
+        self.summary = read_object(folder / SUMMARY)
+        self.environment = read_object(folder / ENVIRONMENT)
         try:
             self.methods: dict[str, dict[str, Any]] = dict(self.summary["methods"])
             self.data_source = str(self.summary["data_source"])
@@ -205,9 +205,9 @@ class Run:
         commit = environment.get("commit")
         parts = [
             f"Data: {self.data_source}",
-            f"{_ranks(summary['ranks'])} x {summary['batch_size']} images, on {_machine(environment, summary)}",
+            f"{_ranks(summary['ranks'])} x {summary['batch_size']} images, on {machine_text(environment, summary)}",
             f"seed {environment.get('seed')}",
-            f"commit {_short(commit) if commit else 'unknown'}",
+            f"commit {short_commit(commit) if commit else 'unknown'}",
             f"command: {environment.get('command')}",
         ]
         if clock is not None and clock.key is not None:
@@ -217,7 +217,7 @@ class Run:
             parts[2] += f", which trained for real{' in one process' if summary.get('one_process') else ''}"
         if not summary.get("complete", True):
             parts.insert(0, "Not all methods have ended")
-        return _sentences(parts)
+        return sentences(parts)
 
     def title(self, what: str) -> str:
         return f"{what}: {self.summary['model']} on {self.data_source}"
@@ -235,13 +235,13 @@ def draw(run_folder: Path) -> list[Path]:
     """
     run = Run(Path(run_folder))
     try:
-        with _style():
+        with figure_style():
             figures: dict[str, Figure | None] = {}
             for clock in clocks(run.summary):
                 figures[f"accuracy{clock.suffix}.png"] = _accuracy(run, clock)
                 figures[f"breakdown{clock.suffix}.png"] = _breakdown(run, clock)
             figures |= {"loss.png": _loss(run), "compression.png": _compression(run)}
-            return [_write(figure, run.folder / name) for name, figure in figures.items() if figure is not None]
+            return [write_figure(figure, run.folder / name) for name, figure in figures.items() if figure is not None]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise FigureError(f"{run.folder} is damaged: its record isn't as it should be ({error!r})") from error
 
@@ -257,11 +257,11 @@ def _accuracy(run: Run, clock: Clock) -> Figure | None:
     if not evaluations:
         return None
     time = "time_s" if clock.key is None else "virtual_s"
-    figure = _figure(9.5, 3.6, run.title(f"Test accuracy{_on(clock)}"), run.caption(clock))
+    figure = new_figure(9.5, 3.6, run.title(f"Test accuracy{_on(clock)}"), run.caption(clock))
     axes = figure.subplots(1, 2, sharey=True)
     for method, lines in evaluations.items():
         accuracy = [100 * line["test_accuracy"] for line in lines]
-        style = {**_method(method), "marker": METHOD_MARKERS.get(method, "D")}
+        style = {**method_style(method), "marker": METHOD_MARKERS.get(method, "D")}
         label = f"{style.pop('label')}\n{accuracy[-1]:.2f} % in {lines[-1][time]:,.0f} s"
         axes[0].plot([line[time] for line in lines], accuracy, label=label, **style)
         axes[1].plot([line["iteration"] for line in lines], accuracy, **style)
@@ -272,7 +272,7 @@ def _accuracy(run: Run, clock: Clock) -> Figure | None:
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))
-    _legend(axes[0], axes[1])
+    add_legend(axes[0], axes[1])
     return figure
 
 
@@ -288,7 +288,7 @@ def _breakdown(run: Run, clock: Clock) -> Figure | None:
     ]
     iterations = min(method["iterations"] for method in run.methods.values())
     per = BREAKDOWN_ITERATIONS if iterations >= BREAKDOWN_ITERATIONS else iterations
-    figure = _figure(
+    figure = new_figure(
         10.5, 1.5 + 0.36 * max(len(names) + 1, len(phases)), run.title(f"Time for {per} iterations{_on(clock)}"),
         run.caption(clock),
     )  # fmt: skip
@@ -303,7 +303,7 @@ def _breakdown(run: Run, clock: Clock) -> Figure | None:
     ]
     _stack(right, labels, each, "{:,.0f}")
     right.set(xlabel="milliseconds per iteration", title="by phase")
-    _legend(left, right)
+    add_legend(left, right)
     return figure
 
 
@@ -337,7 +337,7 @@ def _loss(run: Run) -> Figure | None:
     losses = {m: lines["iteration"] for m, lines in run.lines.items() if lines["iteration"]}
     if not losses:
         return None
-    figure = _figure(8.5, 3.6, run.title("Training loss"), run.caption())
+    figure = new_figure(8.5, 3.6, run.title("Training loss"), run.caption())
     axis = figure.subplots()
     smooth_top = 0.0
     for method, lines in losses.items():
@@ -347,7 +347,7 @@ def _loss(run: Run) -> Figure | None:
         known, window = np.isfinite(loss), np.ones(span)
         number = np.convolve(known, window, "valid")
         smooth = np.convolve(np.where(known, loss, 0.0), window, "valid") / np.where(number > 0, number, np.nan)
-        style = _method(method)
+        style = method_style(method)
         axis.plot(iterations, loss, color=style["color"], alpha=0.22, linewidth=0.7)
         axis.plot(iterations[span - 1 :], smooth, **style)
         smooth_top = max(smooth_top, float(np.nan_to_num(smooth).max()))
@@ -359,7 +359,7 @@ def _loss(run: Run) -> Figure | None:
     axis.set_ylim(0, 1.1 * smooth_top or 1)
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=STEPS))
     axis.set_title(f"thick: mean of the last {_span(len(lines))}; faint: each iteration", fontsize=9)
-    _legend(axis)
+    add_legend(axis)
     return figure
 
 
@@ -378,7 +378,7 @@ def _compression(run: Run) -> Figure | None:
     names = [name.removesuffix(".weight") for name in layers]
     places = np.arange(len(layers))
     title = run.title(f"{METHOD_LABELS.get(method, method)} by layer, window {window['window'] + 1}")
-    figure = _figure(max(7.5, 3.2 + 0.27 * len(layers)), 5.2, title, run.caption())
+    figure = new_figure(max(7.5, 3.2 + 0.27 * len(layers)), 5.2, title, run.caption())
     upper, lower = figure.subplots(2, 1, sharex=True)
     upper.bar(places, [layer["ratio"] for layer in layers.values()], 0.7, color=method_color(method))
     tops = [(place, layer["ratio"], _total(layer["d"])) for place, layer in zip(places, layers.values(), strict=True)]
@@ -412,7 +412,7 @@ def _compression(run: Run) -> Figure | None:
     lower.set_xlim(-0.7, len(layers) - 0.3)
     for axis in (upper, lower):
         axis.grid(axis="x", visible=False)
-    _legend(lower)
+    add_legend(lower)
     return figure
 
 
@@ -432,7 +432,7 @@ def draw_bandwidth(path: Path) -> list[Path]:
     Raises:
         FigureError: if the file is damaged.
     """
-    record = _read_object(path)
+    record = read_object(path)
     try:
         rows, environment = record["rows"], record["environment"]
         ranks = rows[0]["ranks"]
@@ -445,20 +445,20 @@ def draw_bandwidth(path: Path) -> list[Path]:
         ]
         if any(row["wrong"] for row in rows):
             parts.insert(0, "SOME RESULTS WERE WRONG")
-        caption = _sentences(parts)
-        with _style():
-            figure = _figure(8.5, 3.9, f"All-reduce of {rows[0]['dtype']}, {_ranks(ranks)}", caption)
+        caption = sentences(parts)
+        with figure_style():
+            figure = new_figure(8.5, 3.9, f"All-reduce of {rows[0]['dtype']}, {_ranks(ranks)}", caption)
             axis = figure.subplots()
             for name in names:
                 _bandwidth_line(axis, name, [row for row in rows if row["implementation"] == name])
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _size(value)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
             axis.xaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set(xlabel="size of the vector", ylabel="busbw = size/time · 2(N-1)/N  (GB/s)")
-            _legend(axis)
-            return [_write(figure, path.with_suffix(".png"))]
+            add_legend(axis)
+            return [write_figure(figure, path.with_suffix(".png"))]
     except (KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
         raise FigureError(f"{path} is damaged, its rows or environment aren't ring.bench's ({error!r})") from error
 
@@ -470,13 +470,6 @@ def _bandwidth_line(axis: Axes, name: str, rows: Sequence[Mapping[str, Any]]) ->
     bars = np.maximum([speed - speed * time_s / high, speed * time_s / low - speed], 0)
     style = IMPLEMENTATION_STYLES.get(name, {"color": PURPLE, "marker": "D", "label": name})
     axis.errorbar([row["size_bytes"] for row in rows], speed, bars, capsize=2.5, elinewidth=1, **style)
-
-
-def _size(num_bytes: float) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:g} {unit}"
-    return f"{num_bytes:g} B"
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -497,10 +490,10 @@ def draw_gradients(path: Path) -> list[Path]:
         raise FigureError(str(error)) from error
     prefix = "" if path.stem == "gradients" else f"{path.stem}-"
     written = []
-    with _style():
+    with figure_style():
         for name, numbers, drawing in (("fig4", fig4, _fig4), ("fig5", fig5, _fig5)):
             if numbers is not None:
-                written.append(_write(drawing(numbers), path.with_name(f"{prefix}{name}.png")))
+                written.append(write_figure(drawing(numbers), path.with_name(f"{prefix}{name}.png")))
                 write_json(path.with_name(f"{prefix}{name}.json"), numbers)
                 written.append(path.with_name(f"{prefix}{name}.json"))
     return written
@@ -508,7 +501,7 @@ def draw_gradients(path: Path) -> list[Path]:
 
 def findings(path: Path) -> list[str]:
     """What fig4.json or fig5.json say about the paper's statements, in a line or more."""
-    numbers = _read_object(path)
+    numbers = read_object(path)
     return _fig4_findings(numbers) if numbers["figure"] == "4" else _fig5_findings(numbers)
 
 
@@ -522,13 +515,13 @@ def _gradients_caption(numbers: Mapping[str, Any], lines: Sequence[str], how: st
         f"{model}{_ranks(about['ranks'])} x {about['batch_size']} images, seed {about['seed']}",
     ]
     if about.get("cpu"):
-        parts.append(_machine(about, about))
+        parts.append(machine_text(about, about))
     if about.get("commit"):
-        parts.append(f"commit {_short(about['commit'])}")
+        parts.append(f"commit {short_commit(about['commit'])}")
     parts.append(f"command: {about['command']}")
     lines = [line.partition(", " if line.startswith("Fig. 5, ") else ": ")[2] for line in lines]
     found = [line[0].upper() + line[1:] for line in lines]
-    return "\n".join([*found, _sentences(parts)])
+    return "\n".join([*found, sentences(parts)])
 
 
 def _iterations(numbers: Mapping[str, Any], count: int) -> str:
@@ -572,7 +565,7 @@ def _fig4(numbers: Mapping[str, Any]) -> Figure:
         f"{numbers['about']['data']}"
     )
     caption = _gradients_caption(numbers, _fig4_findings(numbers), _iterations(numbers, count).capitalize())
-    figure = _figure(10.5, 4.9, title, caption)
+    figure = new_figure(10.5, 4.9, title, caption)
     engine = figure.get_layout_engine()
     rect = engine.get()["rect"] if engine is not None else (0, 0, 1, 1)
     figure.set_layout_engine("none")  # it doesn't know how far labels of 3-D axes reach
@@ -634,7 +627,7 @@ def _fig5(numbers: Mapping[str, Any]) -> Figure:
         "iterations"
     )
     title = f"Slice size, {numbers['layer']} {shape} = (H, W, D, F), {numbers['about']['data']}"
-    figure = _figure(10, 5.6, title, _gradients_caption(numbers, _fig5_findings(numbers), how))
+    figure = new_figure(10, 5.6, title, _gradients_caption(numbers, _fig5_findings(numbers), how))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.9))
     upper.plot(sizes, [row["ratio"] for row in rows], color=BLUE, label="ratio K/d")
     upper.set(ylabel="compression ratio K/d")
@@ -668,7 +661,7 @@ def _fig5(numbers: Mapping[str, Any]) -> Figure:
             axis.axvline(row["slice_size"], color="#BBBBBB", linewidth=5, alpha=0.45, zorder=0.5)
         axis.grid(axis="x", visible=False)
     lower.set_xticks(range(0, sizes[-1] + 1, max(1, collocated // 2)))
-    _legend(lower)
+    add_legend(lower)
     return figure
 
 
@@ -679,7 +672,7 @@ def _curve(axis: Axes, rows: Sequence[Mapping[str, Any]], key: str, **style: Any
 # --- reading and writing ---------------------------------------------------------------------------------------------
 
 
-def _legend(axis: Axes, beside: Axes | None = None) -> None:
+def add_legend(axis: Axes, beside: Axes | None = None) -> None:
     """What is drawn on an axis, explained to the right of it, or beside another one."""
     handles, labels = axis.get_legend_handles_labels()
     (beside or axis).legend(
@@ -687,11 +680,11 @@ def _legend(axis: Axes, beside: Axes | None = None) -> None:
     )
 
 
-def _sentences(parts: Sequence[str]) -> str:
+def sentences(parts: Sequence[str]) -> str:
     return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
 
 
-def _machine(environment: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def machine_text(environment: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     cores = environment.get("cores") or summary.get("cores")
     return f"{environment.get('cpu') or 'an unknown processor'}, {cores or '?'} cores"
 
@@ -700,7 +693,7 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'' if number == 1 else 's'}"
 
 
-def _short(commit: str) -> str:
+def short_commit(commit: str) -> str:
     """12 digits of a commit, and whether files differed from it."""
     digits, plus, changes = commit.partition("+")
     return digits[:12] + plus + changes
@@ -715,7 +708,7 @@ def _read_text(path: Path) -> str:
         raise FigureError(f"{path} is damaged ({error})") from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
     except FigureError:
@@ -728,7 +721,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _is_bandwidth(path: Path) -> bool:
-    rows = _read_object(path).get("rows")
+    rows = read_object(path).get("rows")
     return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "implementation" in rows[0]
 
 

@@ -314,10 +314,10 @@ def _chunks(panel: Mapping[str, Any]) -> str:
 
 
 def draw_again(path: Path) -> int:
-    from bench.figures import FigureError, _read_object
+    from bench.figures import FigureError, read_object
 
     try:
-        record = _read_object(path)
+        record = read_object(path)
         if record.get("figure") != FIGURE:
             raise FigureError(f"{path} is no record of this command")
         print(draw(record, path.with_suffix(".png")))

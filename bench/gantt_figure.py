@@ -49,8 +49,8 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
     cluster = record["cluster"]
     where = f"{size} nodes of the cluster {cluster['name']} (emulated)" if cluster else f"{size} ranks over MPI"
     title = f"One all-reduce of ResNet-32's gradient, who computes and what travels: {where}"
-    with figures._style():
-        figure = figures._figure(12.5, 2 * (0.85 + 0.42 * size) + 0.5, title, _caption(record, traces))
+    with figures.figure_style():
+        figure = figures.new_figure(12.5, 2 * (0.85 + 0.42 * size) + 0.5, title, _caption(record, traces))
         engine: Any = figure.get_layout_engine()
         left, bottom, width, height = engine.get()["rect"]
         legend = LEGEND_INCHES / figure.get_figheight()
@@ -75,7 +75,7 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
             handles=_legend(kinds, traces[0].exact), loc="lower center", bbox_to_anchor=(0.5, bottom), ncols=7,
             fontsize=9, columnspacing=1.4, borderaxespad=0.2,
         )  # fmt: skip
-        return figures._write(figure, path)
+        return figures.write_figure(figure, path)
 
 
 def _whole(axis: Axes, trace: Trace, scale: float) -> None:
@@ -210,7 +210,7 @@ def _caption(record: Mapping[str, Any], traces: Sequence[Trace]) -> str:
     found = [
         f"({letter}) {critical_path(trace).describe()}" for letter, trace in zip("ab", traces, strict=True)
     ]  # fmt: skip
-    machine = figures._machine(environment, record)
+    machine = figures.machine_text(environment, record)
     if cluster:
         clock = f"Time is that of the emulated cluster {cluster['name']} ({cluster['source']}), run"
         clock += f" for real on {machine}"
@@ -224,7 +224,7 @@ def _caption(record: Mapping[str, Any], traces: Sequence[Trace]) -> str:
         f"of {len(record['panels'][0]['lengths_s'])} all-reduces each, the one of median length",
         f"Data: {record['data_source']}, {record['batch_size']} images a rank",
         f"bases of K = {record['slice_size']}, seed {environment['seed']}",
-        f"commit {figures._short(commit) if commit else 'unknown'}",
+        f"commit {figures.short_commit(commit) if commit else 'unknown'}",
         f"command: {environment['command']}",
     ]
-    return "\n".join([*found, figures._sentences(parts)])
+    return "\n".join([*found, figures.sentences(parts)])

@@ -375,8 +375,8 @@ def _longest(vector: Gradient) -> int:
 
 def draw(found: Mapping[str, Any], caption: str) -> Any:
     """Stacked bars, the paper's above ours for each method."""
-    with figures._style():
-        figure = figures._figure(
+    with figures.figure_style():
+        figure = figures.new_figure(
             10, 3.9, "Seconds per 500 iterations, ResNet-32 on 6 nodes: the GradiVeQ paper's and ours", caption
         )
         axes = figure.subplots(1, 2, sharey=True)
@@ -466,12 +466,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrapped = "\n".join(textwrap.fill(line, 110, subsequent_indent="  ") for line in lines)
     print(f"{title}\n\n{cells_table(found)}\n\n{compressed_table(found)}\n\n{wrapped}")
     commit = about["commit"]
-    caption = figures._sentences(
+    caption = figures.sentences(
         [
             f"ResNet-32, {vector.length - 2:,} parameters; virtual time on the clusters gradiveq-cpu and gradiveq-k80, "
             "whose computation, RAR and QSGD are fitted on the paper's",
             "lines: spread of the paper's own statements",
-            f"commit {figures._short(commit) if commit else 'unknown'}",
+            f"commit {figures.short_commit(commit) if commit else 'unknown'}",
             f"command: {command}",
         ]
     )
@@ -482,7 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         table = f"# {title}\n\n{cells_table(found, 'github')}\n\n{compressed_table(found, 'github')}\n\n"
         write_atomically(options.out / "table.md", (table + "\n".join(lines) + "\n").encode())
-        figures._write(draw(found, caption), options.out / "breakdown.png")
+        figures.write_figure(draw(found, caption), options.out / "breakdown.png")
     except OSError as error:
         print(f"error: {options.out} can't be written ({error.strerror or error})", file=sys.stderr)
         return 2

@@ -18,6 +18,14 @@ SHOWN = tuple(group for group in GROUPS if group != "measure")
 HEADINGS = {"exposed communication": "exposed\ncommunication"}
 
 
+def bytes_text(num_bytes: float) -> str:
+    """In the largest binary unit that it reaches: "64 KiB"."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:g} {unit}"
+    return f"{num_bytes:g} B"
+
+
 def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 

@@ -238,11 +238,11 @@ def table(sweep: Sweep, points: Sequence[Point], form: str = "simple") -> str:
 def draw(sweep: Sweep, points: Sequence[Point], found: Mapping[str, Any], title: str, caption: str) -> Figure:
     """Seconds above, speed-up below; bars under it where compression pays."""
     xs = [point.x for point in points]
-    with figures._style():
-        figure = figures._figure(9.5, 6.2, title, caption)
+    with figures.figure_style():
+        figure = figures.new_figure(9.5, 6.2, title, caption)
         above, below, bars = figure.subplots(3, 1, sharex=True, height_ratios=(1.25, 1, 0.22))
         for method in METHODS:
-            above.plot(xs, [point.iteration_s[method] for point in points], **figures._method(method))
+            above.plot(xs, [point.iteration_s[method] for point in points], **figures.method_style(method))
         green = figures.method_color("gradiveq")
         dashes = {"color": green, "linewidth": 1.1, "linestyle": (0, (4, 2))}
         above.plot(
@@ -259,7 +259,7 @@ def draw(sweep: Sweep, points: Sequence[Point], found: Mapping[str, Any], title:
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
         above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         above.yaxis.set_minor_formatter(NullFormatter())
-        figures._legend(above)
+        figures.add_legend(above)
         for method in METHODS[1:]:
             below.plot(xs, [point.speedup(method) for point in points], color=figures.method_color(method))
         below.plot(xs, [point.iteration_s["rar"] / point.compressed_s for point in points], **dashes)
@@ -389,10 +389,10 @@ def _caption(sweep: Sweep, lines: Sequence[str], about: Mapping[str, Any]) -> st
         f"Sizes only, of {gradient.length - CONTROLS:,} gradients; virtual time on {cluster.name} ({cluster.source}), "
         f"{fixed}, latency {cluster.link.latency_us:g} us, {sweep.computing_s:.3g} s of computing per iteration",
         f"GradiVeQ at ratio {gradient.ratio:g}, with its 100 sampling iterations of 500 and the gathering of bases",
-        f"commit {figures._short(about['commit']) if about['commit'] else 'unknown'}",
+        f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
         f"command: {about['command']}",
     ]
-    return "\n".join([*lines, figures._sentences(parts)])
+    return "\n".join([*lines, figures.sentences(parts)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -410,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "scaling.json", plain(record))
         for name, figure in drawn.items():
-            figures._write(figure, out / name)
+            figures.write_figure(figure, out / name)
     except OSError as error:
         print(f"error: {out} can't be written ({error.strerror or error})", file=sys.stderr)
         return 2

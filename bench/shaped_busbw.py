@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from bench.record import environment, write_json
+from bench.report import bytes_text
 from ring.bench import parse_bytes, positive
 from ring.machine import usable_cores
 
@@ -130,10 +131,6 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
         row["of_bytes"] = row["times_faster"] / (other["bytes_sent"] / row["bytes_sent"])
 
 
-def human(num_bytes: int) -> str:
-    return f"{num_bytes >> 20} MiB" if num_bytes >= 1 << 20 else f"{num_bytes >> 10} KiB"
-
-
 def busbw_table(rows: Sequence[dict[str, Any]]) -> str:
     table = []
     for row in rows:
@@ -145,7 +142,7 @@ def busbw_table(rows: Sequence[dict[str, Any]]) -> str:
             continue
         low, high = row["fraction_quartiles"]
         table.append(
-            [row["hosts"], row["rate_mbps"], human(row["size_bytes"]), row["implementation"], row["time_s"] * 1e3,
+            [row["hosts"], row["rate_mbps"], bytes_text(row["size_bytes"]), row["implementation"], row["time_s"] * 1e3,
              row["busbw_bytes_per_s"] / 1e6, row["fraction"], f"{low:.3f}-{high:.3f}", row["cpu_s"] * 1e3,
              f"{row['wrong']} wrong" if row["wrong"] else ""]
         )  # fmt: skip

@@ -50,7 +50,7 @@ class _Meter(Timeline):
         start_s = self.clock()
         function(*args)
         spent_s = self.clock() - start_s
-        amounts = amounts_of(self._codec, kind, work, function, self._vector, self._payload)
+        amounts = amounts_of(self._codec.amounts, kind, work, function, self._vector, self._payload)
         whole = sum(amount for _, amount in amounts)
         for name, amount in amounts:  # of several, each by its share
             self.found[name][0] += amount
@@ -81,9 +81,8 @@ def measure(ring: MPIRing, plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
             times.append(ring.rows_of_all([(time.perf_counter() - start_s) / calls]).mean())
     for method, size_bytes, _, _, calls, stats, meter, times in cells:
         names = sorted(meter.found)
-        means = ring.rows_of_all([stats.bytes_sent, stats.messages, *(x for n in names for x in meter.found[n])]).mean(
-            0
-        )
+        found = [number for name in names for number in meter.found[name]]
+        means = ring.rows_of_all([stats.bytes_sent, stats.messages, *found]).mean(0)
         yield {
             "method": method,
             "size_bytes": size_bytes,

@@ -41,13 +41,13 @@ from tqdm import tqdm
 
 from bench.hosts import Hosts, HostsError, why_not
 from bench.record import environment, write_atomically, write_json
+from bench.report import bytes_text
 from bench.shaped_codecs import METHODS
-from ring.algorithm import schedule, steps
 from ring.cluster import Cluster, Link, Node, as_table
 from ring.emulator import Emulator
 from ring.machine import usable_cores
 from ring.plan import CHUNK_BYTES
-from ring.program import Operation, record
+from ring.program import Operation, record_all
 from ring.segments import cut_segments
 
 SIZES = tuple(64 * 1024 * 4**power for power in range(6))
@@ -147,14 +147,7 @@ class Model:
             length = cell.size_bytes // FLOAT32.itemsize
             codec = METHODS[cell.method](length)
             segments = cut_segments(codec.regions(length, FLOAT32), cell.hosts, CHUNK_BYTES)
-            first, last = steps("all_reduce", cell.hosts)
-            self._programs[key] = [
-                record(
-                    codec, length, FLOAT32, schedule("all_reduce", segments, rank, cell.hosts),
-                    first=first, last=last, mean=True, size=cell.hosts,
-                )
-                for rank in range(cell.hosts)
-            ]  # fmt: skip
+            self._programs[key] = record_all(codec, length, FLOAT32, "all_reduce", segments, mean=True)
         return self._programs[key]
 
     def fit(self, cells: Sequence[Cell]) -> None:
@@ -264,7 +257,7 @@ def report(result: Mapping[str, Any]) -> str:
     """The table and what it comes to, as Markdown."""
     lines = [
         [
-            row["method"], row["hosts"], row["rate_mbps"], size(row["size_bytes"]),
+            row["method"], row["hosts"], row["rate_mbps"], bytes_text(row["size_bytes"]),
             f"{row['measured_s'] * 1e3:.2f}", f"{row['spread']:.0%}", f"{row['predicted_s'] * 1e3:.2f}",
             f"{row['error']:+.1%}", f"{row['naive_error']:+.1%}",
             "fitted" if row["fitted"] else "" if row["within"] else f"beyond {row['bound']:.0%}",
@@ -287,10 +280,6 @@ def report(result: Mapping[str, Any]) -> str:
         f"As good as wanted: {'yes' if result['met'] else 'no'}.\nFitted: {parameters}.\n"
         "The latency of links is not shaped here, so how the emulator treats it is not validated.\n"
     )
-
-
-def size(num_bytes: int) -> str:
-    return f"{num_bytes >> 20} MiB" if num_bytes >= 1 << 20 else f"{num_bytes >> 10} KiB"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -321,9 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = _measure(options)
             write_json(cells_path, found)
         result = compare(found)
+        text = report(result)
         about = {key: value for key, value in found.items() if key not in ("cells", "shaping")}
         write_json(options.out / "validate.json", {**about, **result})
-        write_atomically(options.out / "table.md", report(result).encode())
+        write_atomically(options.out / "table.md", text.encode())
     except (HostsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -332,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {cells_path}: not what a validation has measured ({error!r})", file=sys.stderr)
         return 2
-    print(report(result))
+    print(text)
     return 0 if result["met"] or options.quick else 1
 
 

@@ -12,20 +12,18 @@ Three ways to the same number:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ring.algorithm import schedule, steps
 from ring.cluster import Cluster, ClusterError
-from ring.codec import Array, Codec, Hop, Payload
+from ring.codec import Array, Codec, Payload
 from ring.emulator import MIB, Emulator, Floats, chance, draw_jitter, missing_rates, seconds_by_rate
 from ring.plan import CHUNK_BYTES
-from ring.program import SEND, WAIT, WAIT_SENT, record
-from ring.segments import Chunk, PayloadMap, Region, cut_segment
+from ring.program import SEND, WAIT, WAIT_SENT, record, record_all
+from ring.segments import Chunk, PayloadMap, cut_segment
 from ring.timeline import Timeline
 
 #: Up to so many nodes `all_reduce` counts messages; beyond, if nodes are alike, it takes the closed form.
@@ -77,10 +75,9 @@ def all_reduce(
         ClusterError: the cluster has no rate for something that is computed, or more messages than can be counted.
         ValueError: the codec can't code such a vector, or an argument is invalid.
     """
-    how = {"dtype": dtype, "op": op, "chunk_bytes": chunk_bytes}
     if cluster.nodes > MOST_NODES and cluster.homogeneous:
-        return closed_form(cluster, codec, length, **how)  # type: ignore[arg-type]
-    sizes = _Sizes(cluster, codec, length, **how)  # type: ignore[arg-type]
+        return closed_form(cluster, codec, length, dtype=dtype, op=op, chunk_bytes=chunk_bytes)
+    sizes = _Sizes(cluster, codec, length, dtype=dtype, op=op, chunk_bytes=chunk_bytes)
     shared = cluster.shared_cores is not None or Emulator(cluster).links.shared
     jittered = cluster.link.jitter_us > 0 or any(link.jitter_us for link in cluster.other_links.values())
     most = MOST_SHARED_MESSAGES if shared else MOST_JITTERED_MESSAGES if jittered else MOST_MESSAGES
@@ -271,43 +268,14 @@ class _Sizes:
 
 
 def _event_by_event(sizes: _Sizes) -> Estimate:
-    size, (first, last) = sizes.size, steps("all_reduce", sizes.size)
-    programs = [
-        record(
-            sizes.codec, sizes.length, sizes.dtype, schedule("all_reduce", sizes.segments, rank, size),
-            first=first, last=last, mean=sizes.mean, size=size,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    timelines = [Timeline() for _ in range(size)]
-    ends_s = Emulator(sizes.cluster).run(programs, [0.0] * size, timelines)
+    programs = record_all(sizes.codec, sizes.length, sizes.dtype, "all_reduce", sizes.segments, mean=sizes.mean)
+    timelines = [Timeline() for _ in programs]
+    ends_s = Emulator(sizes.cluster).run(programs, [0.0] * sizes.size, timelines)
     totals: dict[str, float] = defaultdict(float)
     for timeline in timelines:
         for kind, seconds in timeline.totals().items():
-            totals[kind] += seconds / size
+            totals[kind] += seconds / sizes.size
     return sizes.estimate(max(ends_s), totals)
-
-
-class _Shape(Codec):
-    """How the algorithm treats a codec, and nothing else of it."""
-
-    def __init__(self, codec: Codec) -> None:
-        self.linear, self.in_place = codec.linear, codec.in_place
-
-    def describe(self, dtype: np.dtype[Any]) -> str:
-        return ""
-
-    def regions(self, length: int, dtype: np.dtype[Any]) -> Sequence[Region]:
-        return ()
-
-    def encode(self, values: Array, start: int, payload: Payload, hop: Hop) -> None: ...
-
-    def reduce(self, incoming: Payload, values: Array, start: int, payload: Payload, hop: Hop) -> None: ...
-
-    def decode(self, payload: Payload, start: int, values: Array, size: int) -> None: ...
-
-    def amounts(self, kind: str, values: Array, start: int, payload: Payload) -> Sequence[tuple[str, float]]:
-        return [(CODEC, 1.0)]
 
 
 class _AllNodes:
@@ -320,7 +288,6 @@ class _AllNodes:
     def __init__(self, sizes: _Sizes) -> None:
         cluster, size = sizes.cluster, sizes.size
         self._sizes, self._size, self._most = sizes, size, sizes.most_chunks
-        self._first, self._last = steps("all_reduce", size)
         self._ranks = np.arange(size)
         self._full = bool(sizes.present.all())
         nodes = [cluster.node_at(rank) for rank in range(size)]
@@ -339,7 +306,7 @@ class _AllNodes:
         self._jitter_s: Floats | None = None
         jitters_s = [link.jitter_us * 1e-6 for link in links]
         if any(jitters_s) and size > 1:
-            self._jitter_s = draw_jitter(jitters_s, luck.generator, self._last, self._most)
+            self._jitter_s = draw_jitter(jitters_s, luck.generator, 2 * (size - 1), self._most)
         self._clock_s, self._free_s = np.zeros(size), np.zeros(size)
         self._tokens, self._counted_s = self._burst.copy(), np.zeros(size)
         self._totals: dict[str, float] = defaultdict(float)
@@ -350,10 +317,9 @@ class _AllNodes:
             [Chunk(place, place + 1, place, place + 1) for place in range(row * self._most, (row + 1) * self._most)]
             for row in range(self._size)
         ]
-        work = schedule("all_reduce", segments, 0, self._size)
         program = record(
-            _Shape(self._sizes.codec), self._size * self._most, self._sizes.dtype, work,
-            first=self._first, last=self._last, mean=self._sizes.mean, size=self._size,
+            self._sizes.codec, self._size * self._most, self._sizes.dtype, "all_reduce", segments, 0,
+            mean=self._sizes.mean, amounts=lambda kind, values, start, payload: [(CODEC, 1.0)],
         )  # fmt: skip
         #: Messages on their way, by the step of the receiver and the number of the chunk: when each receiver has it.
         arriving: dict[tuple[int, int], Floats] = {}

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ring.algorithm import Work, ring
+from ring.algorithm import Work, ring, schedule, steps
 from ring.codec import Array, Codec, Payload
+from ring.segments import Chunk
 
 SEND, WAIT, WAIT_SENT = "send", "wait", "wait sent"
 
@@ -27,8 +28,12 @@ class Operation(NamedTuple):
     amounts: tuple[tuple[str, float], ...] = ()
 
 
+#: What `Codec.amounts` is called with, and what it returns.
+Amounts = Callable[[str, Array, int, Payload], Sequence[tuple[str, float]]]
+
+
 def amounts_of(
-    codec: Codec, kind: str, work: Work, function: Callable[..., Any], vector: Array, payload: Payload
+    amounts: Amounts, kind: str, work: Work, function: Callable[..., Any], vector: Array, payload: Payload
 ) -> Sequence[tuple[str, float]]:
     """How much a computation that the algorithm asks its port for computes; `Codec.amounts`, or a mean's division.
 
@@ -39,7 +44,7 @@ def amounts_of(
     values = vector[chunk.start : chunk.stop]
     if function is np.divide:
         return [("scale", values.nbytes)]
-    return codec.amounts(kind, values, chunk.start, payload[chunk.first_byte : chunk.last_byte])
+    return amounts(kind, values, chunk.start, payload[chunk.first_byte : chunk.last_byte])
 
 
 class _Pending:
@@ -55,9 +60,9 @@ PENDING = _Pending()
 class _Recorder:
     """The port of an algorithm that only says what it would do."""
 
-    def __init__(self, codec: Codec, vector: Array, payload: Payload) -> None:
+    def __init__(self, amounts: Amounts, vector: Array, payload: Payload) -> None:
         self.operations: list[Operation] = []
-        self._codec, self._vector, self._payload = codec, vector, payload
+        self._amounts, self._vector, self._payload = amounts, vector, payload
 
     def receive(self, buffer: Payload, work: Work) -> _Pending:
         return PENDING
@@ -70,7 +75,7 @@ class _Recorder:
         return buffer
 
     def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
-        amounts = amounts_of(self._codec, kind, work, function, self._vector, self._payload)
+        amounts = amounts_of(self._amounts, kind, work, function, self._vector, self._payload)
         last = self.operations[-1] if self.operations else None
         if last is not None and (last.kind, last.work) == (kind, work):
             self.operations[-1] = last._replace(amounts=(*last.amounts, *amounts))
@@ -79,19 +84,46 @@ class _Recorder:
 
 
 def record(
-    codec: Codec, length: int, dtype: np.dtype[Any], work: Sequence[Work], *,
-    first: int, last: int, mean: bool, size: int,
-) -> list[Operation]:  # fmt: skip
-    """The program of the worker whose `work` this is; see `ring.algorithm.ring` for the other arguments.
+    codec: Codec,
+    length: int,
+    dtype: np.dtype[Any],
+    operation: str,
+    segments: Sequence[Sequence[Chunk]],
+    rank: int,
+    *,
+    mean: bool,
+    amounts: Amounts | None = None,
+) -> list[Operation]:
+    """The program of one worker.
 
+    Args:
+        codec: it encodes and decodes nothing here.
+        operation, segments: as for `ring.algorithm.schedule`; there is a segment for each worker.
+        amounts: instead of the codec's own.
     Cost: the algorithm's own steps, no memory as long as the vector.
     """
-    num_bytes = max((item.chunk.last_byte for item in work), default=0)
+    size = len(segments)
+    first, last = steps(operation, size)
+    num_bytes = max((chunk.last_byte for segment in segments for chunk in segment), default=0)
     vector: Array = np.broadcast_to(np.zeros(1, dtype), (length,))
     payload: Payload = np.broadcast_to(np.zeros(1, np.uint8), (num_bytes,))
-    recorder = _Recorder(codec, vector, payload)
+    recorder = _Recorder(amounts or codec.amounts, vector, payload)
     for wait in ring(
-        recorder, codec, vector, payload, [payload], work, first=first, last=last, mean=mean, size=size
+        recorder, codec, vector, payload, [payload], schedule(operation, segments, rank, size),
+        first=first, last=last, mean=mean, size=size,
     ):  # fmt: skip
         recorder.operations.append(Operation(WAIT_SENT if wait.sending else WAIT, wait.work))
     return recorder.operations
+
+
+def record_all(
+    codec: Codec,
+    length: int,
+    dtype: np.dtype[Any],
+    operation: str,
+    segments: Sequence[Sequence[Chunk]],
+    *,
+    mean: bool,
+) -> list[list[Operation]]:
+    """The programs of all workers, by rank; see `record`."""
+    return [record(codec, length, dtype, operation, segments, rank, mean=mean) for rank in range(len(segments))]

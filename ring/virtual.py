@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ring.algorithm import Work, schedule
+from ring.algorithm import Work
 from ring.cluster import Cluster, ClusterError
 from ring.codec import Array, Codec
 from ring.emulator import Emulator, chance, seconds_by_rate
 from ring.handle import Ring
 from ring.plan import Plan, Stats
-from ring.program import SEND, WAIT, WAIT_SENT, record
+from ring.program import SEND, WAIT, WAIT_SENT, record_all
 from ring.timeline import Timeline
 
 #: Plans whose programs are kept.
@@ -52,14 +52,7 @@ class _Programs:
     """What all workers do in calls of one plan, and which computations have to be measured."""
 
     def __init__(self, plan: Plan, codec: Codec, vector: Array, cluster: Cluster) -> None:
-        size = cluster.nodes
-        self.by_rank = [
-            record(
-                codec, len(vector), vector.dtype, schedule(plan.operation, plan.segments, rank, size),
-                first=plan.first, last=plan.last, mean=plan.mean, size=size,
-            )
-            for rank in range(size)
-        ]  # fmt: skip
+        self.by_rank = record_all(codec, len(vector), vector.dtype, plan.operation, plan.segments, mean=plan.mean)
         self.measured = [
             [
                 (operation.kind, operation.work)

@@ -179,13 +179,13 @@ def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 def pages(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are made."""
     made: list[Figure] = []
-    page = figures._figure
+    page = figures.new_figure
 
     def remember(*arguments: Any) -> Figure:
         made.append(page(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(figures, "_figure", remember)
+    monkeypatch.setattr(figures, "new_figure", remember)
     return made
 
 

@@ -70,13 +70,13 @@ def test_a_picture_is_drawn_from_a_record_and_again_with_the_same_bytes(
     virtual: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     captions: list[str] = []
-    page = figures._figure
+    page = figures.new_figure
 
     def watched(width: float, height: float, title: str, caption: str):
         captions.append(f"{title}\n{caption}")
         return page(width, height, title, caption)
 
-    monkeypatch.setattr(figures, "_figure", watched)
+    monkeypatch.setattr(figures, "new_figure", watched)
     written = gantt.write_all(record(virtual), tmp_path, "x")
     assert [path.name for path in written] == [
         "x.json", "x.png", "x-qsgd.perfetto.json", "x-gradiveq.perfetto.json"

@@ -195,16 +195,11 @@ def test_killed_twice_and_resumed_is_bitwise_the_same(whole: tuple[Path, Path, s
     assert not list((run / "checkpoint").glob("*rank*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_politely_and_resumed_is_bitwise_the_same(
-    whole: tuple[Path, Path, str], number: signal.Signals
-) -> None:
-    folder, expected, _ = whole
-    run = folder / number.name
-    metrics = run / "metrics-gradiveq.jsonl"
+def stopped(ranks: int, arguments: list[str], folder: Path, metrics: Path, number: signal.Signals) -> tuple[int, str]:
+    """Status and errors of a job that got a signal after its first iteration."""
     process = subprocess.Popen(
-        command(2, [*SMALL, "--data", "data", "--out", run.name, "--methods", "gradiveq"]),
-        cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command(ranks, arguments),
+        cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + DEADLINE_S
     while count(metrics) < 2:
@@ -214,10 +209,21 @@ def test_stopped_politely_and_resumed_is_bitwise_the_same(
     process.send_signal(number)
     _, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode != 0
-    assert b"Traceback" not in errors
+    assert "Traceback" not in errors
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_politely_and_resumed_is_bitwise_the_same(
+    whole: tuple[Path, Path, str], number: signal.Signals
+) -> None:
+    folder, expected, _ = whole
+    run = folder / number.name
+    arguments = [*SMALL, "--data", "data", "--out", run.name, "--methods", "gradiveq"]
+    _, errors = stopped(2, arguments, folder, run / "metrics-gradiveq.jsonl", number)
     current = json.loads((run / "checkpoint" / "manifest.json").read_text())["current"]
     done = current["iteration"]
-    assert f"stopped after {done} of {ITERATIONS} with gradiveq; go on with --resume {run.name}".encode() in errors
+    assert f"stopped after {done} of {ITERATIONS} with gradiveq; go on with --resume {run.name}" in errors
     assert len([line for line in lines_of(run, "gradiveq") if line["type"] == "iteration"]) == done < ITERATIONS
     assert len(list((run / "checkpoint").glob("gradiveq-*-rank?.pt"))) == 2
 

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from test_job import (
     DEADLINE_S,
     METHODS,
     SMALL,
-    command,
-    count,
     environment,
     job,
     lines_of,
     refused,
+    stopped,
     timeless,
     write_idx,
 )
@@ -174,24 +172,12 @@ def test_traces(folder: Path, runs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2], ids=["threads", "processes"])
 def test_stopped_and_resumed(folder: Path, runs: dict[str, Any], ranks: int) -> None:
     run, expected = folder / f"stopped-{ranks}", folder / ("threads" if ranks == 1 else "processes")
-    metrics = run / "metrics-gradiveq.jsonl"
     arguments = [*SMALL, "--data", "data", "--threads", "1", "--cluster", "two.toml", "--out", run.name]
-    process = subprocess.Popen(
-        command(ranks, [*arguments, "--methods", "gradiveq"]),
-        cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + DEADLINE_S
-    while count(metrics) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode != 0
-    assert b"Traceback" not in errors
-    assert f"with gradiveq; go on with --resume {run.name}".encode() in errors
+    arguments += ["--methods", "gradiveq"]
+    status, errors = stopped(ranks, arguments, folder, run / "metrics-gradiveq.jsonl", signal.SIGINT)
+    assert f"with gradiveq; go on with --resume {run.name}" in errors
     if ranks == 1:
-        assert process.returncode == 130
+        assert status == 130
         refused(2, ["--resume", run.name], folder, f"the run in {run.name} was begun without mpirun")
     else:
         refused(1, ["--resume", run.name], folder, f"the run in {run.name} has 2 ranks, now there are 1")
