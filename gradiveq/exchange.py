@@ -1,0 +1,322 @@
+"""One worker's side of an aggregation with compressors: parts, error feedback, payloads. No communication happens here.
+
+    gradient -> corrected by the memory -> each part compressed -> Outgoing -> (a driver: MPI, lockstep, one process)
+             -> everybody's payloads -> each part decompressed, added, finished -> the same mean on every worker
+
+A *part* is what a compressor is applied to at once: a layer (layer-wise), the whole vector (entire-model; Dutta et al.
+2020) or a group of layers. All parts of a call travel together: payloads that can be added in one vector for each
+dtype, the others behind one another in one message for each worker.
+
+**Error feedback.** With g the gradient, e the memory, C the compressor and γ the learning rate, a worker sends C(x):
+
+    form        x             e afterwards       what the caller does with the mean          source
+    "scaled"    g + e/γ       γ·(x - C(x))       SGD step with γ; no momentum                Algorithm 1
+    "gradient"  g + e         x - C(x)           any optimiser                               Algorithm 2
+    "update"    u + e         x - C(x)           SGD step with γ; momentum is in u already   Algorithm 3
+
+of Sahu et al. 2021, where u = m + g and m = λm + g is each worker's own Nesterov momentum. So the memory of "scaled" is
+in units of the model's update, that of the others in units of the gradient.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gradiveq.compressors.base import Array, Collective, Compressor, Draw, Float32
+
+Form = Literal["scaled", "gradient", "update"]
+FORMS: tuple[Form, ...] = ("scaled", "gradient", "update")
+#: Of the length, as uint32, that stands before a payload whose length isn't known.
+LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """What a worker does with what its compressor left out; see the module.
+
+    Attributes:
+        form: which of the three.
+        momentum: λ of "update"; 0 for plain SGD.
+    """
+
+    form: Form = "gradient"
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"`form` must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"`momentum` must be at least 0 and below 1, got {self.momentum}")
+        if self.momentum and self.form != "update":
+            raise ValueError(f"`momentum` belongs to form 'update'; with {self.form!r} it is the optimiser's")
+
+
+class Part(NamedTuple):
+    """Elements start ... stop of the vector, compressed at once."""
+
+    name: str
+    start: int
+    stop: int
+    compressor: Compressor
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What one worker sends in one call.
+
+    Attributes:
+        reduced: by dtype, a vector to be summed over the workers.
+        gathered: uint8, to be handed to everybody; empty if no part needs that.
+    """
+
+    reduced: dict[str, Array]
+    gathered: Array
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of one call on one worker; sums over the parts.
+
+    Attributes:
+        norm: ‖x‖² of what was compressed, the corrected gradient.
+        compression_error: ‖x - C(x)‖², absolute.
+        error: ‖e‖² of the memory afterwards (Fig. 1c of Sahu et al. 2021), 0 without error feedback.
+        total_error: the sum of `error` over all calls (their Eq. 3 up to the units).
+        num_sent: elements of the vector that were sent.
+        density: the same, over the elements of the vector.
+        payload_bytes: sent to be added and to be gathered.
+    """
+
+    norm: float
+    compression_error: float
+    error: float
+    total_error: float
+    num_sent: int
+    density: float
+    payload_bytes: int
+
+    @property
+    def relative_error(self) -> float:
+        """compression_error / norm; 0 of a zero vector."""
+        return self.compression_error / self.norm if self.norm else 0.0
+
+
+class Worker:
+    """Compresses what this worker has, decompresses what all sent, and remembers what was left out.
+
+    Args:
+        parts: that cover a vector of `length` in order, without gaps. The same on every worker.
+        rank, size: of this worker, as in MPI.
+        seed: of random numbers; the same on every worker.
+        feedback: None for no memory.
+    Memory: a vector of `length`, and with error feedback another; with its form "update" a third.
+
+    Attributes:
+        measures: of the last call.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        length: int,
+        *,
+        rank: int,
+        size: int,
+        seed: int = 0,
+        feedback: ErrorFeedback | None = None,
+    ) -> None:
+        place = 0
+        for part in parts:
+            if part.start != place or part.stop < part.start:
+                raise ValueError(f"part {part.name} must begin at element {place}, where the last one ends, got {part}")
+            place = part.stop
+        if place != length:
+            raise ValueError(f"the parts must cover {length} elements, got {place}")
+        self.parts, self.length = tuple(parts), length
+        self.rank, self.size, self.seed, self.feedback = rank, size, seed, feedback
+        self.memory: Float32 | None = None if feedback is None else np.zeros(length, np.float32)
+        self.momentum: Float32 | None = None
+        if feedback is not None and feedback.form == "update" and feedback.momentum:
+            self.momentum = np.zeros(length, np.float32)
+        self.measures: Measures | None = None
+        self._total_error = 0.0
+        self._scratch = np.empty(length, np.float32)
+        self._reduced: list[tuple[str, int]] = []  # dtype and length of each payload in the last call that is added
+
+    def send(self, gradient: Float32, call: int, lr: float = 1.0) -> Outgoing:
+        """Compress this worker's gradient.
+
+        Args:
+            gradient: finite float32 of shape (length,). Not modified.
+            call: the number of the aggregation, from 0 on; the same on every worker.
+            lr: γ, for error feedback of the form "scaled".
+        """
+        corrected, latest = self._corrected(gradient, lr)
+        reduced: dict[str, list[Array]] = {}
+        gathered: list[Array] = []
+        self._reduced = []
+        num_sent = 0
+        own = self._scratch
+        for index, part in enumerate(self.parts):
+            where = slice(part.start, part.stop)
+            draw = Draw(self.seed, call, self.rank, index)
+            compressor = part.compressor
+            payload = compressor.compress(corrected[where], draw, latest[where] if compressor.uses_latest else None)
+            compressor.decompress(payload, own[where], draw)
+            num_sent += compressor.num_sent(payload, part.length)
+            if compressor.collective == "all_reduce":
+                self._reduced.append((payload.dtype.name, len(payload)))
+                reduced.setdefault(payload.dtype.name, []).append(payload)
+            else:
+                if not compressor.fixed_size:
+                    gathered.append(np.array([len(payload)], np.uint32).view(np.uint8))
+                gathered.append(payload)
+        outgoing = Outgoing(
+            {dtype: np.concatenate(payloads) for dtype, payloads in reduced.items()},
+            np.concatenate(gathered) if gathered else np.empty(0, np.uint8),
+        )
+        num_bytes = sum(vector.nbytes for vector in outgoing.reduced.values()) + outgoing.gathered.nbytes
+        norm = float(np.vdot(corrected, corrected))
+        error = np.subtract(corrected, own, out=own)
+        compression_error = float(np.vdot(error, error))
+        remembered = 0.0
+        if self.memory is not None:
+            assert self.feedback is not None
+            scale = lr if self.feedback.form == "scaled" else 1.0
+            np.multiply(error, np.float32(scale), out=self.memory)
+            remembered = compression_error * scale**2
+            self._total_error += remembered
+        self.measures = Measures(
+            norm, compression_error, remembered, self._total_error, num_sent, num_sent / max(1, self.length), num_bytes
+        )
+        return outgoing
+
+    def receive(self, reduced: Mapping[str, Array], gathered: Sequence[Array], out: Float32, call: int) -> None:
+        """The mean over the workers, or whatever the compressors make of the sum: the same bits on every worker.
+
+        Args:
+            reduced: the sums over the workers of `Outgoing.reduced`.
+            gathered: every worker's `Outgoing.gathered`, by rank.
+            out: float32 of shape (length,); overwritten.
+        Raises:
+            ValueError: a payload that can't be one; names the rank and the part.
+        """
+        out.fill(0)
+        taken = dict.fromkeys(reduced, 0)
+        for (index, part), (dtype, num_elements) in zip(self._parts("all_reduce"), self._reduced, strict=True):
+            payload = reduced[dtype][taken[dtype] : taken[dtype] + num_elements]
+            taken[dtype] += num_elements
+            draw = Draw(self.seed, call, self.rank, index)
+            part.compressor.decompress(payload, out[part.start : part.stop], draw, self.size)
+        gathering = list(self._parts("all_gather"))
+        if gathering:
+            for rank, message in enumerate(gathered):
+                for (index, part), payload in zip(gathering, self._cut(message, rank), strict=True):
+                    where = slice(part.start, part.stop)
+                    draw = Draw(self.seed, call, rank, index)
+                    part.compressor.add_to(payload, out[where], draw, self._scratch[where])
+        for part in self.parts:
+            part.compressor.finish(out[part.start : part.stop], self.size)
+
+    @property
+    def most_gathered_bytes(self) -> int:
+        """The most that `Outgoing.gathered` can hold."""
+        return sum(
+            part.compressor.payload_bytes(part.length) + (0 if part.compressor.fixed_size else LENGTH_BYTES)
+            for _, part in self._parts("all_gather")
+        )
+
+    @property
+    def gathers_fixed_size(self) -> bool:
+        """Whether `Outgoing.gathered` is always `most_gathered_bytes` long, so that lengths need not be agreed on."""
+        return all(part.compressor.fixed_size for _, part in self._parts("all_gather"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on bit by bit; it differs by rank. Copies."""
+        return {
+            "memory": None if self.memory is None else self.memory.copy(),
+            "momentum": None if self.momentum is None else self.momentum.copy(),
+            "total_error": self._total_error,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for mine, name in ((self.memory, "memory"), (self.momentum, "momentum")):
+            theirs = state[name]
+            if (mine is None) != (theirs is None) or (mine is not None and mine.shape != theirs.shape):
+                raise ValueError(f"the state's {name} is of another error feedback or vector than this worker's")
+        for mine, name in ((self.memory, "memory"), (self.momentum, "momentum")):
+            if mine is not None:
+                mine[:] = state[name]
+        self._total_error = state["total_error"]
+
+    def _parts(self, collective: Collective) -> Iterator[tuple[int, Part]]:
+        for index, part in enumerate(self.parts):
+            if part.compressor.collective == collective:
+                yield index, part
+
+    def _corrected(self, gradient: Float32, lr: float) -> tuple[Float32, Float32]:
+        """What is to be compressed (x of the module), and what of it is new in this call."""
+        if self.memory is None:
+            return gradient, gradient
+        assert self.feedback is not None
+        latest = gradient
+        if self.momentum is not None:
+            self.momentum *= np.float32(self.feedback.momentum)
+            self.momentum += gradient
+            latest = self.momentum + gradient
+        if self.feedback.form == "scaled":
+            if not lr > 0:
+                raise ValueError(f"`lr` must be positive for error feedback of the form 'scaled', got {lr}")
+            return latest + self.memory / np.float32(lr), latest
+        return latest + self.memory, latest
+
+    def _cut(self, message: Array, rank: int) -> Iterator[Array]:
+        """The payload of each gathered part in one worker's message."""
+        place = 0
+        for _, part in self._parts("all_gather"):
+            num_bytes = part.compressor.payload_bytes(part.length)
+            if not part.compressor.fixed_size:
+                most = num_bytes
+                num_bytes = int.from_bytes(message[place : place + LENGTH_BYTES].tobytes(), sys.byteorder)
+                place += LENGTH_BYTES
+                if num_bytes > most:
+                    raise ValueError(
+                        f"rank {rank} sent {num_bytes} bytes for {part.name}, of which there are at most {most}"
+                    )
+            if place + num_bytes > len(message):
+                raise ValueError(
+                    f"rank {rank} sent {len(message)} bytes, which end within {part.name}, {place + num_bytes} are due"
+                )
+            yield message[place : place + num_bytes]
+            place += num_bytes
+        if place != len(message):
+            raise ValueError(f"rank {rank} sent {len(message)} bytes, {len(message) - place} more than its parts have")
+
+
+def exchange_here(
+    workers: Sequence[Worker], gradients: Sequence[Float32], out: Float32, call: int, lr: float = 1.0
+) -> None:
+    """One aggregation of workers that are all in this process; what a ring does, without one.
+
+    For experiments with dozens of workers. Gathered payloads give the bits that a ring gives; sums are added in the
+    order of the ranks, where a ring adds each segment in another.
+
+    Args:
+        workers, gradients: by rank.
+        out: float32 of shape (length,): what every worker would have; overwritten.
+    """
+    outgoing = [worker.send(gradient, call, lr) for worker, gradient in zip(workers, gradients, strict=True)]
+    reduced = {dtype: vector.copy() for dtype, vector in outgoing[0].reduced.items()}
+    for other in outgoing[1:]:
+        for dtype, vector in other.reduced.items():
+            reduced[dtype] += vector
+    workers[0].receive(reduced, [one.gathered for one in outgoing], out, call)
