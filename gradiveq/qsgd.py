@@ -30,65 +30,27 @@ fast-math, so that all call sites and processors round alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
-import numba
 import numpy as np
 from numba import types
 
+from gradiveq.counter_random import mix64, random24, stream_key
+from gradiveq.jit import FLOATS, WORDS, jit
 from ring.codec import Array, Codec, Hop, Payload
 from ring.segments import Region
 
 Norm = Literal["max", "l2"]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _BITS = (2, 4, 8)
 _INFINITY = 0x7F800000  # as float32 bits; those of finite magnitudes are smaller, of NaNs larger
 _LARGEST = np.finfo(np.float32).max
 
-_FLOATS = types.Array(types.float32, 1, "C", readonly=True)
-_WORDS = types.Array(types.uint32, 1, "C", readonly=True)
 
-
-def _jit(signature: Any = None, cache: bool = False) -> Callable[[Function], Function]:
-    """`numba.njit` with a type. The NumPy error model, as a test for division by zero would prevent vector code."""
-    return cast(Callable[[Function], Function], numba.njit(signature, cache=cache, nogil=True, error_model="numpy"))
-
-
-@_jit()
-def _mix64(x: Any) -> Any:
-    """The finaliser of SplitMix64: a bijection of 64-bit integers."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@_jit(types.uint64(types.uint64, types.uint64, types.uint64, types.uint64), cache=True)
-def _stream_key(seed: np.uint64, call: np.uint64, rank: np.uint64, step: np.uint64) -> Any:
-    """64-bit key of one encoding's random numbers."""
-    key = _mix64(seed + np.uint64(0x9E3779B97F4A7C15))
-    return _mix64(_mix64(_mix64(key + call) + rank) + step)
-
-
-@_jit()
-def _random24(index: np.uint32, low: np.uint32, high: np.uint32) -> Any:
-    """24 random bits for element `index` of the bucket with the key (low, high).
-
-    Wellons's triple32 with a second key. (With two rounds, as in lowbias32, elements whose indices differ by 192 had a
-    correlation of 0.002: too small to matter here, but visible.)
-    """
-    x = np.uint32(index ^ low)
-    x = np.uint32((x ^ (x >> np.uint32(17))) * np.uint32(0xED5AD4BB))
-    x = np.uint32((x ^ (x >> np.uint32(11))) + high)
-    x = np.uint32(x * np.uint32(0xAC4C1B51))
-    x = np.uint32((x ^ (x >> np.uint32(15))) * np.uint32(0x31848BAB))
-    return np.int32((x ^ (x >> np.uint32(14))) >> np.uint32(8))
-
-
-@_jit()
+@jit()
 def _encode_bucket(values: Array, key: np.uint64, bits: int, l2: bool, wire: Array) -> None:
     # Magnitudes order like their bit patterns, NaNs above all: a maximum of integers, which LLVM may reorder.
     patterns = values.view(np.int32)
@@ -121,11 +83,11 @@ def _encode_bucket(values: Array, key: np.uint64, bits: int, l2: bool, wire: Arr
         shift = np.uint32(field * bits)
         for i in range(len(part)):
             fixed_point = np.int32(part[i] / divisor * scale)
-            code = np.int32(fixed_point + _random24(np.uint32(first + i), low, high)) >> np.int32(24)
+            code = np.int32(fixed_point + random24(np.uint32(first + i), low, high)) >> np.int32(24)
             codes[i] |= np.uint32((np.uint32(code) & mask) << shift)
 
 
-@_jit()
+@jit()
 def _decode_bucket(wire: Array, bits: int, values: Array) -> None:
     norm = wire.view(np.float32)[0]
     level = np.float32(1) / np.float32((1 << (bits - 1)) - 1)  # in float32, s times this is exactly 1
@@ -140,8 +102,8 @@ def _decode_bucket(wire: Array, bits: int, values: Array) -> None:
             part[i] = np.float32(code) * level * norm
 
 
-@_jit(
-    types.void(_WORDS, _FLOATS, types.uint64, types.uint64, types.int64, types.int64, types.boolean, types.uint32[::1]),
+@jit(
+    types.void(WORDS, FLOATS, types.uint64, types.uint64, types.int64, types.int64, types.boolean, types.uint32[::1]),
     cache=True,
 )
 def _recode(
@@ -170,11 +132,11 @@ def _recode(
         else:
             for i in range(len(own)):
                 total[i] = own[i]
-        bucket_key = _mix64(key + start + np.uint64(index * bucket))
+        bucket_key = mix64(key + start + np.uint64(index * bucket))
         _encode_bucket(total, bucket_key, bits, l2, outgoing[index * words : (index + 1) * words])
 
 
-@_jit(types.void(_WORDS, types.int64, types.int64, types.float32[::1]), cache=True)
+@jit(types.void(WORDS, types.int64, types.int64, types.float32[::1]), cache=True)
 def _decode(incoming: Array, bits: int, bucket: int, values: Array) -> None:
     words = 1 + (bucket * bits + 31) // 32
     for index in range((len(values) + bucket - 1) // bucket):
@@ -232,7 +194,7 @@ class QSGD(Codec):
 
     def _recode(self, incoming: Array, values: Array, start: int, payload: Payload, hop: Hop) -> None:
         words = self._words(payload, values)
-        key = _stream_key(np.uint64(self.seed), np.uint64(self.call), np.uint64(hop.rank), np.uint64(hop.step))
+        key = stream_key(np.uint64(self.seed), np.uint64(self.call), np.uint64(hop.rank), np.uint64(hop.step))
         _recode(
             incoming.view(np.uint32),
             values,
@@ -263,7 +225,17 @@ class QSGD(Codec):
 
 
 def variance_bound(bits: int, bucket: int, norm: Norm = "max") -> float:
-    """The Ω of E‖Q(x) - x‖² ≤ Ω‖x‖² for one encoding. It is attained, except by "l2" with bucket < 4s².
+    """The Ω of E‖Q(x) - x‖² ≤ Ω‖x‖² for one encoding: `level_variance` with the levels that b bits have.
+
+    Raises:
+        ValueError: as QSGD.
+    """
+    _check_format(bits, bucket, norm)
+    return level_variance((1 << (bits - 1)) - 1, bucket, norm)
+
+
+def level_variance(levels: int, bucket: int, norm: Norm) -> float:
+    """The Ω of E‖Q(x) - x‖² ≤ Ω‖x‖² with s levels beside the sign. It is attained, except by "l2" with bucket < 4s².
 
     An element at y levels (y = s·|x|/m) has the variance f(1 - f) levels², f the fraction of y. That is at most
     y(1 - y) for y ≤ 1/2 and 1/4 beyond, which is concave in y²: elements of equal magnitude are the worst case.
@@ -272,12 +244,7 @@ def variance_bound(bits: int, bucket: int, norm: Norm = "max") -> float:
       Ω = √n/s - 1 for n ≥ 4s², n/4s² otherwise (the paper's bound is min(n/s², √n/s)).
     * "max": one element is exact with y = s, the others have y: Ω = max (n-1)·y(1-y) / (s² + (n-1)·y²)
       = (√(1 + (n-1)/s²) - 1) / 2.
-
-    Raises:
-        ValueError: as QSGD.
     """
-    _check_format(bits, bucket, norm)
-    levels = (1 << (bits - 1)) - 1
     if norm == "max":
         return (sqrt(1 + (bucket - 1) / levels**2) - 1) / 2
     return sqrt(bucket) / levels - 1 if bucket >= 4 * levels**2 else bucket / (4 * levels**2)

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from gradiveq.compressors.base import Compressor, Constants, Draw
+from gradiveq.compressors.half import Half
 from gradiveq.compressors.identity import Identity
+from gradiveq.compressors.integer import Integer
+from gradiveq.compressors.natural import Natural
+from gradiveq.compressors.qsgd_gather import QSGDGather
+from gradiveq.compressors.sign import Sign
+from gradiveq.compressors.terngrad import TernGrad
 
 #: name -> class; its fields are what `--methods NAME:FIELD=VALUE` sets.
-COMPRESSORS: dict[str, type[Compressor]] = {compressor.name: compressor for compressor in (Identity,)}
+COMPRESSORS: dict[str, type[Compressor]] = {
+    compressor.name: compressor
+    for compressor in (
+        Identity,
+        QSGDGather,
+        TernGrad,
+        Sign,
+        Natural,
+        Integer,
+        Half,
+    )
+}
 
 __all__ = ["COMPRESSORS", "Compressor", "Constants", "Draw"]

@@ -1,0 +1,136 @@
+"""QSGD as its paper sends it: every worker's levels to everybody. (In the ring, hop by hop: `gradiveq.qsgd`.)
+
+Alistarh et al. 2017, section 3.1: with m the norm of the vector, or of each bucket of it, and s levels beside the sign,
+
+    Q(x)_i = m · sign(x_i) · ξ_i,    ξ_i = ⌊y⌋/s or (⌊y⌋ + 1)/s at random,  y = s|x_i|/m,  so that  E[Q(x)] = x.
+
+On the wire: the norms (float32), then s ± level of each element in the ⌈log2(2s + 1)⌉ bits that this needs, without the
+paper's Elias coding.
+
+**Rounding.** The probability is y's fraction to 24 bits, of y in float32: the bias is below m·2^-22. A norm beyond
+float32 is sent as the largest float32, which keeps it unbiased; with norm "max" the largest element is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import types
+
+from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
+from gradiveq.compressors.bits import UInt32, pack, packed_bytes, unpack
+from gradiveq.compressors.reductions import largest, sum_of_squares
+from gradiveq.counter_random import random24, stream_key
+from gradiveq.jit import FLOATS, WORDS, jit
+from gradiveq.qsgd import Norm, level_variance
+
+_LARGEST = np.finfo(np.float32).max
+_MOST_LEVELS = 2**16
+
+
+@jit(types.void(FLOATS, types.int64, types.boolean, types.float32[::1]), cache=True)
+def _norms(values: Float32, bucket: int, l2: bool, norms: Float32) -> None:
+    for index in range(len(norms)):
+        part = values[index * bucket : (index + 1) * bucket]
+        norms[index] = largest(part)
+        if l2 and norms[index] < np.inf:  # also not NaN
+            norms[index] = min(np.sqrt(sum_of_squares(part)), np.float64(_LARGEST))
+
+
+@jit(types.void(FLOATS, FLOATS, types.int64, types.int64, types.uint64, types.uint32[::1]), cache=True)
+def _quantise(values: Float32, norms: Float32, bucket: int, levels: int, key: np.uint64, codes: UInt32) -> None:
+    low, high = np.uint32(key), np.uint32(key >> np.uint64(32))
+    middle, top = np.int32(levels), np.float32(levels)
+    for index in range(len(norms)):
+        first = index * bucket
+        part = values[first : first + bucket]
+        out = codes[first : first + bucket]
+        norm = norms[index]
+        if not 0 < norm < np.inf:
+            for i in range(len(part)):
+                out[i] = np.uint32(middle)
+        else:
+            for i in range(len(part)):
+                y = abs(part[i]) / norm * top  # a true division: 1/norm could overflow
+                whole = np.int32(y)
+                fraction = np.int32((y - np.float32(whole)) * np.float32(1 << 24))
+                carry = np.int32(fraction + random24(np.uint32(first + i), low, high)) >> np.int32(24)
+                level = np.int32(whole + carry)
+                out[i] = np.uint32(np.int32(middle - level) if part[i] < 0 else np.int32(middle + level))
+
+
+@jit(types.void(WORDS, FLOATS, types.int64, types.int64, types.float32[::1]), cache=True)
+def _estimate(codes: UInt32, norms: Float32, bucket: int, levels: int, out: Float32) -> None:
+    middle, top = np.int32(levels), np.float32(levels)
+    for index in range(len(norms)):
+        part = codes[index * bucket : (index + 1) * bucket]
+        target = out[index * bucket : (index + 1) * bucket]
+        norm = norms[index]
+        for i in range(len(part)):
+            target[i] = np.float32(np.int32(np.int32(part[i]) - middle)) / top * norm
+
+
+@dataclass(frozen=True)
+class QSGDGather(Compressor):
+    """Stochastic quantisation to s levels of a norm; unbiased.
+
+    Args:
+        levels: s, 1 ... 65,536. 2^b - 1 of them fill b + 1 bits; the layer-wise paper's 256 (Fig. 4) take 10.
+        norm: "l2", or "max" for the largest magnitude.
+        bucket: elements that share a norm; None for the whole vector.
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    levels: int = 256
+    norm: Norm = "l2"
+    bucket: int | None = None
+
+    name = "qsgd-gather"
+    collective = "all_gather"
+    biased = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.levels <= _MOST_LEVELS:
+            raise ValueError(f"`levels` must be in 1 ... {_MOST_LEVELS}, as float32 has 24 bits, got {self.levels}")
+        if self.norm not in ("max", "l2"):
+            raise ValueError(f"`norm` must be 'max' or 'l2', got {self.norm!r}")
+        if self.bucket is not None and self.bucket < 1:
+            raise ValueError(f"`bucket` must be at least 1, got {self.bucket}")
+
+    @property
+    def bits(self) -> int:
+        """Of an element's code: a number in 0 ... 2s."""
+        return (2 * self.levels).bit_length()
+
+    def compress(self, values: Float32, draw: Draw, latest: Float32 | None = None) -> Array:
+        bucket = self._bucket(len(values))
+        norms = np.empty(self._num_norms(len(values)), np.float32)
+        _norms(values, bucket, self.norm == "l2", norms)
+        codes = np.empty(len(values), np.uint32)
+        _quantise(values, norms, bucket, self.levels, stream_key(*map(np.uint64, draw)), codes)
+        return np.concatenate([norms.view(np.uint8), pack(codes, self.bits)])
+
+    def decompress(self, payload: Array, out: Float32, draw: Draw, size: int = 1) -> None:
+        length = len(out)
+        if len(payload) != self.payload_bytes(length):
+            raise ValueError(f"{length} elements take {self.payload_bytes(length)} bytes, got {len(payload)}")
+        num_norms = self._num_norms(length)
+        norms = payload[: 4 * num_norms].copy().view(np.float32)
+        codes = unpack(payload[4 * num_norms :], self.bits, length)
+        _estimate(codes, norms, self._bucket(length), self.levels, out)
+
+    def payload_bytes(self, length: int) -> int:
+        return 4 * self._num_norms(length) + packed_bytes(length, self.bits)
+
+    def constants(self, length: int) -> Constants:
+        """Ω of `gradiveq.qsgd.level_variance`, the tight form of the paper's Lemma 3.1 (3.4 in later versions)."""
+        variance = level_variance(self.levels, max(1, min(self._bucket(length), length)), self.norm)
+        return Constants(omega=variance, delta=1 - variance if variance < 1 else None, variance=variance)
+
+    def _bucket(self, length: int) -> int:
+        return self.bucket or max(1, length)
+
+    def _num_norms(self, length: int) -> int:
+        return -(-length // self._bucket(length))
