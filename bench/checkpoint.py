@@ -123,14 +123,14 @@ class Checkpoints:
                 f"expected {part['bytes']:,} with {part['sha256'][:12]}…"
             )
         try:
-            return _restore(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+            return restored(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
 
     def _write_part(self, path: Path, state: Mapping[str, Any]) -> tuple[int, bytes, int]:
         """Bytes and digest of what was written, and 0, or the number of the error if it could not be."""
         data = io.BytesIO()
-        torch.save(_storable(state), data)
+        torch.save(storable(state), data)
         content = data.getvalue()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -193,28 +193,28 @@ def read_manifest(run_folder: Path, size: int) -> dict[str, Any]:
     return manifest
 
 
-def _storable(value: Any) -> Any:
+def storable(value: Any) -> Any:
     """NumPy's arrays and scalars as tensors and numbers, which `torch.load` reads without running pickled code."""
     if isinstance(value, np.ndarray):
         return {"__ndarray__": torch.from_numpy(np.array(value, order="C"))}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):
-        return {key: _storable(item) for key, item in value.items()}
+        return {key: storable(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_storable(item) for item in value)
+        return tuple(storable(item) for item in value)
     if isinstance(value, list):
-        return [_storable(item) for item in value]
+        return [storable(item) for item in value]
     return value
 
 
-def _restore(value: Any) -> Any:
+def restored(value: Any) -> Any:
     if isinstance(value, dict):
         if "__ndarray__" in value:
             return value["__ndarray__"].numpy()
-        return {key: _restore(item) for key, item in value.items()}
+        return {key: restored(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_restore(item) for item in value)
+        return tuple(restored(item) for item in value)
     if isinstance(value, list):
-        return [_restore(item) for item in value]
+        return [restored(item) for item in value]
     return value
