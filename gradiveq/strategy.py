@@ -1,0 +1,130 @@
+"""How a method turns the workers' gradients into one and the same vector: the part of an aggregator that differs.
+
+    aggregator    packs gradients, finds what isn't finite, reports, keeps count      (`gradiveq.aggregator`)
+    strategy      exchanges a vector with the other workers                           (here: as a codec of the ring)
+
+A strategy doesn't know of models or of `.grad`; an aggregator doesn't know what travels.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gradiveq.flatten import Vector
+from gradiveq.methods import Plain, QSGDRing
+from gradiveq.report import Ongoing
+from ring.codec import Codec, Composite, Identity
+from ring.handle import Ring
+
+#: Elements behind the gradient in the vector that a strategy gets: how many workers have a non-finite gradient, and how
+#: many vote to end a window.
+FLAG, VOTE, CONTROLS = 0, 1, 2
+FLOAT32 = np.dtype(np.float32)
+
+
+class Strategy(ABC):
+    """One method's exchange. All ranks make one with the same arguments and call the same things.
+
+    What it keeps from one iteration for the next changes in `accept` only, so that a skipped iteration leaves no trace.
+    """
+
+    @property
+    @abstractmethod
+    def phase(self) -> str:
+        """Of the next exchange, for `Report.phase`."""
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """For `Aggregator.window_log`."""
+        return []
+
+    @abstractmethod
+    def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
+        """Replace this worker's gradient by the mean over the workers; collective.
+
+        Args:
+            vector: the gradient and `CONTROLS` elements behind it, which are the strategy's. The gradient is finite,
+                zeros if it was not. Overwritten, on all ranks with the same bits.
+            flawed: whether this worker's gradient was not finite.
+            now: gets what is sent, measured and found.
+        Returns:
+            Whether any worker's was not, on all ranks alike. What is in `vector` is of no use then.
+        """
+
+    def accept(self, mean: Vector, now: Ongoing) -> None:  # noqa: B027
+        """The iteration counts: it was not skipped. Collective.
+
+        Args:
+            mean: what `exchange` has left in the gradient's part of the vector; finite. Not modified.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; it may differ by rank. Copies."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go on from there."""
+
+
+class CodecStrategy(Strategy):
+    """One all-reduce of the vector, as a codec encodes it; the control elements travel in the same messages.
+
+    Args:
+        length: of the gradient.
+        seed: of QSGD's random numbers.
+
+    Attributes:
+        vote: what this worker says in the element VOTE.
+    """
+
+    def __init__(self, ring: Ring, length: int, seed: int, chunk_bytes: int) -> None:
+        self.ring, self.length, self.seed, self.chunk_bytes = ring, length, seed, chunk_bytes
+        self.vote = False
+
+    @abstractmethod
+    def codec(self, iteration: int) -> tuple[Codec, int]:
+        """What encodes an iteration's vector, and its chunk size."""
+
+    def codec_of(self, method: Plain | QSGDRing, iteration: int) -> tuple[Codec, int]:
+        if isinstance(method, Plain):
+            return Identity(), self.chunk_bytes
+        quantised = method.codec(self.seed, iteration)
+        return (
+            Composite([(self.length, quantised), (CONTROLS, Identity())]),
+            self.chunk_bytes if method.pipelined else sys.maxsize,
+        )
+
+    def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
+        codec, chunk_bytes = self.codec(now.iteration)
+        controls = vector[self.length :]
+        controls[FLAG], controls[VOTE] = flawed, self.vote
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for by the aggregator, on all ranks alike
+            stats = self.ring.all_reduce(vector, codec, op="mean", chunk_bytes=chunk_bytes, timeline=now.timeline)
+        now.bytes_sent += stats.bytes_sent
+        now.ratio = payload_ratio(codec, len(vector))
+        return bool(controls[FLAG] > 0)
+
+
+class Direct(CodecStrategy):
+    """The same codec in every iteration."""
+
+    def __init__(self, method: Plain | QSGDRing, ring: Ring, length: int, seed: int, chunk_bytes: int) -> None:
+        super().__init__(ring, length, seed, chunk_bytes)
+        self._method = method
+
+    @property
+    def phase(self) -> str:
+        return "plain" if isinstance(self._method, Plain) else "qsgd"
+
+    def codec(self, iteration: int) -> tuple[Codec, int]:
+        return self.codec_of(self._method, iteration)
+
+
+def payload_ratio(codec: Codec, length: int) -> float:
+    """Bytes of a float32 vector / bytes of its payload."""
+    return FLOAT32.itemsize * length / sum(region.num_bytes for region in codec.regions(length, FLOAT32))

@@ -1,0 +1,271 @@
+"""GradiVeQ as an aggregator's strategy: windows of sampling and compressed iterations (section 3 of Yu et al. 2018).
+
+Sampling iterations give every worker the same bits, QSGD's noise included, and these bits both update the model and
+are PCA's samples. At the end of the sampling each worker fits its share of the bases and gets those of the others.
+Everything is a mean over the workers, not a sum: gradients, samples, and µ, which is the µ/N of Eq. 3.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gradiveq.codec import PCACodec, gradient_codec
+from gradiveq.flatten import Layout, Vector, slice_sizes
+from gradiveq.loss import Loss
+from gradiveq.methods import GradiVeQ, Plain
+from gradiveq.pca import Basis, Float64, Group, LayerBasis, PCASampler, is_stable
+from gradiveq.report import FitError, Ongoing, listed
+from gradiveq.schedule import LossWatch, Schedule, majority
+from gradiveq.strategy import CONTROLS, VOTE, CodecStrategy, payload_ratio
+from ring.codec import Codec, Composite
+from ring.handle import Ring
+
+
+class Windows(CodecStrategy):
+    """Where in which window, samples, bases, losses."""
+
+    def __init__(self, method: GradiVeQ, ring: Ring, layout: Layout, seed: int, chunk_bytes: int) -> None:
+        super().__init__(ring, layout.length, seed, chunk_bytes)
+        self.method = method
+        self.schedule = Schedule(method.warmup, method.sample, method.compress, method.max_sample)
+        self._log: list[dict[str, Any]] = []
+        self._layout = layout
+        self._layers = tuple(block for block in layout.blocks if block.compressed)
+        if not self._layers:
+            raise ValueError("GradiVeQ compresses convolutions (groups=1); `model` has none: use Plain or QSGDRing")
+        self._slice_sizes = slice_sizes(layout.blocks, method.slice_size)
+        self._new_sampler().check(method.max_sample if method.sample == "auto" else method.sample)
+        self._sampler: PCASampler | None = None
+        self._bases: list[LayerBasis] = []
+        self._codec: Composite | None = None
+        self._codecs: dict[str, PCACodec] = {}
+        self._watch = LossWatch(method.stop_multiple)
+        # Of the iteration under way: this worker's gradient if its loss is measured, and the votes.
+        self._own: Vector | None = None
+        self._votes = 0
+
+    @property
+    def phase(self) -> str:
+        return self.schedule.phase
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return self._log
+
+    def _new_sampler(self) -> PCASampler:
+        expected = self.method.max_sample if self.method.sample == "auto" else self.method.sample
+        return PCASampler(
+            self._layout.blocks, self._slice_sizes, self.method.pca, self.ring.rank, self.ring.size, expected
+        )  # fmt: skip
+
+    @property
+    def _fitted(self) -> Composite:
+        assert self._codec is not None
+        return self._codec
+
+    def codec(self, iteration: int) -> tuple[Codec, int]:
+        if self.schedule.phase == "compress":
+            return self._fitted, self.chunk_bytes
+        return self.codec_of(Plain() if self.schedule.phase == "warm-up" else self.method.sampling, iteration)
+
+    @property
+    def _measure_due(self) -> bool:
+        every = self.method.holdout_every
+        return self.schedule.phase == "compress" and every > 0 and self.schedule.done % every == 0
+
+    def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
+        due = self._measure_due
+        for codec in self._codecs.values():
+            codec.monitor = due or self.method.compress == "auto"
+            codec.take_local_loss()  # of an iteration that was skipped
+        self._own = None
+        if due:
+            with now.timeline.span("measure"):
+                self._own = vector[: self.length].copy()
+        any_flawed = super().exchange(vector, flawed, now)
+        self._votes = round(float(vector[self.length + VOTE]) * self.ring.size)
+        return any_flawed
+
+    def accept(self, mean: Vector, now: Ongoing) -> None:
+        if self.schedule.phase == "warm-up":
+            self.schedule.advance()
+        elif self.schedule.phase == "sample":
+            self._after_sample(mean, now)
+        else:
+            self._after_compressed(mean, now)
+
+    def _after_sample(self, mean: Vector, now: Ongoing) -> None:
+        timeline = now.timeline
+        if self._sampler is None:
+            if self._codec is not None:
+                with timeline.span("measure"):
+                    self._evaluate_old_bases(mean, now)
+                self._codec, self._codecs, self._bases = None, {}, []
+            self._sampler = self._new_sampler()
+            self._log.append(
+                {
+                    "window": self.schedule.window, "iteration": now.iteration, "sample": 0, "compress": 0,
+                    "ended_by": None, "stable": None, "checks": [], "ratio": None, "fit_bytes": 0, "fit_s": 0.0,
+                    "held_out": [], "after": None, "layers": {},
+                }
+            )  # fmt: skip
+        window, start = self._log[-1], timeline.clock()
+        with timeline.span("fit"):
+            self._sampler.add(mean)
+        window["sample"] += 1
+        dims: Float64 | None = None
+        if self.schedule.check_due:
+            dims = self._fit(now)
+            window["checks"].append([window["sample"], int(dims.sum())])
+            window["stable"] = is_stable([d for _, d in window["checks"]])
+        ended = self.schedule.advance(stable=bool(window["stable"]))
+        if ended:
+            self._share(self._fit(now) if dims is None else dims, now)
+        window["fit_bytes"] += now.fit_bytes
+        window["fit_s"] += timeline.clock() - start
+
+    def _fit(self, now: Ongoing) -> Float64:
+        """Fit this rank's share; the d of all groups.
+
+        Raises:
+            FitError: some rank failed.
+        """
+        assert self._sampler is not None
+        with now.timeline.span("fit"):
+            dims = self._sampler.fit()
+        self._count(self.ring.all_reduce(dims, timeline=now.timeline).bytes_sent, now)
+        failures = self._sampler.failures(dims)
+        if failures:
+            where = "; ".join(f"{listed(names)} on rank {rank} ({why})" for (rank, why), names in failures.items())
+            raise FitError(f"PCA failed in iteration {now.iteration}: {where}")
+        return dims
+
+    def _share(self, dims: Float64, now: Ongoing) -> None:
+        """Give everybody's bases to everybody, and make the codec of the window."""
+        assert self._sampler is not None
+        with now.timeline.span("fit"):
+            buffer, bounds = self._sampler.share(dims)
+        self._count(self.ring.all_gather(buffer, bounds=bounds, timeline=now.timeline).bytes_sent, now)
+        with now.timeline.span("fit"):
+            self._use(self._sampler.rebuild(dims, buffer))
+            self._sampler = None
+        self._watch = LossWatch(self.method.stop_multiple)
+        window = self._log[-1]
+        window["ratio"] = payload_ratio(self._fitted, self._layout.length + CONTROLS)
+        for basis in self._bases:
+            compressed = basis.name in self._codecs
+            window["layers"][basis.name] = {
+                "d": [len(one.components_) for one in basis.bases],
+                "slice_size": basis.slice_size,
+                "ratio": basis.ratio if compressed else 1.0,
+                "in_sample_loss": basis.in_sample_loss if compressed else 0.0,
+                "held_out_loss": None,
+            }
+
+    def _use(self, bases: list[LayerBasis]) -> None:
+        self._bases = bases
+        self._codec, self._codecs = gradient_codec(self._layout.blocks, bases, CONTROLS)
+
+    def _count(self, num_bytes: int, now: Ongoing) -> None:
+        now.bytes_sent += num_bytes
+        now.fit_bytes += num_bytes
+
+    def _after_compressed(self, mean: Vector, now: Ongoing) -> None:
+        own, self._own = self._own, None
+        window = self._log[-1]
+        window["compress"] += 1
+        if own is not None:
+            with now.timeline.span("measure"):
+                now.measure_bytes += self.ring.all_reduce(own, op="mean").bytes_sent
+                parts = {block.name: slice(block.offset, block.stop) for block in self._layers}
+                self._record({name: Loss.between(mean[part], own[part]) for name, part in parts.items()}, now)
+                window["held_out"].append({"iteration": now.iteration, **now.losses})
+                for name, layer in window["layers"].items():
+                    losses = [record["layers"][name] for record in window["held_out"]]
+                    layer["held_out_loss"] = sum(losses) / len(losses)
+        stop = majority(self._votes, self.ring.size)
+        self.vote = False
+        if self.method.compress == "auto" or own is not None:
+            local = sum((codec.take_local_loss() for codec in self._codecs.values()), Loss())
+            now.losses["local"] = local.relative
+            if self.method.compress == "auto":
+                self.vote = self._watch.votes_to_stop(now.losses["local"])
+        if self.schedule.advance(stop=stop):
+            window["ended_by"] = "vote" if self.method.compress == "auto" else "count"
+            self.vote = False
+
+    def _evaluate_old_bases(self, mean: Vector, now: Ongoing) -> None:
+        """The held-out loss of the bases that are about to go, on the first gradient that isn't compressed by them."""
+        losses = {}
+        for block in self._layers:
+            gradient = mean[block.offset : block.stop]
+            codec = self._codecs.get(block.name)
+            losses[block.name] = Loss.between(gradient, gradient) if codec is None else codec.loss(gradient)
+        self._record(losses, now)
+        self._log[-1]["after"] = {"iteration": now.iteration, **now.losses}
+
+    @staticmethod
+    def _record(losses: Mapping[str, Loss], now: Ongoing) -> None:
+        now.losses["held_out"] = sum(losses.values(), Loss()).relative
+        now.losses["layers"] = {name: loss.relative for name, loss in losses.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "schedule": self.schedule.state_dict(),
+            "sampler": None if self._sampler is None else self._sampler.state_dict(),
+            "bases": [_basis_state(basis) for basis in self._bases],
+            "first_loss": self._watch.first,
+            "vote": self.vote,
+            "log": copy.deepcopy(self._log),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.schedule.load_state_dict(state["schedule"])
+        self._sampler = None
+        if state["sampler"] is not None:
+            self._sampler = self._new_sampler()
+            self._sampler.load_state_dict(state["sampler"])
+        self._bases, self._codec, self._codecs = [], None, {}
+        if state["bases"]:
+            self._use([_basis_from(part) for part in state["bases"]])
+        self._watch = LossWatch(self.method.stop_multiple)
+        self._watch.first = state["first_loss"]
+        self.vote = state["vote"]
+        self._log = copy.deepcopy(state["log"])
+
+
+def _basis_state(basis: LayerBasis) -> dict[str, Any]:
+    return {
+        "name": basis.name,
+        "length": basis.length,
+        "slice_size": basis.slice_size,
+        "mean": basis.mean_.copy(),
+        "groups": [
+            {
+                "start": group.start,
+                "stop": group.stop,
+                "components": one.components_.copy(),
+                "explained_variance": one.explained_variance_.copy(),
+                "total_variance": one.total_variance_,
+            }
+            for group, one in zip(basis.groups, basis.bases, strict=True)
+        ],
+    }
+
+
+def _basis_from(state: Mapping[str, Any]) -> LayerBasis:
+    return LayerBasis(
+        state["name"],
+        state["length"],
+        state["slice_size"],
+        np.array(state["mean"]),
+        tuple(Group(state["name"], part["start"], part["stop"], state["slice_size"]) for part in state["groups"]),
+        tuple(
+            Basis(np.array(part["components"]), np.array(part["explained_variance"]), part["total_variance"])
+            for part in state["groups"]
+        ),
+    )
