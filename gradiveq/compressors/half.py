@@ -50,7 +50,7 @@ class Half(Compressor):
     @property
     def limit(self) -> float:
         """The largest magnitude that isn't cut: workers·limit·(1 + u)^workers fits, u the unit roundoff."""
-        info = ml_dtypes.finfo(_DTYPES[self.dtype])
+        info = ml_dtypes.finfo(_DTYPES[self.dtype])  # type: ignore[no-untyped-call]
         exact = float(info.max) / (self.workers * (1 + float(info.eps) / 2) ** self.workers)
         rounded = _DTYPES[self.dtype].type(exact)
         return float(rounded if rounded <= exact else np.nextafter(rounded, _DTYPES[self.dtype].type(0)))

@@ -67,6 +67,7 @@ class Integer(Compressor):
 
     name = "integer"
     collective = "all_reduce"
+    biased = True
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < np.inf:
@@ -75,13 +76,11 @@ class Integer(Compressor):
             raise ValueError(f"`bits` must be one of {', '.join(map(str, _DTYPES))}, got {self.bits}")
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {self.rounding!r}")
-        most = 2 ** (self.bits - 1) - 1
+        most = (1 << (self.bits - 1)) - 1
         if not 1 <= self.workers <= most:
             raise ValueError(f"`workers` must be in 1 ... {most}, for a sum in {self.bits} bits, got {self.workers}")
-
-    @property
-    def biased(self) -> bool:  # type: ignore[override]  # by its parameter
-        return self.rounding == "nearest"
+        # On the class it says what the default is.
+        object.__setattr__(self, "biased", self.rounding == "nearest")
 
     @property
     def limit(self) -> float:
@@ -90,7 +89,7 @@ class Integer(Compressor):
 
     @property
     def _most(self) -> int:
-        return (2 ** (self.bits - 1) - 1) // self.workers
+        return ((1 << (self.bits - 1)) - 1) // self.workers
 
     def compress(self, values: Float32, draw: Draw, latest: Float32 | None = None) -> Array:
         out = np.empty(len(values), _DTYPES[self.bits])

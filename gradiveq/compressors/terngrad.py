@@ -78,14 +78,12 @@ class TernGrad(Compressor):
 
     name = "terngrad"
     collective = "all_gather"
+    biased = False
 
     def __post_init__(self) -> None:
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"`clip` must be positive, in standard deviations, got {self.clip}")
-
-    @property
-    def biased(self) -> bool:  # type: ignore[override]  # by its parameter
-        return self.clip is not None
+        object.__setattr__(self, "biased", self.clip is not None)  # on the class it says what the default is
 
     def compress(self, values: Float32, draw: Draw, latest: Float32 | None = None) -> Array:
         payload = np.empty(self.payload_bytes(len(values)), np.uint8)
