@@ -25,6 +25,10 @@ Payload = npt.NDArray[np.uint8]
 
 #: NumPy has no bfloat16 of its own; an array with the dtype of the ml_dtypes package is accepted.
 DTYPES = ("float16", "float32", "float64", "bfloat16")
+#: These are added as they are, and have no mean; that their sum fits is the caller's business.
+INTEGERS = ("int8", "int16", "int32")
+#: Of any meaning; they can be gathered, and not added.
+BYTES = "uint8"
 
 
 class Hop(NamedTuple):

@@ -19,8 +19,9 @@ class Ring(ABC):
     """One worker of a ring. Every worker calls the same collectives in the same order with the same arguments.
 
     Vectors are contiguous one-dimensional NumPy arrays of float16, float32, float64 or ml_dtypes' bfloat16, of any
-    length, and are worked on in place. After a call every worker holds the same bits. After a RingError a ring is of no
-    further use: messages of the failed call may still be on their way.
+    length, and are worked on in place. Those of int8, int16 and int32 can be summed and gathered, uint8 gathered. After
+    a call every worker holds the same bits. After a RingError a ring is of no further use: messages of the failed call
+    may still be on their way.
 
     Attributes:
         rank, size: as in MPI.

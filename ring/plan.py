@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ring.algorithm import Port, Wait, Work, ring, schedule, steps
-from ring.codec import DTYPES, Array, Codec, Hop, Payload
+from ring.codec import BYTES, DTYPES, INTEGERS, Array, Codec, Hop, Payload
 from ring.segments import Chunk, cut_segments
 
 #: Large enough to make the cost of a message small, small enough to pipeline and to stay in a second-level cache.
@@ -101,6 +101,11 @@ class Planner:
         """Raises ValueError or TypeError where this rank's own arguments are invalid."""
         if not isinstance(vector, np.ndarray):
             raise TypeError(f"`vector` must be a NumPy array, got {type(vector).__name__}")
+        if not isinstance(codec, Codec):
+            raise TypeError(
+                f"`codec` must be a ring.Codec, got {type(codec).__name__}: a payload that can be neither added nor "
+                "encoded again on its way is gathered (`all_gather` of uint8)"
+            )
         key = (
             operation, vector.shape, vector.dtype, codec.describe(vector.dtype), op, chunk_bytes,
             None if bounds is None else tuple(bounds),
@@ -124,10 +129,15 @@ class Planner:
             raise TypeError(f"`vector` must have this machine's byte order, got dtype {vector.dtype.str}")
         if vector.ndim != 1:
             raise ValueError(f"`vector` must have one dimension, got shape {vector.shape}")
-        if vector.dtype.name not in DTYPES:
-            raise TypeError(f"`vector` must be one of {', '.join(DTYPES)}, got {vector.dtype.name}")
+        dtype = vector.dtype.name
+        known = (*DTYPES, *INTEGERS, *((BYTES,) if operation == "all_gather" else ()))
+        if dtype not in known:
+            only = f"; {BYTES} can be gathered, not added" if dtype == BYTES else ""
+            raise TypeError(f"`vector` must be one of {', '.join(known)}, got {dtype}{only}")
         if op not in ("sum", "mean"):
             raise ValueError(f"`op` must be 'sum' or 'mean', got {op!r}")
+        if op == "mean" and dtype in INTEGERS:
+            raise ValueError(f"`op` must be 'sum' for {dtype}, whose mean is none, got 'mean'")
         if chunk_bytes < 1:
             raise ValueError(f"`chunk_bytes` must be at least 1, got {chunk_bytes}")
         segments = cut_segments(codec.regions(len(vector), vector.dtype), self.size, chunk_bytes, bounds)

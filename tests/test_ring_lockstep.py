@@ -254,7 +254,10 @@ def test_all_gather_decodes_one_contribution(size: int) -> None:
     [
         ([1.0], {}, TypeError, "must be a NumPy array, got list"),
         (np.zeros((2, 2)), {}, ValueError, r"one dimension, got shape \(2, 2\)"),
-        (np.zeros(3, np.int32), {}, TypeError, "one of float16, float32, float64, bfloat16, got int32"),
+        (np.zeros(3, np.int64), {}, TypeError, "one of float16, float32, float64, bfloat16, int8, int16, int32, got"),
+        (np.zeros(3, np.uint8), {}, TypeError, "int32, got uint8; uint8 can be gathered, not added"),
+        (np.zeros(3, np.int8), {"op": "mean"}, ValueError, "`op` must be 'sum' for int8, whose mean is none"),
+        (np.zeros(3), {"codec": "topk"}, TypeError, "must be a ring.Codec, got str: .* is gathered"),
         (np.zeros(6)[::2], {}, ValueError, "must be contiguous and writable"),
         (np.broadcast_to(0.0, 1), {}, ValueError, "must be contiguous and writable"),
         (np.zeros(3, ">f4"), {}, TypeError, "this machine's byte order, got dtype >f4"),
@@ -266,6 +269,41 @@ def test_all_gather_decodes_one_contribution(size: int) -> None:
 def test_invalid_arguments(vector, options, error, message: str) -> None:
     with pytest.raises(error, match=message):
         run(2, lambda ring: ring.all_reduce(vector, **options))
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes, lengths, chunks, st.sampled_from([np.int8, np.int16, np.int32]))
+def test_integers_are_summed(size, length, chunk_bytes, dtype) -> None:
+    def work(ring: LockstepRing):
+        vector = contribution(ring.rank, length, dtype)
+        return vector, ring.all_reduce(vector, chunk_bytes=chunk_bytes)
+
+    expected = total(size, length).astype(dtype)
+    results = run(size, work)
+    for vector, _ in results:
+        assert vector.dtype == dtype
+        np.testing.assert_array_equal(vector, expected)
+    assert sum(stats.bytes_sent for _, stats in results) == 2 * (size - 1) * expected.nbytes
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), sizes, chunks)
+def test_bytes_of_any_lengths_are_gathered(data, size, chunk_bytes) -> None:
+    """Odd lengths and empty contributions, or nothing from anybody."""
+    counts = [data.draw(st.one_of(st.just(0), st.integers(0, 700))) for _ in range(size)]
+    messages = [np.random.default_rng([rank, count]).bytes(count) for rank, count in enumerate(counts)]
+    bounds = np.cumsum([0, *(counts[segment - 1] for segment in range(size))]).tolist()
+
+    def work(ring: LockstepRing):
+        vector = np.zeros(sum(counts), np.uint8)
+        own = owned_segment(ring.rank, size)
+        vector[bounds[own] : bounds[own + 1]] = np.frombuffer(messages[ring.rank], np.uint8)
+        stats = ring.all_gather(vector, bounds=bounds, chunk_bytes=chunk_bytes)
+        return vector.tobytes(), stats
+
+    results = run(size, work)
+    assert {bits for bits, _ in results} == {b"".join(messages[segment - 1] for segment in range(size))}
+    assert sum(stats.bytes_sent for _, stats in results) == (size - 1) * sum(counts)
 
 
 def test_size_must_be_positive() -> None:

@@ -86,6 +86,41 @@ def test_bitwise_what_lockstep_gives(mpirun: Launch, ranks: int) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_integers_and_bytes(mpirun: Launch, ranks: int) -> None:
+    """Sums of whole numbers, and bytes of odd and of no length, in messages of any size."""
+    done = mpirun(
+        ranks,
+        """
+        import sys
+        import numpy as np
+        from ring.abort import end_together
+        from ring.algorithm import owned_segment
+        from ring.mpi import MPIRing
+        end_together()
+        ring = MPIRing(timeout_s=20)
+        for dtype in (np.int8, np.int16, np.int32):
+            for length in (0, 1, 7, 70_001, 300_001):
+                for chunk_bytes in (1 << 12, sys.maxsize):
+                    vectors = [(np.arange(length) * 7 + 3 * rank) % 31 for rank in range(ring.size)]
+                    vector = vectors[ring.rank].astype(dtype)
+                    ring.all_reduce(vector, chunk_bytes=chunk_bytes)
+                    assert (vector == sum(vectors)).all(), (dtype, length)
+        for lengths in ((0, 0, 0), (1, 0, 3), (0, 70_001, 5), (65_536, 131_073, 300_001)):
+            lengths = lengths[: ring.size]
+            bounds = np.cumsum([0, *(lengths[segment - 1] for segment in range(ring.size))]).tolist()
+            said = [np.random.default_rng(rank).integers(0, 256, n, np.uint8) for rank, n in enumerate(lengths)]
+            vector = np.zeros(sum(lengths), np.uint8)
+            own = owned_segment(ring.rank, ring.size)
+            vector[bounds[own]:bounds[own + 1]] = said[ring.rank]
+            sent = ring.all_gather(vector, bounds=bounds).bytes_sent
+            assert (vector == np.concatenate([said[segment - 1] for segment in range(ring.size)])).all(), lengths
+            assert sent == sum(lengths) - lengths[(ring.rank + 1) % ring.size], (sent, lengths)
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_bytes_do_not_depend_on_who_came_late(mpirun: Launch) -> None:
     done = mpirun(
         3,
