@@ -24,6 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bench.data.files import check_md5, md5
+from bench.data.share import AUGMENT, DataError, Shares, check_share, generator
+
 Bytes = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 Channels = tuple[float, float, float]
@@ -31,11 +34,7 @@ Channels = tuple[float, float, float]
 SIDE = 32  #: pixels of a side
 PADDING = 4  #: black pixels on each side before a random crop
 TIMEOUT_S = 30.0  #: longest silence of the server during a download
-SAMPLE = Path(__file__).parent / "sample"
-
-
-class DataError(ValueError):
-    """A data set is missing, damaged, or too small for what was asked."""
+SAMPLE = Path(__file__).parent.parent / "sample"
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,12 +194,8 @@ def _load_folder(folder: Path, layouts: Sequence[CifarLayout]) -> Dataset:
 
 
 def _load_archive(path: Path, layouts: Sequence[CifarLayout]) -> Dataset:
-    md5 = _md5(path)
-    layout = next((layout for layout in layouts if layout.md5 == md5), None)
-    if layout is None:
-        expected = " or ".join(f"{layout.md5} ({layout.archive})" for layout in layouts)
-        raise DataError(f"{path}: {path.stat().st_size:,} bytes with MD5 {md5}, expected MD5 {expected}")
-
+    by_md5 = {layout.md5: layout for layout in layouts}
+    layout = by_md5[check_md5(path, {layout.md5: layout.archive for layout in layouts})]
     wanted = {f"{layout.folder}/{name}": name for name in (*layout.train_files, layout.test_file)}
     files = {}
     try:
@@ -366,11 +361,6 @@ def _check_labels(where: Path, labels: Bytes, limit: int) -> None:
         raise DataError(f"{where}: label {labels[record]} in record {record:,}, expected 0 to {limit - 1}")
 
 
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
 def _download(layout: CifarLayout, data_dir: Path) -> Path:
     """Fetch the archive unless it is there; under its own name only once it is whole and its MD5 right."""
     target = data_dir / layout.archive
@@ -383,9 +373,9 @@ def _download(layout: CifarLayout, data_dir: Path) -> Path:
             data_dir.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 shutil.copyfileobj(response, file, 1 << 20)
-        md5 = _md5(part)
-        if md5 != layout.md5:
-            raise DataError(f"{layout.url}: {part.stat().st_size:,} bytes with MD5 {md5}, expected MD5 {layout.md5}")
+        found = md5(part)
+        if found != layout.md5:
+            raise DataError(f"{layout.url}: {part.stat().st_size:,} bytes with MD5 {found}, expected MD5 {layout.md5}")
         os.replace(part, target)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
@@ -395,12 +385,11 @@ def _download(layout: CifarLayout, data_dir: Path) -> Path:
     return target
 
 
-class Batches:
-    """The training batches of one rank: a function of the iteration, with no state to save.
+class Batches(Shares):
+    """The training batches of one rank: which images, see `Shares`.
 
-    An epoch is a permutation drawn from (seed, epoch), cut into global batches of size·batch_size images, of which rank
-    r takes the r-th part; what is left at its end is dropped. Crops and flips are drawn from (seed, iteration) for the
-    whole global batch, so the images of an iteration don't depend on how many ranks share it.
+    Crops and flips are drawn from (seed, iteration) for the whole global batch, so the images of an iteration don't
+    depend on how many ranks share it.
 
     Args:
         dataset: whose training images are used.
@@ -426,36 +415,10 @@ class Batches:
         device: str | torch.device = "cpu",
         augment: bool = True,
     ) -> None:
-        _check_share(batch_size, rank, size)
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be 0 to 2**63 - 1, got {seed}")
-        num_images = len(dataset.train_images)
-        if size * batch_size > num_images:
-            raise DataError(
-                f"{size} ranks x {batch_size} images each need {size * batch_size:,} training images, "
-                f"but there are {num_images:,} in {dataset.source}"
-            )
+        super().__init__(len(dataset.train_images), batch_size, rank, size, seed, items="images", source=dataset.source)
         self.dataset = dataset
-        self.batch_size = batch_size
-        self.rank = rank
-        self.size = size
-        self.seed = seed
         self.augment = augment
-        self.batches_per_epoch = num_images // (size * batch_size)
         self._normalise = Normalise(dataset, device)
-        self._epoch = -1
-        self._order: npt.NDArray[np.int64] = np.empty(0, np.int64)
-
-    def indices(self, iteration: int) -> npt.NDArray[np.int64]:
-        """Which training images this rank sees in an iteration (from 0): int64 of shape (batch_size,)."""
-        if iteration < 0:
-            raise ValueError(f"iteration must be at least 0, got {iteration}")
-        epoch, position = divmod(iteration, self.batches_per_epoch)
-        if epoch != self._epoch:
-            order = _generator(self.seed, _ORDER, epoch).permutation(len(self.dataset.train_images))
-            self._epoch, self._order = epoch, order
-        start = (position * self.size + self.rank) * self.batch_size
-        return self._order[start : start + self.batch_size]
 
     def batch(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of an iteration, counted from 0 over all epochs.
@@ -466,9 +429,10 @@ class Batches:
         indices = self.indices(iteration)
         images = self.dataset.train_images[indices]
         if self.augment:
-            generator = _generator(self.seed, _AUGMENT, iteration)
-            draws = generator.integers((2 * PADDING + 1, 2 * PADDING + 1, 2), size=(self.size * self.batch_size, 3))
-            top, left, flip = draws[self.rank * self.batch_size :][: self.batch_size].T
+            draws = generator(self.seed, AUGMENT, iteration).integers(
+                (2 * PADDING + 1, 2 * PADDING + 1, 2), size=(self.size * self.batch_size, 3)
+            )
+            top, left, flip = draws[self.part].T
             images = crop_and_flip(images, top, left, flip.astype(bool))
         labels = torch.from_numpy(self.dataset.train_labels[indices])
         return self._normalise(images), labels.to(self._normalise.device)
@@ -485,7 +449,7 @@ def evaluation_batches(
     Raises:
         ValueError: if an argument is outside its bounds.
     """
-    _check_share(batch_size, rank, size)
+    check_share(batch_size, rank, size)
     normalise = Normalise(dataset, device)
     num_images = len(dataset.test_images)
     stop = (rank + 1) * num_images // size
@@ -529,18 +493,3 @@ def crop_and_flip(
     cut: Bytes = windows[np.arange(len(images)), :, top, left]
     cut[flip] = cut[flip, :, :, ::-1]
     return cut
-
-
-_ORDER, _AUGMENT = 0, 1
-
-
-def _generator(seed: int, stream: int, index: int) -> np.random.Generator:
-    """A counter-based generator of its own for each (seed, stream, index): none depends on what was drawn before."""
-    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream]))
-
-
-def _check_share(batch_size: int, rank: int, size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not 0 <= rank < size:
-        raise ValueError(f"rank must be 0 to size - 1, got rank {rank} of size {size}")
