@@ -26,10 +26,13 @@ Rounding = Literal["nearest", "stochastic"]
 _DTYPES = {8: np.int8, 16: np.int16, 32: np.int32}
 
 
+_NUMBA_TYPES = (types.int8, types.int16, types.int32)
+
+
 @jit(
     [
         types.void(FLOATS, types.float64, types.float64, types.boolean, types.uint64, integer[::1])
-        for integer in (types.int8, types.int16, types.int32)
+        for integer in _NUMBA_TYPES
     ],
     cache=True,
 )
@@ -45,6 +48,18 @@ def _round(values: Float32, scale: float, most: float, stochastic: bool, key: np
         for i in range(len(values)):
             y = np.floor(np.float64(values[i]) * scale + 0.5)
             out[i] = np.int32(min(max(y, -most), most))
+
+
+@jit(
+    [
+        types.void(types.Array(integer, 1, "C", readonly=True), types.float64, types.float32[::1])
+        for integer in _NUMBA_TYPES
+    ],
+    cache=True,
+)
+def _estimate(payload: Array, scale: float, out: Float32) -> None:
+    for i in range(len(payload)):
+        out[i] = np.float32(np.float64(payload[i]) / scale)
 
 
 @dataclass(frozen=True)
@@ -102,9 +117,11 @@ class Integer(Compressor):
             raise ValueError(
                 f"`workers` must be at least {size}, the number of workers, for a sum that fits, got {self.workers}"
             )
-        if payload.shape != out.shape:
-            raise ValueError(f"{len(out)} elements take {len(out)} integers, got {len(payload)}")
-        np.divide(payload, self.scale, out=out, casting="same_kind")
+        if payload.shape != out.shape or payload.dtype != _DTYPES[self.bits]:
+            raise ValueError(
+                f"{len(out)} elements take as many {self.bits}-bit integers, got {len(payload)} of {payload.dtype}"
+            )
+        _estimate(payload, self.scale, out)
 
     def payload_bytes(self, length: int) -> int:
         return length * self.bits // 8
