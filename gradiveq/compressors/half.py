@@ -115,7 +115,7 @@ class Half(Compressor):
         info = ml_dtypes.finfo(_DTYPES[self.dtype])  # type: ignore[no-untyped-call]
         exact = float(info.max) / (self.workers * (1 + float(info.eps) / 2) ** self.workers)
         rounded = _DTYPES[self.dtype].type(exact)
-        return float(rounded if rounded <= exact else np.nextafter(rounded, _DTYPES[self.dtype].type(0)))
+        return float(rounded if float(rounded) <= exact else np.nextafter(rounded, _DTYPES[self.dtype].type(0)))
 
     def compress(self, values: Float32, draw: Draw, latest: Float32 | None = None) -> Array:
         out = np.empty(len(values), np.uint16)

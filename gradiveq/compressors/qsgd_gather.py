@@ -28,7 +28,7 @@ from gradiveq.qsgd import Norm, level_variance
 
 _LARGEST = np.finfo(np.float32).max
 _MOST_LEVELS = 2**16
-#: Elements that are quantised and packed at a time, so that codes stay in the cache: 1.4 times as fast as a vector of them.
+#: Elements that are quantised and packed at a time: 1.4 times as fast as a vector of codes, as these stay in the cache.
 #: Whole blocks of `pack`, so that stretches of packed codes join without gaps.
 _STRETCH = 2**16
 
