@@ -117,11 +117,12 @@ def test_initial_variances() -> None:
     assert not model.fc.bias.any()
 
 
-def test_every_model_is_built_by_name() -> None:
-    for name, build in MODELS.items():
-        model = build(5, seed=1)
-        assert f"resnet{1 + sum(isinstance(module, nn.Conv2d) for module in model.modules())}" == name
-        assert model.fc.out_features == 5
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_every_depth_is_built_by_name(depth: int) -> None:
+    model = MODELS[f"resnet{depth}"](5, seed=1)
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == depth - 1
+    assert all(map(torch.equal, model.parameters(), resnet_cifar(depth, 5, seed=1).parameters()))
+    assert model.fc.out_features == 5
 
 
 def test_gradients_reach_every_parameter() -> None:

@@ -12,16 +12,12 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from bench.data.share import DataError
 
 #: How a compressed file's name ends -> what opens it.
-OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
-    ".gz": lambda file: gzip.open(file),
-    ".bz2": lambda file: bz2.open(file),
-    ".xz": lambda file: lzma.open(file),
-}
+OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def find(folder: Path, name: str) -> Path | None:

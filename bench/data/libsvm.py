@@ -1,4 +1,4 @@
-"""Points with labels -1 and 1 from LIBSVM files, for logistic regression; and what is like madelon where it isn't given.
+"""Points with labels -1 and 1 from LIBSVM files, for logistic regression; points like madelon's where it isn't given.
 
 Madelon is itself made: 32 clusters at the corners of a hypercube in 5 dimensions, 16 for each class, 5 features that
 are linear combinations of those, 10 that repeat one of these 10, and 480 of noise (Guyon 2003, "Design of experiments

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from bench.models.initial import build, check_classes
 
 WIDTHS = (16, 32, 64)
 
@@ -83,33 +84,20 @@ def resnet_cifar(depth: int, num_classes: int, *, seed: int = 0) -> ResNet:
     num_blocks, rest = divmod(depth - 2, 6)
     if num_blocks < 1 or rest:
         raise ValueError(f"depth must be 6n + 2 for n >= 1 (He et al. 2016, section 4.2), got {depth}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    with torch.device("meta"):  # where the layers' constructors draw nothing
-        model = ResNet(num_blocks, num_classes)
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-        elif isinstance(module, nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-    return model
+    check_classes(num_classes)
+    return build(partial(ResNet, num_blocks, num_classes), _he, seed)
+
+
+def _he(module: nn.Module, generator: torch.Generator) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+    elif isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d):
+        module.reset_parameters()
 
 
 def resnet32(num_classes: int, *, seed: int = 0) -> ResNet:
     """ResNet-32: 464,154 parameters for 10 classes, 470,004 for 100."""
     return resnet_cifar(32, num_classes, seed=seed)
-
-
-#: name -> builder(num_classes, seed=...)
-MODELS: dict[str, Callable[..., ResNet]] = {
-    "resnet20": partial(resnet_cifar, 20),
-    "resnet32": resnet32,
-    "resnet44": partial(resnet_cifar, 44),
-    "resnet56": partial(resnet_cifar, 56),
-    "resnet110": partial(resnet_cifar, 110),
-}
