@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from gradiveq.compressors.base import Array
 from gradiveq.jit import WORDS, jit
 
 UInt32 = npt.NDArray[np.uint32]
