@@ -5,7 +5,7 @@
     bfloat16    8                   1.2e-38, as float32      3.4e38
 
 **Overflow.** Magnitudes are cut so that the sum of `workers` of them fits with the rounding of each addition: float16
-with 64 workers at 991, bfloat16 at 4e36. Error feedback keeps what was cut. **Underflow.** Below 6.1e-5 float16 loses
+with 64 workers at 992, bfloat16 at 4e36. Error feedback keeps what was cut. **Underflow.** Below 6.1e-5 float16 loses
 precision gradually; below 3.0e-8 elements become 0.
 """
 
