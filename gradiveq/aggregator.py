@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gradiveq.compressed import CompressedStrategy
 from gradiveq.flatten import Block, Layout, Vector
-from gradiveq.methods import GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.methods import Compressed, GradiVeQ, Method, Plain, QSGDRing
 from gradiveq.report import FitError, NonFiniteGradient, Ongoing, Report, listed
 from gradiveq.strategy import CONTROLS, Direct, Strategy
 from gradiveq.windows import Windows
@@ -48,7 +49,9 @@ def make_strategy(method: Method, layout: Layout, ring: Ring, seed: int, chunk_b
             return Direct(method, ring, layout.length, seed, chunk_bytes)
         case GradiVeQ():
             return Windows(method, ring, layout, seed, chunk_bytes)
-    raise TypeError(f"`method` must be one of Plain, QSGDRing, GradiVeQ, got {method!r}")
+        case Compressed():
+            return CompressedStrategy(method, ring, layout, seed, chunk_bytes)
+    raise TypeError(f"`method` must be one of Plain, QSGDRing, GradiVeQ, Compressed, got {method!r}")
 
 
 class Aggregator:
@@ -61,15 +64,17 @@ class Aggregator:
         model: its parameters that require a gradient now.
         ring: this worker's place among the others.
         method: what travels.
-        seed: of QSGD's random numbers, with the iteration's number: a resumed run draws the same.
+        seed: of random numbers, with the iteration's number: a resumed run draws the same.
         nonfinite: "fail" raises NonFiniteGradient on all ranks; "skip" reports the iteration as skipped on all
-            ranks. Skipped iterations count for `iteration`, but for no phase of GradiVeQ's.
+            ranks. Skipped iterations count for `iteration`, but for no phase of GradiVeQ's, and leave memories of error
+            feedback as they were.
         chunk_bytes: the most payload in a message; None for the ring's.
         timeline: gets the same seconds as the reports.
     Raises:
         TypeError, ValueError: an argument is invalid, or nothing in the model can be compressed as `method` asks.
     Memory: a vector as long as the gradient; with GradiVeQ what sampling holds (below), or while compressing twice the
-        bases; and one more vector in iterations whose held-out loss is measured.
+        bases; and one more vector in iterations whose held-out loss is measured. With a compressor what
+        `gradiveq.exchange.Worker` takes, and everybody's payloads.
 
         While sampling, each rank holds 8 bytes per element of the convolutions for µ. Each group of slices costs the
         smaller of its S samples (4*S*K bytes) and their covariance (4*K*K bytes). With fit_slices="first", S = Lt and
@@ -109,7 +114,7 @@ class Aggregator:
             raise ValueError(f"`nonfinite` must be 'fail' or 'skip', got {nonfinite!r}")
         if chunk_bytes is not None and chunk_bytes < 1:
             raise ValueError(f"`chunk_bytes` must be at least 1, got {chunk_bytes}")
-        self.layout = Layout(model)
+        self.layout = Layout(model, method.groups if isinstance(method, Compressed) else ())
         if not self.layout.blocks:
             raise ValueError("`model` has no parameter that requires a gradient")
         self.method, self.seed, self.nonfinite = method, seed, nonfinite
@@ -204,17 +209,19 @@ class Aggregator:
         blocks, ring = self.layout.blocks, self._ring
         iteration = f"in iteration {now.iteration}"
         if any_flawed:
-            table = np.zeros((ring.size, len(blocks)), np.float32)
-            table[ring.rank, flawed] = 1
+            names = [*(block.name for block in blocks), "the sum of a gradient and what error feedback remembers"]
+            table = np.zeros((ring.size, len(names)), np.float32)
+            table[ring.rank, [*flawed, *([len(blocks)] if now.overflowed else [])]] = 1
             now.bytes_sent += ring.all_reduce(table.reshape(-1), timeline=now.timeline).bytes_sent
-            found = [(rank, np.flatnonzero(row)) for rank, row in enumerate(table)]
-            where = "; ".join(f"{_names(blocks, indices)} on rank {rank}" for rank, indices in found if len(indices))
+            found = [(rank, [names[i] for i in np.flatnonzero(row)]) for rank, row in enumerate(table)]
+            where = "; ".join(f"{listed(flaws)} on rank {rank}" for rank, flaws in found if flaws)
             story = f"non-finite gradient {iteration}: {where}"
         else:
             flawed = nonfinite_blocks(self._gradient, blocks)  # the same bits, so the same finding on every rank
             if not flawed:
                 return False
-            story = f"the sum of finite gradients overflows float32 {iteration}: {_names(blocks, flawed)} on all ranks"
+            where = listed([blocks[i].name for i in flawed])
+            story = f"the sum of finite gradients overflows float32 {iteration}: {where} on all ranks"
         if self.nonfinite == "fail":
             raise NonFiniteGradient(story)
         return True
@@ -269,10 +276,6 @@ def nonfinite_blocks(gradient: Vector, blocks: Sequence[Block]) -> list[int]:
         if math.isfinite(np.dot(gradient, gradient)):
             return []
     return [i for i, block in enumerate(blocks) if not np.isfinite(gradient[block.offset : block.stop]).all()]
-
-
-def _names(blocks: Sequence[Block], indices: Sequence[int] | np.ndarray[Any, np.dtype[np.intp]]) -> str:
-    return listed([blocks[i].name for i in indices])
 
 
 def _shown(value: object) -> str:

@@ -16,10 +16,17 @@ dtype, the others behind one another in one message for each worker.
 
 of Sahu et al. 2021, where u = m + g and m = λm + g is each worker's own Nesterov momentum. So the memory of "scaled" is
 in units of the model's update, that of the others in units of the gradient.
+
+A call counts once it is accepted: until then memories are as before it, so that an iteration that turns out to be of no
+use on some worker (its gradient, or the mean, is not finite) leaves no trace on any.
+
+**Both ways.** In Algorithm 1 of Dutta et al. 2020 a master takes the mean of what the workers' compressor Q_W has left,
+and sends it back through a compressor Q_M of its own, here `Master`. With the identity as Q_M it is the scheme above.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +35,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gradiveq.compressors.base import Array, Collective, Compressor, Draw, Float32
+from gradiveq.compressors.reductions import sum_of_squares
 
 Form = Literal["scaled", "gradient", "update"]
 FORMS: tuple[Form, ...] = ("scaled", "gradient", "update")
@@ -87,10 +95,11 @@ class Measures:
     """Of one call on one worker; sums over the parts.
 
     Attributes:
-        norm: ‖x‖² of what was compressed, the corrected gradient.
+        norm: ‖x‖² of what was compressed, the corrected gradient. Sums of squares are in float64.
         compression_error: ‖x - C(x)‖², absolute.
         error: ‖e‖² of the memory afterwards (Fig. 1c of Sahu et al. 2021), 0 without error feedback.
-        total_error: the sum of `error` over all calls (their Eq. 3 up to the units).
+        total_error: the sum of `error` over all calls that were accepted, this one included (their Eq. 3 up to the
+            units).
         num_sent: elements of the vector that were sent.
         density: the same, over the elements of the vector.
         payload_bytes: sent to be added and to be gathered.
@@ -118,9 +127,10 @@ class Worker:
         rank, size: of this worker, as in MPI.
         seed: of random numbers; the same on every worker.
         feedback: None for no memory.
-    Memory: a vector of `length`, and with error feedback another; with its form "update" a third.
+    Memory: a vector of `length`, with error feedback three; with momentum five.
 
     Attributes:
+        parts: may be replaced between calls by parts with the same boundaries.
         measures: of the last call.
     """
 
@@ -134,33 +144,35 @@ class Worker:
         seed: int = 0,
         feedback: ErrorFeedback | None = None,
     ) -> None:
-        place = 0
-        for part in parts:
-            if part.start != place or part.stop < part.start:
-                raise ValueError(f"part {part.name} must begin at element {place}, where the last one ends, got {part}")
-            place = part.stop
-        if place != length:
-            raise ValueError(f"the parts must cover {length} elements, got {place}")
+        _check_parts(parts, length)
         self.parts, self.length = tuple(parts), length
         self.rank, self.size, self.seed, self.feedback = rank, size, seed, feedback
-        self.memory: Float32 | None = None if feedback is None else np.zeros(length, np.float32)
-        self.momentum: Float32 | None = None
-        if feedback is not None and feedback.form == "update" and feedback.momentum:
-            self.momentum = np.zeros(length, np.float32)
+        # What is remembered, and beside it what will be if the call under way is accepted.
+        self.memory, self._next_memory = self._pair(feedback is not None)
+        self.momentum, self._next_momentum = self._pair(feedback is not None and feedback.momentum > 0)
+        self._pending = False
         self.measures: Measures | None = None
         self._total_error = 0.0
         self._scratch = np.empty(length, np.float32)
         self._reduced: list[tuple[str, int]] = []  # dtype and length of each payload in the last call that is added
 
+    def _pair(self, needed: bool) -> tuple[Float32 | None, Float32 | None]:
+        return (np.zeros(self.length, np.float32), np.empty(self.length, np.float32)) if needed else (None, None)
+
     def send(self, gradient: Float32, call: int, lr: float = 1.0) -> Outgoing:
-        """Compress this worker's gradient.
+        """Compress this worker's gradient. What was sent before and not accepted is forgotten.
 
         Args:
             gradient: finite float32 of shape (length,). Not modified.
             call: the number of the aggregation, from 0 on; the same on every worker.
             lr: γ, for error feedback of the form "scaled".
+        Raises:
+            OverflowError: the gradient is finite, but together with the memory it isn't.
         """
         corrected, latest = self._corrected(gradient, lr)
+        norm = float(sum_of_squares(corrected))
+        if not math.isfinite(norm):
+            raise OverflowError(f"gradient and memory of rank {self.rank} together overflow float32 in call {call}")
         reduced: dict[str, list[Array]] = {}
         gathered: list[Array] = []
         self._reduced = []
@@ -178,26 +190,26 @@ class Worker:
                 reduced.setdefault(payload.dtype.name, []).append(payload)
             else:
                 if not compressor.fixed_size:
-                    gathered.append(np.array([len(payload)], np.uint32).view(np.uint8))
+                    gathered.append(_length_of(payload))
                 gathered.append(payload)
         outgoing = Outgoing(
             {dtype: np.concatenate(payloads) for dtype, payloads in reduced.items()},
             np.concatenate(gathered) if gathered else np.empty(0, np.uint8),
         )
         num_bytes = sum(vector.nbytes for vector in outgoing.reduced.values()) + outgoing.gathered.nbytes
-        norm = float(np.vdot(corrected, corrected))
-        error = np.subtract(corrected, own, out=own)
-        compression_error = float(np.vdot(error, error))
+        error = np.subtract(corrected, own, out=own if self._next_memory is None else self._next_memory)
+        compression_error = float(sum_of_squares(error))
         remembered = 0.0
-        if self.memory is not None:
+        if self._next_memory is not None:
             assert self.feedback is not None
-            scale = lr if self.feedback.form == "scaled" else 1.0
-            np.multiply(error, np.float32(scale), out=self.memory)
-            remembered = compression_error * scale**2
-            self._total_error += remembered
+            if self.feedback.form == "scaled":
+                error *= np.float32(lr)
+            remembered = float(sum_of_squares(error))
         self.measures = Measures(
-            norm, compression_error, remembered, self._total_error, num_sent, num_sent / max(1, self.length), num_bytes
-        )
+            norm, compression_error, remembered, self._total_error + remembered, num_sent,
+            num_sent / max(1, self.length), num_bytes,
+        )  # fmt: skip
+        self._pending = True
         return outgoing
 
     def receive(self, reduced: Mapping[str, Array], gathered: Sequence[Array], out: Float32, call: int) -> None:
@@ -220,25 +232,26 @@ class Worker:
         gathering = list(self._parts("all_gather"))
         if gathering:
             for rank, message in enumerate(gathered):
-                for (index, part), payload in zip(gathering, self._cut(message, rank), strict=True):
+                for (index, part), payload in zip(gathering, _cut(gathering, message, rank), strict=True):
                     where = slice(part.start, part.stop)
                     draw = Draw(self.seed, call, rank, index)
                     part.compressor.add_to(payload, out[where], draw, self._scratch[where])
         for part in self.parts:
             part.compressor.finish(out[part.start : part.stop], self.size)
 
-    @property
-    def most_gathered_bytes(self) -> int:
-        """The most that `Outgoing.gathered` can hold."""
-        return sum(
-            part.compressor.payload_bytes(part.length) + (0 if part.compressor.fixed_size else LENGTH_BYTES)
-            for _, part in self._parts("all_gather")
-        )
+    def accept(self) -> None:
+        """The call that `send` began counts: remember what it has left out.
 
-    @property
-    def gathers_fixed_size(self) -> bool:
-        """Whether `Outgoing.gathered` is always `most_gathered_bytes` long, so that lengths need not be agreed on."""
-        return all(part.compressor.fixed_size for _, part in self._parts("all_gather"))
+        Raises:
+            RuntimeError: there is no such call.
+        """
+        if not self._pending:
+            raise RuntimeError("there is no call to accept, or it was accepted before")
+        assert self.measures is not None
+        self.memory, self._next_memory = self._next_memory, self.memory
+        self.momentum, self._next_momentum = self._next_momentum, self.momentum
+        self._total_error = self.measures.total_error
+        self._pending = False
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit by bit; it differs by rank. Copies."""
@@ -249,6 +262,11 @@ class Worker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: the state is of another error feedback or vector; nothing was changed.
+        """
         for mine, name in ((self.memory, "memory"), (self.momentum, "momentum")):
             theirs = state[name]
             if (mine is None) != (theirs is None) or (mine is not None and mine.shape != theirs.shape):
@@ -256,7 +274,7 @@ class Worker:
         for mine, name in ((self.memory, "memory"), (self.momentum, "momentum")):
             if mine is not None:
                 mine[:] = state[name]
-        self._total_error = state["total_error"]
+        self._total_error, self._pending = state["total_error"], False
 
     def _parts(self, collective: Collective) -> Iterator[tuple[int, Part]]:
         for index, part in enumerate(self.parts):
@@ -265,45 +283,118 @@ class Worker:
 
     def _corrected(self, gradient: Float32, lr: float) -> tuple[Float32, Float32]:
         """What is to be compressed (x of the module), and what of it is new in this call."""
-        if self.memory is None:
+        if self.memory is None or self._next_memory is None:
             return gradient, gradient
         assert self.feedback is not None
-        latest = gradient
-        if self.momentum is not None:
-            self.momentum *= np.float32(self.feedback.momentum)
-            self.momentum += gradient
-            latest = self.momentum + gradient
-        if self.feedback.form == "scaled":
-            if not lr > 0:
-                raise ValueError(f"`lr` must be positive for error feedback of the form 'scaled', got {lr}")
-            return latest + self.memory / np.float32(lr), latest
-        return latest + self.memory, latest
+        corrected = self._next_memory  # until the error takes its place
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for in the norm
+            latest = gradient
+            if self.momentum is not None and self._next_momentum is not None:
+                np.multiply(self.momentum, np.float32(self.feedback.momentum), out=self._next_momentum)
+                self._next_momentum += gradient
+                latest = self._next_momentum + gradient
+            if self.feedback.form == "scaled":
+                if not 0 < lr < math.inf:
+                    raise ValueError(f"`lr` must be positive for error feedback of the form 'scaled', got {lr}")
+                np.divide(self.memory, np.float32(lr), out=corrected)
+                corrected += latest
+            else:
+                np.add(latest, self.memory, out=corrected)
+        return corrected, latest
 
-    def _cut(self, message: Array, rank: int) -> Iterator[Array]:
-        """The payload of each gathered part in one worker's message."""
-        place = 0
-        for _, part in self._parts("all_gather"):
-            num_bytes = part.compressor.payload_bytes(part.length)
+
+class Master:
+    """The master's side of a scheme that compresses both ways: Q_M of the mean, and what every worker makes of it.
+
+    Args:
+        parts: as for `Worker`, with the compressors Q_M, of either collective.
+        seed: of random numbers, which are others than the workers'.
+    """
+
+    def __init__(self, parts: Sequence[Part], length: int, *, seed: int = 0) -> None:
+        _check_parts(parts, length)
+        self.parts, self.length, self.seed = tuple(parts), length, seed
+        # Of a payload that could be added, the dtype is known by example only.
+        self._dtypes = [
+            part.compressor.compress(np.zeros(part.length, np.float32), self._draw(0, index)).dtype
+            for index, part in enumerate(self.parts)
+        ]
+
+    def send(self, mean: Float32, call: int) -> Array:
+        """The message for everybody, uint8.
+
+        Args:
+            mean: finite float32 of shape (length,). Not modified.
+        """
+        message: list[Array] = []
+        for index, part in enumerate(self.parts):
+            values = mean[part.start : part.stop]
+            payload = part.compressor.compress(values, self._draw(call, index), values).view(np.uint8)
             if not part.compressor.fixed_size:
-                most = num_bytes
-                num_bytes = int.from_bytes(message[place : place + LENGTH_BYTES].tobytes(), sys.byteorder)
-                place += LENGTH_BYTES
-                if num_bytes > most:
-                    raise ValueError(
-                        f"rank {rank} sent {num_bytes} bytes for {part.name}, of which there are at most {most}"
-                    )
-            if place + num_bytes > len(message):
+                message.append(_length_of(payload))
+            message.append(payload)
+        return np.concatenate(message) if message else np.empty(0, np.uint8)
+
+    def receive(self, message: Array, out: Float32, call: int) -> None:
+        """What the message says; the same bits on every worker.
+
+        Raises:
+            ValueError: it can't be a message; names the part.
+        """
+        parts = list(enumerate(self.parts))
+        for (index, part), payload in zip(parts, _cut(parts, message, 0), strict=True):
+            typed = np.frombuffer(payload.tobytes(), self._dtypes[index])
+            part.compressor.decompress(typed, out[part.start : part.stop], self._draw(call, index))
+
+    def _draw(self, call: int, index: int) -> Draw:
+        return Draw(self.seed, call, 0, len(self.parts) + index)
+
+
+def _check_parts(parts: Sequence[Part], length: int) -> None:
+    place = 0
+    for part in parts:
+        if part.start != place or part.stop < part.start:
+            raise ValueError(f"part {part.name} must begin at element {place}, where the last one ends, got {part}")
+        place = part.stop
+    if place != length:
+        raise ValueError(f"the parts must cover {length} elements, got {place}")
+
+
+def _length_of(payload: Array) -> Array:
+    """What stands before a payload whose length isn't known."""
+    return np.array([len(payload)], np.uint32).view(np.uint8)
+
+
+def _cut(parts: Sequence[tuple[int, Part]], message: Array, rank: int) -> Iterator[Array]:
+    """The payload of each part in a message."""
+    place = 0
+    for _, part in parts:
+        num_bytes = part.compressor.payload_bytes(part.length)
+        if not part.compressor.fixed_size:
+            most = num_bytes
+            num_bytes = int.from_bytes(message[place : place + LENGTH_BYTES].tobytes(), sys.byteorder)
+            place += LENGTH_BYTES
+            if num_bytes > most:
                 raise ValueError(
-                    f"rank {rank} sent {len(message)} bytes, which end within {part.name}, {place + num_bytes} are due"
+                    f"rank {rank} sent {num_bytes} bytes for {part.name}, of which there are at most {most}"
                 )
-            yield message[place : place + num_bytes]
-            place += num_bytes
-        if place != len(message):
-            raise ValueError(f"rank {rank} sent {len(message)} bytes, {len(message) - place} more than its parts have")
+        if place + num_bytes > len(message):
+            raise ValueError(
+                f"rank {rank} sent {len(message)} bytes, which end within {part.name}, {place + num_bytes} are due"
+            )
+        yield message[place : place + num_bytes]
+        place += num_bytes
+    if place != len(message):
+        raise ValueError(f"rank {rank} sent {len(message)} bytes, {len(message) - place} more than its parts have")
 
 
 def exchange_here(
-    workers: Sequence[Worker], gradients: Sequence[Float32], out: Float32, call: int, lr: float = 1.0
+    workers: Sequence[Worker],
+    gradients: Sequence[Float32],
+    out: Float32,
+    call: int,
+    lr: float = 1.0,
+    master: Master | None = None,
 ) -> None:
     """One aggregation of workers that are all in this process; what a ring does, without one.
 
@@ -313,6 +404,7 @@ def exchange_here(
     Args:
         workers, gradients: by rank.
         out: float32 of shape (length,): what every worker would have; overwritten.
+        master: compresses the mean on its way back; None for no more compression.
     """
     outgoing = [worker.send(gradient, call, lr) for worker, gradient in zip(workers, gradients, strict=True)]
     reduced = {dtype: vector.copy() for dtype, vector in outgoing[0].reduced.items()}
@@ -320,3 +412,7 @@ def exchange_here(
         for dtype, vector in other.reduced.items():
             reduced[dtype] += vector
     workers[0].receive(reduced, [one.gathered for one in outgoing], out, call)
+    if master is not None:
+        master.receive(master.send(out, call), out, call)
+    for worker in workers:
+        worker.accept()

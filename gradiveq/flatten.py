@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 
 import numpy as np
@@ -123,18 +124,27 @@ class Layout:
     uses thereby gets a zero gradient instead of None, to which an optimiser applies weight decay and momentum, on all
     workers alike; freeze it to leave it alone.
 
+    Args:
+        groups: patterns (`fnmatch`) of the names of parameters that are to stand together: a group for each.
+
     Attributes:
-        blocks: convolutions first, then the rest, both in the order of `model.named_parameters()`.
+        blocks: the groups, then what is in none; in each the convolutions first, then the rest, both in the order of
+            `model.named_parameters()`.
         length: elements of the vector.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[str] = ()) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for name, p in named:
             if not p.is_floating_point():
                 raise ValueError(f"gradients must be real numbers, {name} is {p.dtype}")
         convolutions = _convolution_weights(model)
-        ordered = sorted(named, key=lambda item: id(item[1]) not in convolutions)  # stable
+
+        def place(item: tuple[str, nn.Parameter]) -> tuple[int, bool]:
+            group = next((i for i, pattern in enumerate(groups) if fnmatchcase(item[0], pattern)), len(groups))
+            return group, id(item[1]) not in convolutions
+
+        ordered = sorted(named, key=place)  # stable
         blocks, offset = [], 0
         for name, p in ordered:
             shape = tuple(p.shape)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import numpy as np
+
+from gradiveq.compressors.base import Compressor
+from gradiveq.exchange import ErrorFeedback, Part
+from gradiveq.flatten import Block
+from gradiveq.parts import Override, group_parts, layer_parts, model_parts
 from gradiveq.pca import PCAConfig
 from gradiveq.qsgd import QSGD, Norm
 
@@ -105,9 +112,94 @@ class GradiVeQ:
         )  # fmt: skip
 
 
-Method = Plain | QSGDRing | GradiVeQ
+@dataclass(frozen=True)
+class Compressed:
+    """A compressor of `gradiveq.compressors` at every worker, summed or gathered as it says.
 
-#: name -> class.
+    Attributes:
+        compressor: Q_W.
+        granularity: what it is applied to at once: each "layer", the entire "model", or groups of layers, given as
+            patterns (`gradiveq.parts`); layers that are in no group are parts of their own.
+        overrides: (pattern, compressor) for layers that have another one.
+        feedback: error feedback, or None.
+        master: Q_M, which compresses the mean on its way back (Algorithm 1 of Dutta et al. 2020), or None. It is
+            applied to the same parts, those with an override included.
+    Raises:
+        TypeError, ValueError: a value is none, or contradicts another.
+    """
+
+    compressor: Compressor
+    granularity: Literal["layer", "model"] | tuple[str, ...] = "layer"
+    overrides: tuple[Override, ...] = ()
+    feedback: ErrorFeedback | None = None
+    master: Compressor | None = None
+
+    name: ClassVar[str] = "compressed"
+
+    def __post_init__(self) -> None:
+        compressors = [self.compressor, *(compressor for _, compressor in self.overrides)]
+        for what, value in (*(("compressor", one) for one in compressors), ("master", self.master)):
+            if not isinstance(value, Compressor) and not (what == "master" and value is None):
+                raise TypeError(f"`{what}` must be a Compressor, got {value!r}")
+        if isinstance(self.granularity, str):
+            if self.granularity not in ("layer", "model"):
+                raise ValueError(
+                    f"`granularity` must be 'layer', 'model' or a tuple of patterns, got {self.granularity!r}"
+                )
+        elif not self.granularity:
+            raise ValueError("`granularity` must be 'layer', 'model' or at least one pattern, got none")
+        if self.granularity == "model" and self.overrides:
+            raise ValueError(
+                f"`overrides` must be empty with granularity 'model', where no layer is apart; 'layer' fits, or "
+                f"groups; got {self.overrides[0][0]!r}"
+            )
+        for compressor in compressors:
+            if not takes_mean(compressor):
+                vote = f"{compressor.name} makes something else than the mean of what it sends (a majority)"
+                if self.feedback is not None:
+                    raise ValueError(
+                        f"{vote}, so what a worker leaves out isn't what the mean lacks: no `feedback` fits it. "
+                        "sign:scaled and others whose results are means have one"
+                    )
+                if self.master is not None:
+                    raise ValueError(
+                        f"{vote}, which is a master's compression of its own: no `master` fits it. sign:mean^sign is "
+                        "Algorithm 1 with signs both ways"
+                    )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Layers that have to stand together in the layout."""
+        return () if isinstance(self.granularity, str) else self.granularity
+
+    def parts(self, blocks: Sequence[Block]) -> list[Part]:
+        """For `gradiveq.exchange.Worker`, of a layout that was made with `groups`.
+
+        Raises:
+            ValueError: a pattern doesn't fit the layers.
+        """
+        if self.granularity == "layer":
+            return layer_parts(blocks, self.compressor, self.overrides)
+        if self.granularity == "model":
+            return model_parts(blocks, self.compressor)
+        return group_parts(blocks, self.compressor, self.groups, self.overrides)
+
+    def master_parts(self, blocks: Sequence[Block]) -> list[Part]:
+        """The same parts with Q_M, for `gradiveq.exchange.Master`."""
+        assert self.master is not None
+        return [part._replace(compressor=self.master) for part in self.parts(blocks)]
+
+
+def takes_mean(compressor: Compressor) -> bool:
+    """Whether the workers' estimates are averaged in the end, as most are, and not voted on."""
+    total = np.array([2, -1, 0], np.float32)
+    compressor.finish(total, 2)
+    return bool((total == [1, -0.5, 0]).all())
+
+
+Method = Plain | QSGDRing | GradiVeQ | Compressed
+
+#: name -> class, of those that are no compressor.
 METHODS: dict[str, type[Plain] | type[QSGDRing] | type[GradiVeQ]] = {
     method.name: method for method in (Plain, QSGDRing, GradiVeQ)
 }

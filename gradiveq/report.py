@@ -62,7 +62,11 @@ class Report:
 
 @dataclass
 class Ongoing:
-    """The iteration under way: its number and learning rate, and what it has cost and found so far."""
+    """The iteration under way: its number and learning rate, and what it has cost and found so far.
+
+    Attributes:
+        overflowed: this worker's gradient is finite, but together with what error feedback remembers it isn't.
+    """
 
     iteration: int
     lr: float
@@ -73,6 +77,7 @@ class Ongoing:
     measure_bytes: int = 0
     losses: dict[str, Any] = field(default_factory=dict)
     measures: Measures | None = None
+    overflowed: bool = False
 
 
 def listed(names: Sequence[str]) -> str:
