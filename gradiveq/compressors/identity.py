@@ -20,6 +20,8 @@ class Identity(Compressor):
         return values.copy()
 
     def decompress(self, payload: Array, out: Float32, draw: Draw, size: int = 1) -> None:
+        if len(payload) != len(out):  # one alone would be copied to all of them
+            raise ValueError(f"{len(out)} elements are sent as they are, got {len(payload)}")
         out[:] = payload
 
     def payload_bytes(self, length: int) -> int:

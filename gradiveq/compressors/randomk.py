@@ -69,8 +69,11 @@ class RandomK(Compressor):
         return sent
 
     def decompress(self, payload: Array, out: Float32, draw: Draw, size: int = 1) -> None:
+        indices = self.indices(len(out), draw)
+        if len(payload) != len(indices):  # one alone would be copied to all of them
+            raise ValueError(f"{len(indices)} of {len(out)} elements are sent, got {len(payload)}")
         out.fill(0)
-        out[self.indices(len(out), draw)] = payload
+        out[indices] = payload
 
     def payload_bytes(self, length: int) -> int:
         return 4 * num_kept(length, self.ratio, self.count)
