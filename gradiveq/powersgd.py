@@ -30,6 +30,7 @@ dividing by their norm would give NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -39,6 +40,7 @@ import numpy.typing as npt
 from scipy.linalg.blas import sgemm
 
 from gradiveq.compressors.base import Constants, Draw, Float32
+from gradiveq.compressors.reductions import sum_of_squares
 from gradiveq.exchange import Measures
 from gradiveq.flatten import Block
 from gradiveq.jit import jit
@@ -176,12 +178,15 @@ class PowerSGDWorker:
         length: of the vector.
         measures: of the last call, on this worker's corrected gradient. PowerSGD says something of every element, so
             its density is 1.
+        overflowed: the gradient of the call under way is not finite together with the memory; known from the first
+            message on.
     """
 
     def __init__(self, blocks: Sequence[Block], method: PowerSGD, *, seed: int = 0, num_extra: int = 0) -> None:
         self.method, self.seed = method, seed
         self.length = blocks[-1].stop if blocks else 0
         self.measures: Measures | None = None
+        self.overflowed = False
         self._blocks, self._num_extra = tuple(blocks), num_extra
         self._memory = np.zeros(self.length, np.float32) if method.error_feedback else None
         self._corrected = np.empty(self.length, np.float32)
@@ -254,7 +259,8 @@ class PowerSGDWorker:
                 corrected[:] = gradient
             else:
                 np.add(gradient, self._memory, out=corrected)
-            norm = float(np.vdot(corrected, corrected))
+            norm = float(sum_of_squares(corrected))
+            self.overflowed = not math.isfinite(norm)
             place = 0
             for plain in self._plain:
                 num = plain.stop - plain.start
@@ -358,7 +364,7 @@ class PowerSGDWorker:
 
     def _finish(self, norm: float, q: dict[int, Float32]) -> None:
         """The call has ended well; `_corrected` holds what was left out."""
-        error = float(np.vdot(self._corrected, self._corrected))
+        error = float(sum_of_squares(self._corrected))
         remembered = 0.0 if self._memory is None else error
         total = self._accepted_error + remembered
         density = 1.0 if self.length else 0.0
