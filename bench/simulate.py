@@ -291,7 +291,8 @@ def simulate(
         "steps": columns {"iteration": steps done, "loss", "lr", what the aggregation and the observers measured}, None
             where there is no value; "loss" is the mean over the workers' batches.
         "evaluations": [{"iteration": steps done, "epoch", and what the task evaluates}].
-        "diverged": None, or the iteration whose loss or gradient wasn't finite. The run ends there, and is evaluated.
+        "diverged": None, or the iteration whose loss or gradient, or its sum with a memory, wasn't finite. The run
+            ends there, and is evaluated.
         "num_parameters": elements of the gradient; "payload_bytes": what one worker sent over the run.
     Raises:
         ValueError: an argument is outside its bounds, or the checkpoint is of another run.
@@ -355,7 +356,11 @@ class _Run:
         if not math.isfinite(loss) or not all(np.isfinite(gradient).all() for gradient in self.gradients):
             self.diverged = iteration
             return
-        columns = self.aggregation.aggregate(self.gradients, self.mean, iteration, lr)
+        try:
+            columns = self.aggregation.aggregate(self.gradients, self.mean, iteration, lr)
+        except OverflowError:  # of gradient and memory together
+            self.diverged = iteration
+            return
         step = Step(
             iteration, iteration / self.task.iterations_per_epoch, lr, loss, self.gradients, self.mean, self.aggregation
         )

@@ -1,0 +1,220 @@
+"""Layer-wise against entire-model compression: `python -m bench.layerwise` (Dutta et al. 2020, Fig. 2 to 8).
+
+Six methods, each applied to every layer for itself (a layer is one parameter tensor) and to all of the model's gradient
+as one vector, without error feedback, at the paper's ratios: test accuracy by epoch, over several seeds, and the
+compression error of the same gradients at both granularities.
+
+    --out folder (results/layerwise)
+        runs/<name>.json    each run (`bench.grid`); what `--resume` goes on with
+        layerwise.json      what the tables and figures say, and how it came about
+        table.md            the paper's findings beside ours, judged by written rules; accuracies; the theory's terms
+        fig<n>-<method>.png
+
+Operators are those of the authors' code (github.com/sands-lab/layer-wise-aaai20). Differences from it: k is rounded and
+at least 1 (theirs keep at least one element of a layer, too); random k draws the same elements on all workers; QSGD has
+the paper's 256 levels, the code 255; images are padded with black and not cut out of; the gradient of a worker is the
+mean over its batch and not the sum, so thresholds are in those units.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench import figures, layerwise_figures
+from bench.data import DataError, load
+from bench.findings import table
+from bench.grid import GridError, run_grid
+from bench.layerwise_findings import Runs, accuracy_table, along, judge_all, theory_table
+from bench.layerwise_runs import run
+from bench.layerwise_sizes import METHODS, PAPER, SMALL, SMALL_IS, Size, Where, specs
+from bench.options import Parser, UsageError
+from bench.record import environment, plain, write_atomically, write_json
+
+OUT = Path("results/layerwise")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, and what they come to: `size`, `where`."""
+    parser = Parser(
+        prog="python -m bench.layerwise",
+        description=(__doc__ or "").splitlines()[0],
+        argument_default=None,
+    )
+    parser.add_argument(
+        "--paper", action="store_true",
+        help="AlexNet and ResNet-9 in full with the paper's schedule, on --data; ResNet-50 on --imagenet if given",
+    )  # fmt: skip
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="NAME,…")
+    parser.add_argument("--networks", type=lambda text: text.split(","), help="of those of the size", metavar="NAME,…")
+    parser.add_argument("--ratios", type=_numbers, help="of random k and top k", metavar="X,…")
+    parser.add_argument("--thresholds", type=_numbers, help="of threshold v", metavar="X,…")
+    parser.add_argument("--seeds", type=int, help="runs of each setting", metavar="N")
+    parser.add_argument("--epochs", type=float, help="of every run", metavar="N")
+    parser.add_argument("--batch-size", type=int, help="images per worker and iteration", metavar="N")
+    parser.add_argument("--width", type=float, help="factor of the networks' channels", metavar="X")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="as for the training job; CIFAR-10 (default: the shipped sample of Fashion-MNIST)",
+    )
+    parser.add_argument("--imagenet", help="folder of ImageNet, with --paper", metavar="PATH")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)", metavar="N")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)", metavar="N")
+    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {OUT})", metavar="DIR")
+    parser.add_argument("--resume", action="store_true", help="go on with the runs in --out")
+    options = parser.parse_args(arguments)
+    unknown = [method for method in options.methods if method not in METHODS]
+    if unknown:
+        raise UsageError(f"--methods must be of {', '.join(METHODS)}, got {unknown[0]!r}")
+    options.size = _size(options)
+    options.where = Where(options.data, options.imagenet, options.device)
+    options.out = options.out or (Path(f"{OUT}-paper") if options.paper else OUT)
+    return options
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in text.split(","))
+
+
+def _size(options: argparse.Namespace) -> Size:
+    """The preset, with what the options say otherwise."""
+    size = PAPER if options.paper else SMALL
+    if options.imagenet and not options.paper:
+        raise UsageError("--imagenet is for --paper")
+    networks = [network for network in size.networks if options.imagenet or not network.imagenet]
+    if options.networks is not None:
+        known = {network.name: network for network in networks}
+        unknown = [name for name in options.networks if name not in known]
+        if unknown:
+            raise UsageError(f"--networks must be of {', '.join(known)} here, got {unknown[0]!r}")
+        networks = [known[name] for name in options.networks]
+    bounds = {"seeds": 1, "batch_size": 1, "epochs": 0, "width": 0, "processes": 1, "threads": 1}
+    for option, bound in bounds.items():
+        value = getattr(options, option)
+        if value is not None and not value >= (bound or 1e-9):
+            least = f"at least {bound}" if bound else "positive"
+            raise UsageError(f"--{option.replace('_', '-')} must be {least}, got {value:g}")
+    changes: dict[str, Any] = {}
+    if options.epochs is not None:
+        changes |= {"epochs": options.epochs, "long_epochs": options.epochs}
+    changes |= {name: value for name in ("batch_size", "width") if (value := getattr(options, name)) is not None}
+    whole = {name: value for name in ("ratios", "thresholds", "seeds") if (value := getattr(options, name)) is not None}
+    return replace(size, networks=tuple(replace(network, **changes) for network in networks), **whole)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def caption(runs: Runs, size: Size, about: dict[str, Any], *, paper: bool) -> str:
+    """How the figures came about."""
+    sources = dict.fromkeys(run["result"]["source"] for run in runs.values())
+    each = "; ".join(
+        f"{network.label}: {network.workers} workers x {network.batch_size} images in one process, "
+        f"{network.epochs:g} epochs"
+        for network in size.networks
+    )
+    parts = [
+        f"Data: {'; '.join(sources)}",
+        each,
+        f"seeds 0 to {size.seeds - 1}: mean, least and most",
+        f"on {figures.machine_text(about, about)}",
+        f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+        f"command: {about['command']}",
+    ]
+    return figures.sentences(parts) + ("" if paper else f"\n{SMALL_IS}")
+
+
+def report(runs: Runs, size: Size, about: dict[str, Any], *, paper: bool) -> tuple[str, list[dict[str, Any]]]:
+    """table.md, and the findings as JSON."""
+    findings = judge_all(runs, size.networks)
+    parts = [
+        "# Layer-wise against entire-model compression (Dutta et al. 2020)",
+        caption(runs, size, about, paper=paper),
+        table(findings),
+    ]
+    for network in size.networks:
+        if any(run["spec"]["network"] == network.name for run in runs.values()):
+            parts += [
+                f"## {network.label}: accuracy at the end",
+                "Mean ± standard deviation over the seeds; difference: layer-wise less entire-model, in points, with "
+                "its 95 % confidence interval. Errors are ‖g - Q(g)‖² / ‖g‖² of the same gradients, those of the "
+                "layer-wise runs, as means along the run.",
+                accuracy_table(runs, network),
+                f"## {network.label}: the theory's terms",
+                "Noise terms of section 4 for one-way compression; then, relative to ‖g‖² and as means along the "
+                "layer-wise runs, what Assumption 5 and Lemma 1 allow for E‖Q(g)‖² and what was measured.",
+                theory_table(runs, network),
+            ]
+    return "\n\n".join(parts) + "\n", [finding.as_dict() for finding in findings]
+
+
+def condensed(runs: Runs) -> dict[str, Any]:
+    """Of each run what it was, its evaluations, and means along it."""
+    return {
+        name: {
+            "spec": run["spec"],
+            "seconds": run["seconds"],
+            "evaluations": run["result"]["evaluations"],
+            "diverged": run["result"]["diverged"],
+            "noise": run["result"].get("noise"),
+            "means": {column: along(run, column) for column in run["result"]["steps"] if column != "iteration"},
+        }
+        for name, run in runs.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m bench.layerwise", *map(shlex.quote, words)])
+    try:
+        options = parse(words)
+        load(options.data)  # so that what is wrong with it is said once
+        out: Path = options.out
+        out.mkdir(parents=True, exist_ok=True)
+        grid = specs(options.size, options.methods, options.where)
+        with tqdm(total=len(grid), desc="runs", unit="run", disable=None) as bar:
+
+            def show(line: str) -> None:
+                bar.update()
+                bar.write(line)
+
+            runs = run_grid(
+                run, grid, out / "runs", processes=options.processes, threads=options.threads,
+                resume=options.resume, show=show,
+            )  # fmt: skip
+        about = environment() | {"command": command, "cores": os.cpu_count()}
+        text, findings = report(runs, options.size, about, paper=options.paper)
+        record = {
+            "environment": about, "size": asdict(options.size), "findings": findings, "runs": condensed(runs),
+        }  # fmt: skip
+        write_json(out / "layerwise.json", plain(record))
+        write_atomically(out / "table.md", text.encode())
+        with figures.figure_style():
+            for method in options.methods:
+                words_below = caption(runs, options.size, about, paper=options.paper)
+                figure = layerwise_figures.draw(runs, options.size.networks, method, words_below)
+                if figure is not None:
+                    figures.write_figure(figure, out / layerwise_figures.name_of(method))
+    except (UsageError, DataError, GridError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    print(text)
+    print(f"written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
