@@ -11,18 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradiveq.compressors import select
+from gradiveq.compressors.adacomp import AdaComp
 from gradiveq.compressors.adaptive import Adaptive
 from gradiveq.compressors.base import Compressor, Draw
 from gradiveq.compressors.bits import pack, packed_bytes, unpack
+from gradiveq.compressors.randomk import RandomK
 from gradiveq.compressors.select import at_least, top_k
-from gradiveq.compressors.sparse import decode_positions, encode_positions, positions_bytes
+from gradiveq.compressors.sparse import decode_positions, encode_positions, positions_bytes, ring_over_gather
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
+from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
 
 DRAW = Draw(seed=3, call=5, rank=1, part=2)
 DENORMAL = np.float32(1e-45)
 #: Values that meet often, so that there are ties, and at the ends of float32.
 AWKWARD = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, float(DENORMAL), -3e-45, 1e-38, 1e38, -1e38, 3.4e38)
+
+#: Of a vector of which `top_k` takes its largest sample.
+LONG = 8 * select._SAMPLE + 4321
 
 vectors = st.lists(
     st.one_of(st.sampled_from(AWKWARD), st.floats(-100, 100, width=32), st.floats(-(2.0**127), 2.0**127, width=32)),
@@ -130,17 +136,15 @@ class TestSelection:
         indices, chosen = at_least(np.array([3.4e38, -3.4e38], np.float32), np.float32(np.inf))
         assert len(indices) == len(chosen) == 0
 
-    LENGTH = 8 * select._SAMPLE + 4321  # the shortest for which top_k takes the whole sample
-
-    @classmethod
-    def sampled(cls) -> np.ndarray:
+    @staticmethod
+    def sampled() -> np.ndarray:
         """The places that the sample sees."""
         sample = np.empty(select._SAMPLE, np.int32)
-        select._take_sample(np.arange(cls.LENGTH, dtype=np.int32), sample)
+        select._take_sample(np.arange(LONG, dtype=np.int32), sample)
         return sample
 
     def test_the_sample_has_one_place_of_each_stretch(self):
-        edges = np.arange(select._SAMPLE + 1) * self.LENGTH // select._SAMPLE
+        edges = np.arange(select._SAMPLE + 1) * LONG // select._SAMPLE
         sampled = self.sampled()
         assert (sampled >= edges[:-1]).all()
         assert (sampled < edges[1:]).all()
@@ -163,29 +167,36 @@ class TestSelection:
         "signs": lambda rng, n: np.where(np.arange(n) < n // 2, 1.0, -1.0),
     }
 
-    @pytest.mark.parametrize("k", [1, 2, 100, 2623, 30_000, 131_072, 266_464])
+    @pytest.mark.parametrize(
+        ("length", "k"),
+        [
+            *((5000, k) for k in (1, 50, 4999)),
+            (70_001, 700),
+            *((LONG, k) for k in (1, 2, 100, 2623, 30_000, 131_072, LONG - 1)),
+        ],
+    )
     @pytest.mark.parametrize("make", SHAPES.values(), ids=SHAPES)
-    def test_top_k_of_long_vectors(self, make, k):
-        values = make(np.random.default_rng(k), self.LENGTH).astype(np.float32)
+    def test_top_k_of_long_vectors(self, make, length, k):
+        values = make(np.random.default_rng(k), length).astype(np.float32)
         check_top_k(values, k)
 
     @pytest.mark.parametrize("k", [1, 500, 2623])
     @pytest.mark.parametrize("at_sample", [0.0, 1.0, 5.0], ids=["too low", "tied", "too high"])
     def test_top_k_where_the_sample_misleads(self, at_sample, k):
-        values = np.random.default_rng(0).uniform(1, 2, self.LENGTH).astype(np.float32)
+        values = np.random.default_rng(0).uniform(1, 2, LONG).astype(np.float32)
         values[self.sampled()] = at_sample
         check_top_k(values, k)
 
     @pytest.mark.parametrize("k", [500, 2623])
     def test_top_k_where_too_few_are_as_large_as_the_sample(self, k):
-        values = np.random.default_rng(0).uniform(0, 1, self.LENGTH).astype(np.float32)
+        values = np.random.default_rng(0).uniform(0, 1, LONG).astype(np.float32)
         values[self.sampled()[:: select._SAMPLE // (k - 1)][: k - 1]] = 3
         seen = self.sampled()[1 :: select._SAMPLE // 64]
         values[seen] = 2
         check_top_k(values, k)
 
     def test_top_k_leaves_its_input_alone(self):
-        values = np.random.default_rng(0).standard_normal(self.LENGTH, dtype=np.float32)
+        values = np.random.default_rng(0).standard_normal(LONG, dtype=np.float32)
         values.setflags(write=False)
         top_k(values, 2623)
         at_least(values, np.float32(1))
@@ -349,3 +360,253 @@ class TestSparsifiers:
                     compressor.decompress(broken, out, DRAW)
                 with pytest.raises(ValueError, match=r"bytes, got \d+"):
                     compressor.add_to(broken, out, DRAW, out)
+
+
+class TestBoundsAreAttained:
+    def test_top_k_by_equal_elements(self):
+        values = np.full(200, -3.0, np.float32)
+        constants = TopK(count=14).constants(200)
+        assert squared(values - decoded(TopK(count=14), values)) == pytest.approx(constants.variance * squared(values))
+        assert constants.delta == 14 / 200
+
+    def test_the_threshold_by_elements_just_below(self):
+        values = np.full(200, np.nextafter(np.float32(0.5), np.float32(0)), np.float32)
+        assert squared(values - decoded(Threshold(0.5), values)) == pytest.approx(
+            Threshold(0.5).constants(200).absolute
+        )
+
+    @pytest.mark.parametrize("multiple", [1.0, 2.0, 7.0])
+    def test_the_adaptive_one_by_elements_just_below(self, multiple):
+        values = np.full(200, np.nextafter(np.float32(1 / multiple), np.float32(0)), np.float32)
+        values[77] = 1
+        error = values - decoded(Adaptive(multiple), values)
+        variance = Adaptive(multiple).constants(200).variance
+        assert squared(error) == pytest.approx(variance * squared(values), rel=1e-5)
+
+    def test_keeping_all_leaves_nothing(self):
+        for compressor in (TopK(1.0), TopK(count=9), RandomK(1.0), RandomK(count=9), RandomK(1.0, unbiased=True)):
+            constants = compressor.constants(9)
+            assert (constants.delta, constants.variance, constants.absolute) == (1, 0, 0)
+
+    @pytest.mark.parametrize("compressor", [TopK(), RandomK(), Adaptive(), AdaComp(), RandomK(unbiased=True)], ids=str)
+    def test_nothing_is_left_of_an_empty_vector(self, compressor):
+        constants = compressor.constants(0)
+        assert (constants.omega, constants.delta, constants.variance) == (0, 1, 0)
+
+
+class TestRandomK:
+    @given(values=vectors, ratio=st.floats(1e-3, 1), seed=st.integers(0, 2**63))
+    def test_sends_k_of_them_as_they_are(self, values, ratio, seed):
+        compressor, draw = RandomK(ratio), Draw(seed, 2, 3, 4)
+        k = min(len(values), max(1, round(ratio * len(values))))
+        indices = compressor.indices(len(values), draw)
+        assert len(indices) == k
+        assert (np.diff(indices) > 0).all()
+        payload = compressor.compress(values, draw)
+        assert (payload.dtype, payload.shape) == (np.float32, (k,))
+        assert payload.nbytes == compressor.payload_bytes(len(values))
+        assert compressor.num_sent(payload, len(values)) == k
+        out = np.full_like(values, np.nan)
+        compressor.decompress(payload, out, draw)
+        assert np.array_equal(out, only(values, indices))
+        assert np.array_equal(out + (values - out), values)
+
+    @given(values=vectors, ratio=st.floats(1e-3, 1))
+    def test_the_unbiased_form_is_rescaled(self, values, ratio):
+        compressor = RandomK(ratio, unbiased=True)
+        payload = compressor.compress(values, DRAW)
+        sent = values[compressor.indices(len(values), DRAW)].astype(np.float64)
+        largest = np.finfo(np.float32).max
+        scale = len(values) / len(sent) if len(sent) else 1
+        assert np.array_equal(payload, np.clip(sent * scale, -largest, largest).astype(np.float32))
+
+    def test_says_which_form_it_is(self):
+        assert (RandomK().biased, RandomK().copies) == (True, True)
+        assert (RandomK(unbiased=True).biased, RandomK(unbiased=True).copies) == (False, False)
+
+    def test_all_ranks_choose_the_same_and_anew_each_time(self):
+        compressor = RandomK(count=20)
+        indices = compressor.indices(1000, DRAW)
+        assert np.array_equal(indices, compressor.indices(1000, DRAW._replace(rank=0)))
+        for other in (DRAW._replace(call=6), DRAW._replace(part=3), DRAW._replace(seed=4)):
+            assert not np.array_equal(indices, compressor.indices(1000, other))
+
+    @pytest.mark.parametrize("k", [1, 6, 20, 33, 39])
+    def test_every_set_is_as_likely(self, k):
+        """Single elements, and pairs of neighbours, come as often as they should: within 5 standard deviations."""
+        length, calls = 40, 4000
+        chosen = np.zeros((calls, length))
+        for call in range(calls):
+            chosen[call, RandomK(count=k).indices(length, Draw(1, call, 0, 0))] = 1
+        single, pair = k / length, k * (k - 1) / (length * (length - 1))
+        for seen, expected in ((chosen, single), (chosen * np.roll(chosen, 1, axis=1), pair)):
+            deviation = np.sqrt(expected * (1 - expected) / calls)
+            assert np.abs(seen.mean(axis=0) - expected).max() <= 5 * deviation
+
+    @pytest.mark.parametrize("unbiased", [False, True])
+    def test_mean_and_variance(self, unbiased):
+        """Of 4000 estimates, within 5 standard deviations of the mean, and the error's mean within 5%."""
+        compressor = RandomK(0.2, unbiased=unbiased)
+        values = np.random.default_rng(0).standard_normal(50).astype(np.float32)
+        estimates, out = [], np.empty_like(values)
+        for call in range(4000):
+            draw = Draw(2, call, 0, 0)
+            compressor.decompress(compressor.compress(values, draw), out, draw)
+            estimates.append(out.astype(np.float64))
+        expected = values * (1.0 if unbiased else 0.2)
+        deviation = np.abs(values) * (2 if unbiased else 0.4) / np.sqrt(4000)  # sqrt(p(1-p)), times 1/p
+        assert (np.abs(np.mean(estimates, axis=0) - expected) <= 5 * deviation).all()
+        constants = compressor.constants(50)
+        errors = [squared(values - estimate) for estimate in estimates]
+        assert np.mean(errors) == pytest.approx(constants.variance * squared(values), rel=0.05)
+        norms = [squared(estimate) for estimate in estimates]
+        assert np.mean(norms) <= (1 + constants.omega) * squared(values) * 1.05
+        assert constants.omega == (pytest.approx(4) if unbiased else 0)
+        assert constants.delta == (None if unbiased else pytest.approx(0.2))
+
+    def test_workers_values_are_added(self):
+        rng = np.random.default_rng(0)
+        gradients = rng.integers(-8, 8, (4, 300)).astype(np.float32)
+        compressor = RandomK(0.1)
+        workers = [Worker([Part("all", 0, 300, compressor)], 300, rank=rank, size=4, seed=9) for rank in range(4)]
+        out = np.empty(300, np.float32)
+        exchange_here(workers, gradients, out, call=7)
+        assert np.array_equal(out, only(gradients.sum(axis=0) / 4, compressor.indices(300, Draw(9, 7, 0, 0))))
+
+
+def restated_adacomp(values: np.ndarray, latest: np.ndarray, bin_size: int) -> np.ndarray:
+    """pack() of Chen et al. 2018, element by element."""
+    starts = range(0, len(values), bin_size)
+    maxima = [max(abs(float(value)) for value in values[start : start + bin_size]) for start in starts]
+    scale = np.float32(sum(maxima) / len(maxima)) if maxima else np.float32(0)
+    out = np.zeros_like(values)
+    for i, (value, new) in enumerate(zip(values, latest, strict=True)):
+        with np.errstate(over="ignore"):
+            h = value + new
+        if abs(h) >= maxima[i // bin_size]:
+            out[i] = np.sign(value) * scale
+    return out
+
+
+class TestAdaComp:
+    @settings(max_examples=50)
+    @given(
+        pairs=st.lists(st.tuples(st.sampled_from(AWKWARD), st.sampled_from(AWKWARD)), max_size=60),
+        bin_size=st.integers(1, 70),
+        seed=st.one_of(st.none(), st.integers(0, 1000)),
+    )
+    def test_the_formula_its_bounds_and_its_payload(self, pairs, bin_size, seed):
+        values, latest = np.array(pairs, np.float32).reshape(-1, 2).T.copy()
+        if seed is not None:
+            values, latest = np.random.default_rng(seed).standard_normal((2, 70)).astype(np.float32)
+        compressor = AdaComp(bin_size)
+        before = values.tobytes() + latest.tobytes()
+        payload = compressor.compress(values, DRAW, latest)
+        assert values.tobytes() + latest.tobytes() == before
+        assert len(payload) <= compressor.payload_bytes(len(values))
+        out = np.full_like(values, np.nan)
+        compressor.decompress(np.append(np.uint8(0), payload)[1:], out, DRAW)
+        np.testing.assert_allclose(out, restated_adacomp(values, latest, bin_size), rtol=1e-7)
+        assert compressor.num_sent(payload, len(values)) >= np.count_nonzero(out)
+        total = np.ones_like(values)
+        compressor.add_to(payload, total, DRAW, np.empty_like(values))
+        assert np.array_equal(total, np.float32(1) + out)
+
+        constants = compressor.constants(len(values))
+        assert squared(out) <= (1 + constants.omega) * squared(values) * (1 + 1e-6)
+        wide = values.astype(np.float64)
+        assert squared(wide - out) <= constants.variance * squared(values) * (1 + 1e-6)
+
+    def test_without_a_residual_it_sends_from_half_the_maximum_on(self):
+        values = np.array([1, -0.5, 0.49, 0, 8, 4, -3.9, 0], np.float32)
+        for latest in (None, values):
+            assert decoded(AdaComp(4), values, latest).tolist() == [4.5, -4.5, 0, 0, 4.5, 4.5, 0, 0]
+
+    def test_nothing_is_sent_of_zeros(self):
+        payload = AdaComp().compress(np.zeros(1000, np.float32), DRAW)
+        assert AdaComp().num_sent(payload, 1000) == 0
+        assert len(payload) == 4 + 5
+
+    def test_the_residual_is_what_error_feedback_remembers(self):
+        rng = np.random.default_rng(0)
+        feedback = ErrorFeedback("gradient")
+        worker = Worker([Part("all", 0, 500, AdaComp(50))], 500, rank=0, size=1, feedback=feedback)
+        residual, out = np.zeros(500, np.float32), np.empty(500, np.float32)
+        for call in range(6):
+            latest = rng.standard_normal(500).astype(np.float32)
+            exchange_here([worker], [latest], out, call)
+            values = latest + residual
+            sent = restated_adacomp(values, latest, 50)
+            np.testing.assert_allclose(out, sent, rtol=1e-6)
+            assert not np.array_equal(sent != 0, restated_adacomp(values, values, 50) != 0) or call == 0
+            residual = values - out
+            assert np.array_equal(worker.memory, residual)
+
+    def test_payloads_of_other_lengths_are_refused(self):
+        payload = AdaComp().compress(np.random.default_rng(0).standard_normal(400).astype(np.float32), DRAW)
+        out = np.empty(400, np.float32)
+        for broken in (payload[:0], payload[:4], payload[:9], payload[:-1], np.append(payload, payload[:1])):
+            with pytest.raises(ValueError, match="got"):
+                AdaComp().decompress(broken, out, DRAW)
+            with pytest.raises(ValueError, match="got"):
+                AdaComp().add_to(broken, out, DRAW, out)
+
+
+class TestRingOverGather:
+    @staticmethod
+    def counted(choices: list[set[int]], length: int) -> float:
+        """The elements that travel, hop by hop."""
+        size, travelled = len(choices), 0
+        for segment in range(size):
+            here = set(range(segment * length // size, (segment + 1) * length // size))
+            carried: set[int] = set()
+            for hop in range(size - 1):
+                carried |= choices[(segment + hop) % size] & here
+                travelled += len(carried)
+            carried |= choices[(segment + size - 1) % size] & here
+            travelled += (size - 1) * len(carried)
+        return travelled / ((size - 1) * sum(map(len, choices)))
+
+    @given(st.integers(2, 7), st.integers(1, 200), st.floats(0.01, 1), st.integers(0, 2**32 - 1))
+    def test_counts_what_travels(self, size, length, density, seed):
+        rng = np.random.default_rng(seed)
+        choices = [np.flatnonzero(rng.random(length) < density).astype(np.uint32) for _ in range(size)]
+        choices[0] = np.union1d(choices[0], [0]).astype(np.uint32)
+        quotient = ring_over_gather(choices, length)
+        assert quotient == pytest.approx(self.counted([set(map(int, choice)) for choice in choices], length))
+        union = len(np.unique(np.concatenate(choices)))
+        assert quotient <= 2 * union / sum(map(len, choices)) + 1e-12  # so it pays if the union is below N·k/2
+        if size == 2:
+            assert quotient >= 1
+
+    @pytest.mark.parametrize("size", [2, 3, 8])
+    def test_the_two_ends(self, size):
+        same = np.arange(0, 960, 7, dtype=np.uint32)
+        assert ring_over_gather([same] * size, 960) == pytest.approx(2 / size)
+        apart = [np.arange(worker, 960, 16, dtype=np.uint32) for worker in range(size)]
+        assert ring_over_gather(apart, 960) == pytest.approx(1.5)
+
+    def test_nothing_to_send(self):
+        assert ring_over_gather([np.empty(0, np.uint32)] * 3, 10) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopK(0), r"`ratio` is the fraction of the elements to keep, in \(0, 1\], got 0"),
+        (lambda: TopK(1.01), "`ratio` .* got 1.01"),
+        (lambda: TopK(float("nan")), "`ratio` .* got nan"),
+        (lambda: TopK(count=0), "`count`, of the elements to keep, must be at least 1, got 0"),
+        (lambda: RandomK(-0.1), "`ratio` .* got -0.1"),
+        (lambda: RandomK(count=-1), "`count`, .* got -1"),
+        (lambda: Threshold(-1.0), r"`value` must be in \[0, 3.403e\+38\], .* got -1.0"),
+        (lambda: Threshold(1e39), "`value` .* got 1e\\+39"),
+        (lambda: Threshold(float("nan")), "`value` .* got nan"),
+        (lambda: Adaptive(0.99), "`multiple` must be at least 1, .* got 0.99"),
+        (lambda: Adaptive(float("inf")), "`multiple` .* got inf"),
+        (lambda: AdaComp(0), "`bin_size`, in elements, must be at least 1, got 0"),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

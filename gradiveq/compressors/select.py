@@ -9,7 +9,7 @@ infinities included, and ±0 are equal.
        largest magnitude is hardly ever below: the sample's element of rank r, four standard deviations beyond the
        r = 2^15·k/n that is expected.
     2. One pass collects the indices of all magnitudes >= bound; about 1.2·k of them for k = n/100.
-    3. A partition of those few gives the k-th magnitude, by which they are cut down to k.
+    3. A partition of those few, or of those that a like bound from above leaves of them, gives the k-th magnitude.
 
 Whether the sample misled shows in step 2: fewer than k are left, or far more than expected. Too many are usually equal
 to the bound (a constant vector, zeros, few distinct values), so that fewer than k are larger and the bound itself is
@@ -21,7 +21,7 @@ the time does: O(n) in any case, as NumPy's partition is.
 
 from __future__ import annotations
 
-from math import ceil, sqrt
+from math import ceil, floor, sqrt
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from gradiveq.compressors.bits import UInt32
 from gradiveq.jit import jit
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
+_LARGEST = 0x7FFFFFFF
 _SAMPLE = 1 << 15
 _SHORT = 1 << 12  # up to here a partition of all is as fast
 _BLOCK = 1024  # elements that are compared before any is collected; a multiple of 8
@@ -75,12 +76,14 @@ def top_k(values: Float32, k: int) -> tuple[UInt32, Float32]:
     patterns = values.view(np.int32)
     size = min(_SAMPLE, length // 8)
     expected = size * k / length
-    rank = ceil(expected + 4 * sqrt(expected) + 8)
+    margin = 4 * sqrt(expected) + 8
+    rank = ceil(expected + margin)
     if length > _SHORT and rank < size:
         sample = np.empty(size, np.int32)
         _take_sample(patterns, sample)
-        sample.partition(size - rank)
-        bound = int(sample[size - rank])
+        upper_rank = max(1, floor(expected - margin))
+        sample.partition((size - rank, size - upper_rank))
+        bound, upper_bound = int(sample[size - rank]), int(sample[size - upper_rank])
         room = ceil((rank + 6 * sqrt(rank)) * length / size) + 1
         indices, collected = np.empty(room, np.uint32), np.empty(room, np.int32)
         found = _collect(patterns, bound, indices, collected)
@@ -90,7 +93,7 @@ def top_k(values: Float32, k: int) -> tuple[UInt32, Float32]:
                 places = _first_above(patterns, bound, k)
                 return places, values.take(places)
         if found >= k:
-            places = _first_above(collected[:found], _kth(collected[:found], k), k)
+            places = _first_above(collected[:found], _kth(collected[:found], k, upper_bound), k)
             return indices.take(places), collected.take(places).view(np.float32)
     places = _first_above(patterns, _kth(patterns, k), k)
     return places, values.take(places)
@@ -113,11 +116,15 @@ def at_least(values: Float32, bound: np.float32) -> tuple[UInt32, Float32]:
     return indices, collected.view(np.float32)
 
 
-def _kth(patterns: Int32, k: int) -> int:
-    """The k-th largest magnitude, by a partition of all."""
+def _kth(patterns: Int32, k: int, upper_bound: int = _LARGEST) -> int:
+    """The k-th largest magnitude, by a partition of all, or of those that are <= `upper_bound` if it is there."""
     magnitudes = patterns & _MAGNITUDE
-    magnitudes.partition(len(patterns) - k)
-    return int(magnitudes[len(patterns) - k])
+    lower = magnitudes[magnitudes <= upper_bound]
+    larger = len(magnitudes) - len(lower)
+    if larger < k:
+        magnitudes, k = lower, k - larger
+    magnitudes.partition(len(magnitudes) - k)
+    return int(magnitudes[len(magnitudes) - k])
 
 
 def _first_above(patterns: Int32, kth: int, k: int) -> UInt32:
