@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bench.record import read_json, write_atomically, write_json
+from bench.record import file_name, read_json, write_atomically, write_json
 from ring.handle import Ring
 
 FOLDER = "checkpoint"
@@ -74,7 +74,7 @@ class Checkpoints:
         """
         if self.current and (self.current["method"], self.current["iteration"]) == (method, iteration):
             return  # writing the same parts again would leave a moment in which they don't match the manifest
-        name = f"{method}-{iteration}-rank{{}}.pt"
+        name = f"{file_name(method)}-{iteration}-rank{{}}.pt"
         num_bytes, digest, failure = self._write_part(self.folder / name.format(self.ring.rank), state)
         said = self.ring.rows_of_all([failure, num_bytes, *digest])
         self._check(said[:, 0], "its part of the checkpoint")

@@ -11,9 +11,11 @@ from bench.data import Dataset
 from bench.emulation import note
 from bench.models import MODELS
 from bench.options import PAPER
+from bench.record import file_name
 from bench.train import PAPER_COMPRESS, PAPER_ITERATIONS, PAPER_SAMPLE, PAPER_WARMUP, Settings, scaled_schedule
 from bench.workers import Workers
-from gradiveq.methods import METHODS, GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.methods import Compressed, GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.specs import known_names, parse
 from ring.cluster import Cluster
 
 STATED = (
@@ -52,9 +54,6 @@ def configure(options: dict[str, Any]) -> Configuration:
     Raises:
         ValueError: an option can't be used; one line.
     """
-    for name in options["methods"]:
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r} in --methods, known are {', '.join(METHODS)}")
     if options["model"] not in {*MODELS, "resnet8"}:
         raise ValueError(f"unknown --model {options['model']!r}, known are {', '.join(MODELS)}")
     if options["device"] == "cuda" and not torch.cuda.is_available():
@@ -87,7 +86,25 @@ def configure(options: dict[str, Any]) -> Configuration:
         **{name: options[name] for name in same},
     )
     every: dict[str, Method] = {"rar": Plain(), "qsgd": qsgd, "gradiveq": gradiveq}
-    return Configuration({name: every[name] for name in options["methods"]}, settings, scaled)
+    methods: dict[str, Method] = {}
+    for name in options["methods"]:
+        method = every[name] if name in every else _parse(name, settings.momentum)
+        for other, theirs in methods.items():
+            if method == theirs:
+                raise ValueError(f"--methods: {other!r} and {name!r} are the same method")
+            if file_name(name) == file_name(other):
+                raise ValueError(f"--methods: {other!r} and {name!r} would be written into the same files")
+        methods[name] = method
+    return Configuration(methods, settings, scaled)
+
+
+def _parse(spec: str, momentum: float) -> Method:
+    try:
+        return parse(spec, momentum=momentum)
+    except ValueError as error:
+        if f"unknown method {spec!r}" in str(error):  # a word that is none at all, and no spec of one
+            raise ValueError(f"unknown method {spec!r} in --methods, known are {', '.join(known_names())}") from error
+        raise ValueError(f"--methods: {error}") from error
 
 
 def notes(
@@ -110,6 +127,20 @@ def notes(
         if configuration.scaled:
             text += f"; scaled from the paper's {PAPER_ITERATIONS:,} iterations ({configuration.scaled})"
         lines.append(f"{text}.")
+    compressed = {name: method for name, method in configuration.methods.items() if isinstance(method, Compressed)}
+    if any(method.granularity == "layer" for method in compressed.values()):
+        lines.append("Compressors are applied to each layer (one parameter) by itself, where a method doesn't say @.")
+    for name, method in compressed.items():
+        form = None if method.feedback is None else method.feedback.form
+        if form == "update" and options["momentum"]:
+            lines.append(
+                f"{name}: momentum {options['momentum']:g} is each worker's own, in what it sends (Algorithm 3 of Sahu "
+                "et al. 2021, with Nesterov's); the optimiser has none."
+            )
+        elif form == "scaled" and options["momentum"]:
+            lines.append(
+                f"{name}: Algorithm 1 of Sahu et al. 2021 is plain SGD; here SGD has momentum {options['momentum']:g}."
+            )
     lines.append(
         f"Learning rate {options['lr']:g}, divided by 10 after 1/2 and 3/4 of the run, warm-up over "
         f"{options['lr_warmup']} iterations (the paper states none)."

@@ -22,7 +22,7 @@ import json
 import sys
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -42,9 +42,15 @@ from bench.record import ENVIRONMENT, GROUPS, SUMMARY, metrics_name, write_atomi
 from bench.report import Clock, bytes_text, clocks
 from gradiveq.pca import DEFAULT_LOSS_THRESHOLD
 
-#: Okabe and Ito's palette. A method has the same colour in every figure; others than these get one by their name.
+#: Okabe and Ito's palette. A method has the same colour in every figure; others than these get one by their name, the
+#: next if another method of the figure has it.
 METHOD_COLORS = {"rar": "#0072B2", "qsgd": "#E69F00", "gradiveq": "#009E73"}
-OTHER_COLORS = ("#CC79A7", "#56B4E9", "#D55E00", "#666666")
+#: Colours and markers of other methods.
+OTHER_STYLES = (
+    ("#CC79A7", "D"), ("#56B4E9", "v"), ("#D55E00", "P"), ("#666666", "X"), ("#332288", "<"), ("#882255", ">"),
+    ("#999933", "p"), ("#000000", "h"), ("#A6761D", "d"), ("#66A61E", "*"), ("#E7298A", "H"), ("#7570B3", "8"),
+)  # fmt: skip
+LINE_STYLES = ("-", "--", ":", "-.")
 METHOD_LABELS = {"rar": "plain ring (rar)", "qsgd": "QSGD in the ring", "gradiveq": "GradiVeQ"}
 METHOD_MARKERS = {"rar": "o", "qsgd": "s", "gradiveq": "^"}
 #: Tol's light palette, for kinds of seconds.
@@ -71,7 +77,9 @@ IMPLEMENTATION_STYLES: dict[str, dict[str, Any]] = {
 }
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#888888"
 
-PHASES = ("plain", "qsgd", "warm-up", "sample", "compress")
+PHASES = ("plain", "qsgd", "compressed", "warm-up", "sample", "compress")
+#: Of methods that have no other.
+ONLY_PHASES = ("plain", "qsgd", "compressed")
 #: The paper's Fig. 7b is for so many iterations, one window.
 BREAKDOWN_ITERATIONS = 500
 #: Fig. 5's layer.
@@ -157,13 +165,42 @@ def figure_style() -> Any:
     return matplotlib.style.context(["default", STYLE])
 
 
-def method_color(method: str) -> str:
-    return METHOD_COLORS.get(method) or OTHER_COLORS[zlib.crc32(method.encode()) % len(OTHER_COLORS)]
+def _places(methods: Iterable[str]) -> dict[str, int]:
+    """Where in `OTHER_STYLES` each method is that has no style of its own; beyond the end it begins again."""
+    places: dict[str, int] = {}
+    for method in dict.fromkeys(methods):
+        if method not in METHOD_COLORS:
+            first, count = zlib.crc32(method.encode()) % len(OTHER_STYLES), len(OTHER_STYLES)
+            rounds = len(places) // count * count
+            free = (rounds + (first + step) % count for step in range(count))
+            places[method] = next(place for place in free if place not in places.values())
+    return places
 
 
-def method_style(method: str) -> dict[str, Any]:
-    """How a method is drawn, everywhere."""
-    return {"color": method_color(method), "label": METHOD_LABELS.get(method, method)}
+def method_color(method: str, among: Sequence[str] = ()) -> str:
+    """See `method_style`."""
+    color: str = method_style(method, among)["color"]
+    return color
+
+
+def method_marker(method: str, among: Sequence[str] = ()) -> str:
+    """See `method_style`."""
+    if method in METHOD_MARKERS:
+        return METHOD_MARKERS[method]
+    return OTHER_STYLES[_places([*among, method])[method] % len(OTHER_STYLES)][1]
+
+
+def method_style(method: str, among: Sequence[str] = ()) -> dict[str, Any]:
+    """How a line of a method is drawn.
+
+    Args:
+        among: all methods of the figure, in order, so that no two look alike.
+    """
+    label = METHOD_LABELS.get(method, method)
+    if method in METHOD_COLORS:
+        return {"color": METHOD_COLORS[method], "label": label}
+    rounds, place = divmod(_places([*among, method])[method], len(OTHER_STYLES))
+    return {"color": OTHER_STYLES[place][0], "label": label, "linestyle": LINE_STYLES[rounds % len(LINE_STYLES)]}
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -257,11 +294,13 @@ def _accuracy(run: Run, clock: Clock) -> Figure | None:
     if not evaluations:
         return None
     time = "time_s" if clock.key is None else "virtual_s"
-    figure = new_figure(9.5, 3.6, run.title(f"Test accuracy{_on(clock)}"), run.caption(clock))
+    names = list(evaluations)
+    height = max(3.6, 0.6 + 0.43 * len(names))  # of the legend
+    figure = new_figure(9.5, height, run.title(f"Test accuracy{_on(clock)}"), run.caption(clock))
     axes = figure.subplots(1, 2, sharey=True)
     for method, lines in evaluations.items():
         accuracy = [100 * line["test_accuracy"] for line in lines]
-        style = {**method_style(method), "marker": METHOD_MARKERS.get(method, "D")}
+        style = {**method_style(method, names), "marker": method_marker(method, names)}
         label = f"{style.pop('label')}\n{accuracy[-1]:.2f} % in {lines[-1][time]:,.0f} s"
         axes[0].plot([line[time] for line in lines], accuracy, label=label, **style)
         axes[1].plot([line["iteration"] for line in lines], accuracy, **style)
@@ -299,7 +338,7 @@ def _breakdown(run: Run, clock: Clock) -> Figure | None:
     parts = [run.methods[name]["phases"][phase] for name, phase in phases]
     each = [_shown(clock.times(part)["groups"], 1e3 / part["iterations"]) for part in parts]
     labels = [
-        f"{METHOD_LABELS.get(name, name)}{'' if phase in ('plain', 'qsgd') else f', {phase}'}" for name, phase in phases
+        f"{METHOD_LABELS.get(name, name)}{'' if phase in ONLY_PHASES else f', {phase}'}" for name, phase in phases
     ]
     _stack(right, labels, each, "{:,.0f}")
     right.set(xlabel="milliseconds per iteration", title="by phase")
@@ -337,7 +376,8 @@ def _loss(run: Run) -> Figure | None:
     losses = {m: lines["iteration"] for m, lines in run.lines.items() if lines["iteration"]}
     if not losses:
         return None
-    figure = new_figure(8.5, 3.6, run.title("Training loss"), run.caption())
+    names = list(losses)
+    figure = new_figure(8.5, max(3.6, 0.6 + 0.25 * len(names)), run.title("Training loss"), run.caption())
     axis = figure.subplots()
     smooth_top = 0.0
     for method, lines in losses.items():
@@ -347,7 +387,7 @@ def _loss(run: Run) -> Figure | None:
         known, window = np.isfinite(loss), np.ones(span)
         number = np.convolve(known, window, "valid")
         smooth = np.convolve(np.where(known, loss, 0.0), window, "valid") / np.where(number > 0, number, np.nan)
-        style = method_style(method)
+        style = method_style(method, names)
         axis.plot(iterations, loss, color=style["color"], alpha=0.22, linewidth=0.7)
         axis.plot(iterations[span - 1 :], smooth, **style)
         smooth_top = max(smooth_top, float(np.nan_to_num(smooth).max()))

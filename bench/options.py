@@ -89,6 +89,16 @@ class Parser(argparse.ArgumentParser):
 
     quiet = False
 
+    def format_help(self) -> str:
+        from gradiveq import specs  # and NumPy with it: nothing else happens in this process
+
+        grammar = (specs.__doc__ or "").split("\n\n", 1)[1].rstrip()
+        compressors = "\n".join(f"    {spec}\n        {text}" for spec, text in specs.describe())
+        return (
+            f"{super().format_help()}\nmethods:\n    rar (plain ring all-reduce), qsgd (in the ring) and gradiveq, "
+            f"with the options above; or a spec:\n\n{grammar}\n\ncompressors, with their defaults:\n{compressors}\n"
+        )
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
@@ -109,8 +119,8 @@ def make_parser() -> Parser:
     """Without defaults, so that what was given can be told from what was not."""
     parser = Parser(
         prog="python -m bench.resnet32_cifar100",
-        description="Train ResNet-32 data-parallel with plain ring all-reduce, QSGD and GradiVeQ, and show where the "
-        "time went.",
+        description="Train ResNet-32 data-parallel with plain ring all-reduce, QSGD, GradiVeQ and other methods of "
+        "compression, and show where the time went.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -123,7 +133,10 @@ def make_parser() -> Parser:
         group.add_argument(name, help=text.replace("%", "%%"), **how)
 
     run = parser.add_argument_group("the run")
-    add(run, "--methods", "which, in this order", type=lambda text: text.split(","), metavar="NAME,…")
+    add(
+        run, "--methods", "which, in this order; below is what else there is", type=lambda text: text.split(","),
+        metavar="NAME,…",
+    )  # fmt: skip
     add(run, "--iterations", "SGD steps of each method", type=int, metavar="N")
     add(
         run, "--paper",

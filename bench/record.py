@@ -2,7 +2,8 @@
 
     results/<run>/
         environment.json         written when the run begins
-        metrics-<method>.jsonl   grows while a method runs; one JSON object per line
+        metrics-<method>.jsonl   grows while a method runs; one JSON object per line. Methods are named as by
+                                 `--methods`, in names of files by `file_name`: topk-0.01-ef for topk:0.01+ef
         summary.json             written when a method ends, so it lists those that are finished
         weights-<method>.pt      the trained parameters, the same on every rank (a dict of tensors for `torch.load`)
         trace-<method>….perfetto.json.gz     with `--trace`, for ui.perfetto.dev; `bench.tracing`
@@ -23,13 +24,13 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
      "skipped": false,
      "seconds": {"data": …, "forward": …, "backward": …, "pack": …, "encode": …, "add": …, "recode": …, "decode": …,
                  "wait": …, "fit": …, "update": …, "control": …, "measure": …, "other": …},
-     "iteration_s": 0.41, "time_s": 7.2, "virtual_seconds": {…}, "virtual_s": 12.3, "losses": …}
+     "iteration_s": 0.41, "time_s": 7.2, "virtual_seconds": {…}, "virtual_s": 12.3, "losses": …, "compression": {…}}
     {"type": "evaluation", "iteration": 40, "epoch": 0.65, "time_s": 16.3, "virtual_s": 28.1, "test_accuracy": 0.71,
      "test_loss": 0.83, "evaluation_s": 2.9}
     {"type": "window", "iteration": 40, "time_s": 16.3, "virtual_s": 28.1, "window": {…}}
 
 * `iteration` counts from 0 in lines of type iteration; elsewhere it is the number of iterations that were done.
-* `phase` is "plain", "qsgd", "warm-up", "sample" or "compress".
+* `phase` is "plain", "qsgd", "compressed", or of GradiVeQ "warm-up", "sample" or "compress".
 * `loss` is the mean over all ranks' batches; everything else in an iteration's line is rank 0's own.
 * `bytes_sent` is payload that the rank sent to aggregate the gradient, `fit_bytes` (to agree on bases) included;
   `dense_bytes` what plain ring all-reduce sends; `ratio` that of the gradients' payload alone. `measure_bytes` were
@@ -41,6 +42,9 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
 * `virtual_seconds` are an iteration's on the cluster, "measure" likewise not in `virtual_s`. "overhead" is processor
   time of messages, which only clusters have.
 * `losses` is there in iterations in which the aggregator measured any (`gradiveq.aggregator.Report.losses`).
+* `compression` is there if the method has a compressor, in iterations that weren't skipped: what `exchange.Measures`
+  says of rank 0 (norm and errors are squared), and "relative_error", compression_error over norm. "payload_bytes" is
+  what the rank itself has to say; how often that travels is in `bytes_sent`.
 * `window` is an entry of `gradiveq.aggregator.Aggregator.window_log`: per layer d, ratio, in-sample and held-out loss,
   and so on. Its line comes when the window is complete, which is after the next window's first iteration.
 
@@ -57,6 +61,8 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
         "compute_cpu_s", "evaluation_s", "checkpoint_s", "weights_sha256", "windows" (how many),
         "last_window": {"window", "iteration", "layers": {name: {"d", "slice_size", "ratio", "in_sample_loss",
         "held_out_loss"}}} or null,
+        "compression": {"density", "relative_error", "compression_error", "error", "payload_bytes"} or null: means over
+        the iterations that weren't skipped, and over the ranks,
         "virtual": {"time_s", "seconds", "groups"} on the cluster,
         "phases": {"compress": {"iterations", "bytes_per_iteration", "ratio", "time_s", "seconds", "groups", "virtual"},
         …}}, …}}
@@ -79,7 +85,9 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,16 +118,22 @@ GROUPS = {
 }
 
 
+#: Patterns of the files of all methods.
+METRICS, WEIGHTS, TRACES = "metrics-*.jsonl", "weights-*.pt", "trace-*"
+
+
+def file_name(method: str) -> str:
+    """A method's name as part of the name of a file; with a digest if it has patterns, as little may tell two apart."""
+    name = re.sub(r"[^\w.]+", "-", method).strip("-.")
+    return name if re.fullmatch(r"[\w.:+@=^-]+", method) else f"{name}-{zlib.crc32(method.encode()):08x}"
+
+
 def metrics_name(method: str) -> str:
-    return f"metrics-{method}.jsonl"
-
-
-#: Of all traces.
-TRACES = "trace-*"
+    return METRICS.replace("*", file_name(method))
 
 
 def weights_name(method: str) -> str:
-    return f"weights-{method}.pt"
+    return WEIGHTS.replace("*", file_name(method))
 
 
 def grouped(seconds: Mapping[str, float]) -> dict[str, float]:

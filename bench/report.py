@@ -16,6 +16,8 @@ from bench.record import GROUPS, SUMMARY, read_json
 #: Shown in seconds; measuring held-out losses is no part of training and is told in a line of its own.
 SHOWN = tuple(group for group in GROUPS if group != "measure")
 HEADINGS = {"exposed communication": "exposed\ncommunication"}
+#: What a compressor sends and leaves out, in the mean.
+COMPRESSION = {"density": "density", "relative_error": "relative\nerror"}
 
 
 def bytes_text(num_bytes: float) -> str:
@@ -68,22 +70,26 @@ def clocks(summary: Mapping[str, Any]) -> list[Clock]:
 
 
 def methods_table(summary: Mapping[str, Any], clock: Clock) -> str:
-    """A row per method: accuracy, bytes, and where the seconds went."""
+    """A row per method: accuracy, bytes, what compressors leave out, and where the seconds went."""
     rows = []
+    compressing = any(method.get("compression") for method in summary["methods"].values())
     for name, method in summary["methods"].items():
         times = clock.times(method)
         groups = [f"{times['groups'][group]:.1f}" for group in SHOWN]
+        left_out = method.get("compression") or {"density": None, "relative_error": None}
         rows.append(
             [
                 name,
                 number(method["test_accuracy"], ".4f"),
                 f"{method['bytes_per_iteration']:,.0f}",
                 number(method["ratio"], ".2f"),
+                *((number(left_out[key], ".3g") for key in COMPRESSION) if compressing else ()),
                 *groups,
                 f"{times['time_s']:.1f}",
             ]
         )
-    headings = ["method", "test\naccuracy", "bytes per\niteration", "ratio", *(HEADINGS.get(g, g) for g in SHOWN)]
+    headings = ["method", "test\naccuracy", "bytes per\niteration", "ratio"]
+    headings += [*(COMPRESSION.values() if compressing else ()), *(HEADINGS.get(g, g) for g in SHOWN)]
     return str(
         tabulate(rows, [*headings, "total s"], disable_numparse=True, colalign=["left"] + ["right"] * len(rows[0][1:]))
     )
@@ -115,7 +121,7 @@ def phases_table(summary: Mapping[str, Any], clock: Clock) -> str:
 
 
 def _order(phase: str) -> int:
-    order = ("plain", "qsgd", "warm-up", "sample", "compress")
+    order = ("plain", "qsgd", "compressed", "warm-up", "sample", "compress")
     return order.index(phase) if phase in order else len(order)
 
 
@@ -137,6 +143,11 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     for name, method in methods.items():
         if method["skipped"]:
             lines.append(f"{name}: {method['skipped']} iterations were skipped because of a non-finite gradient.")
+        if method["ratio"] is not None and method["ratio"] < 1:
+            lines.append(
+                f"{name}: everybody's payloads go to everybody, which with {summary['ranks']} ranks sends more than "
+                "plain ring all-reduce does."
+            )
         measured = {clock.name: clock.times(method)["groups"]["measure"] for clock in clocks(summary)}
         if max(measured.values()) > 0.05:
             took = " and ".join(f"{seconds:.1f} s on {where}" for where, seconds in measured.items())

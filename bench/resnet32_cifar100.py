@@ -1,7 +1,8 @@
-"""Train ResNet-32 data-parallel with plain ring all-reduce, QSGD and GradiVeQ, and show where the time went.
+"""Train ResNet-32 data-parallel with plain ring all-reduce, QSGD, GradiVeQ and others, and show where the time went.
 
     mpirun -n 6 python -m bench.resnet32_cifar100
     python -m bench.resnet32_cifar100 --cluster gradiveq-k80
+    mpirun -n 6 python -m bench.resnet32_cifar100 --methods rar,gradiveq,topk:0.01+ef,sign
 
 Each method starts from the same weights and sees the same data in the same order. Without options: a short run on a
 sample of Fashion-MNIST that ends within 10 minutes on 2 cores, with the paper's schedule scaled down.
@@ -460,11 +461,10 @@ class Run:
 def remove(folder: Path, created: list[Path]) -> None:
     """Remove what a run writes into its folder, and the folders that were made for it if nothing else is in them."""
     from bench.checkpoint import FOLDER
-    from bench.record import ENVIRONMENT, SUMMARY, TRACES, metrics_name, weights_name
+    from bench.record import ENVIRONMENT, METRICS, SUMMARY, TRACES, WEIGHTS
 
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
-    written = (ENVIRONMENT, SUMMARY, metrics_name("*"), weights_name("*"), TRACES)
-    for pattern in written:
+    for pattern in (ENVIRONMENT, SUMMARY, METRICS, WEIGHTS, TRACES):
         for path in [*folder.glob(pattern), *folder.glob(f".{pattern}.tmp")]:
             with contextlib.suppress(OSError):
                 path.unlink()

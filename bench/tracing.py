@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.record import file_name
 from bench.report import Clock
 from ring import perfetto
 from ring.timeline import Timeline
 from ring.trace import Trace, critical_path, records
 
 
-def file_name(method: str, clock: Clock) -> str:
+def trace_name(method: str, clock: Clock) -> str:
     """Of a method's trace by one clock."""
-    return f"trace-{method}{clock.suffix}.perfetto.json.gz"
+    return f"trace-{file_name(method)}{clock.suffix}.perfetto.json.gz"
 
 
 def rows(timeline: Timeline) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def write(folder: Path, method: str, clocks: Sequence[Clock], said: Sequence[Map
         trace = Trace("virtual" if clock.key else "wall", [ranks[name] for ranks in said], {"method": method})
         content = perfetto.events(trace)
         perfetto.check(content)
-        path = folder / file_name(method, clock)
+        path = folder / trace_name(method, clock)
         perfetto.write(path, content)
         lines.append(
             f"{method}, an iteration on {clock.name}: {critical_path(trace).describe()} All of it is in {path}"

@@ -9,6 +9,7 @@ initial weights and the same data, and a run that is stopped and resumed compute
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import threading
 import time
@@ -26,7 +27,8 @@ from torch.nn import functional
 from bench.data import Batches, Dataset, evaluation_batches
 from bench.record import KINDS, grouped
 from gradiveq.aggregator import Aggregator
-from gradiveq.methods import Method
+from gradiveq.exchange import Measures
+from gradiveq.methods import Compressed, Method
 from ring.cluster import Cluster
 from ring.handle import Ring
 from ring.timeline import Timeline
@@ -43,7 +45,7 @@ EVALUATION_BATCH = 50
 #: How a cluster's `iteration_s` is divided: a backward pass computes twice what a forward pass does.
 FORWARD, BACKWARD, UPDATE = 1 / 3, 2 / 3, 0.0
 #: The phases whose last iteration is kept for a trace: one of each method.
-TRACED = ("plain", "qsgd", "compress")
+TRACED = ("plain", "qsgd", "compress", "compressed")
 
 
 class Windows(NamedTuple):
@@ -155,6 +157,21 @@ class Totals:
                 totals[kind if kind in totals else "other"] += value
 
 
+def optimizer_momentum(method: Method, settings: Settings) -> float:
+    """Of SGD. With update compression it is in what each worker sends (`gradiveq.exchange`), and not there again."""
+    feedback = method.feedback if isinstance(method, Compressed) else None
+    return 0.0 if feedback is not None and feedback.form == "update" else settings.momentum
+
+
+#: Of `exchange.Measures`, what is summed over a run.
+SUMMED = ("density", "relative_error", "compression_error", "error", "payload_bytes")
+
+
+def measured(measures: Measures) -> dict[str, Any]:
+    """For a line of the metrics."""
+    return {**dataclasses.asdict(measures), "relative_error": measures.relative_error}
+
+
 class Trainer:
     """One rank's side of a run with one method. All ranks call `step`, `evaluate` and `result` together.
 
@@ -204,8 +221,9 @@ class Trainer:
             self.model, self.training_ring, method, seed=settings.seed, nonfinite=nonfinite, timeline=self.timeline
         )
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
+            self.model.parameters(), lr=settings.lr, momentum=optimizer_momentum(method, settings),
+            weight_decay=settings.weight_decay,
+        )  # fmt: skip
         self.batches = Batches(
             dataset, settings.batch_size, ring.rank, ring.size, seed=settings.seed, device=self.device
         )
@@ -217,6 +235,7 @@ class Trainer:
         # Of the last tenth of the run, less the iterations that were skipped: sum of the losses, and how many.
         self.late_loss, self.late_iterations = 0.0, 0
         self.totals: dict[str, Totals] = defaultdict(Totals)
+        self.compression = dict.fromkeys(("iterations", *SUMMED), 0.0)
         self.last_evaluation: dict[str, Any] = {}
 
     @property
@@ -259,7 +278,7 @@ class Trainer:
             self._synchronise()
         self.compute_cpu_s += self._processor_time() - cpu
 
-        report = self.aggregator.aggregate()
+        report = self.aggregator.aggregate(lr)
 
         cpu = self._processor_time()
         with span("update"), self._taking(UPDATE):
@@ -303,6 +322,11 @@ class Trainer:
             line |= {"virtual_seconds": virtual_seconds[0], "virtual_s": self.virtual_s}
         if report.losses:
             line["losses"] = report.losses
+        if report.measures:
+            line["compression"] = said_of = measured(report.measures)
+            self.compression["iterations"] += 1
+            for name in SUMMED:
+                self.compression[name] += said_of[name]
         self.totals[report.phase].add(line)
         self.skipped += report.skipped
         if self.iteration >= self.late and not report.skipped:
@@ -391,6 +415,7 @@ class Trainer:
         """
         phases = sorted(self.totals)  # all ranks go through the same ones
         own: list[float] = [self.time_s, self.virtual_s, self.compute_cpu_s, self.evaluation_s]
+        own += self.compression.values()
         for phase in phases:
             total = self.totals[phase]
             own += [total.bytes_sent, total.dense_bytes, total.time_s, *total.seconds.values()]
@@ -404,14 +429,16 @@ class Trainer:
             return {"time_s": time_s, "seconds": seconds, "groups": grouped(seconds)}
 
         time_s, virtual_s, compute_cpu_s, evaluation_s = (next(means) for _ in range(4))
+        iterations, *sums = (next(means) for _ in self.compression)
+        compression = dict(zip(SUMMED, (value / iterations for value in sums), strict=True)) if iterations else None
         by_phase = {}
         bytes_sent = dense_bytes = 0.0
         for phase in phases:
-            iterations, sent, dense = self.totals[phase].iterations, next(means), next(means)
+            count, sent, dense = self.totals[phase].iterations, next(means), next(means)
             bytes_sent, dense_bytes = bytes_sent + sent, dense_bytes + dense
             by_phase[phase] = {
-                "iterations": iterations,
-                "bytes_per_iteration": sent / iterations,
+                "iterations": count,
+                "bytes_per_iteration": sent / count,
                 "ratio": dense / sent if sent else None,
                 **times(next(means)),
             }
@@ -433,6 +460,7 @@ class Trainer:
             "weights_sha256": self._agreed_digest(),
             "windows": self.windows,
             "last_window": self._last_window(),
+            "compression": compression,
             "phases": by_phase,
         }
         if self.virtual is not None:
@@ -487,7 +515,7 @@ class Trainer:
 
 _COUNTERS = (
     "iteration", "skipped", "windows", "time_s", "virtual_s", "evaluation_s", "compute_cpu_s", "late_loss",
-    "late_iterations", "last_evaluation",
+    "late_iterations", "last_evaluation", "compression",
 )  # fmt: skip
 
 
