@@ -346,11 +346,10 @@ def test_half_shows_what_is_not_a_number() -> None:
 # --- What they share
 
 
-@pytest.mark.parametrize(
-    "compressor",
-    [QSGDGather(200), QSGDGather(3, "max"), TernGrad(), Natural(), Integer(3.0, 16, "stochastic")],
-    ids=str,
-)
+STOCHASTIC = [QSGDGather(200), QSGDGather(3, "max"), TernGrad(), Natural(), Integer(3.0, 16, "stochastic")]
+
+
+@pytest.mark.parametrize("compressor", STOCHASTIC, ids=str)
 @pytest.mark.parametrize(
     "other", [DRAW._replace(seed=0), DRAW._replace(call=3), DRAW._replace(rank=2), DRAW._replace(part=5)], ids=str
 )
@@ -361,6 +360,20 @@ def test_errors_of_two_draws_are_uncorrelated(compressor: Compressor, other: Dra
     for first, second in [(errors[0], errors[1]), (errors[0][1:], errors[0][:-1]), (errors[0][192:], errors[0][:-192])]:
         products = first * second
         assert abs(products.mean()) <= 5 * products.std() / math.sqrt(len(products))
+
+
+@pytest.mark.parametrize("compressor", STOCHASTIC, ids=str)
+@pytest.mark.parametrize("length", [47, 700])
+def test_errors_of_elements_are_independent(compressor: Compressor, length: int) -> None:
+    """The sum of n errors has n times the variance of one: no two elements share a random number, wherever they are.
+
+    A variance of 1,000 draws has a standard error of sqrt(2/1000) of itself; 5 of them are allowed, and it would be 2
+    to 5 times as large if pairs, or all elements of a byte, had the same number.
+    """
+    values = np.full(length, 0.3, np.float32)
+    values[0] = 1
+    errors = np.array([estimate(compressor, values, DRAW._replace(call=call)) for call in range(1000)], np.float64)
+    assert errors.sum(axis=1).var() == pytest.approx(errors.var(axis=0).sum(), rel=5 * math.sqrt(2 / 1000))
 
 
 @reproducible
