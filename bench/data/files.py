@@ -85,8 +85,8 @@ def md5(path: Path) -> str:
 
 
 def lines(stream: IO[bytes], where: str) -> Iterator[str]:
-    """A UTF-8 file's lines; a DataError where it is no such text."""
+    """The lines of a file in UTF-8; a DataError, which names `where`, if it isn't."""
     try:
-        yield from io.TextIOWrapper(stream, encoding="utf-8")
+        return io.StringIO(stream.read().decode(), newline=None)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start:,} of a block)") from error
+        raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start:,})") from error

@@ -1,4 +1,4 @@
-"""Neural collaborative filtering (NeuMF, He et al. 2017) as in NVIDIA's DeepLearningExamples, which Sahu et al. 2021 use.
+"""Neural collaborative filtering (NeuMF, He et al. 2017) as in NVIDIA's DeepLearningExamples and Sahu et al. 2021.
 
 For MovieLens-20M's 138,493 users and 26,744 items it has 31,832,577 parameters; all but 107,073 are embeddings.
 """

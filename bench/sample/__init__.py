@@ -1,1 +1,1 @@
-"""The shipped sample of Fashion-MNIST and the script that made it."""
+"""What is shipped, and the scripts that made it."""
