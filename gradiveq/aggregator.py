@@ -19,16 +19,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import nn
 
 from gradiveq.compressed import CompressedStrategy
 from gradiveq.flatten import Block, Layout, Vector
-from gradiveq.methods import Compressed, GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.lowrank import PowerSGDStrategy
+from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.powersgd import PowerSGD
 from gradiveq.report import FitError, NonFiniteGradient, Ongoing, Report, listed
 from gradiveq.strategy import CONTROLS, Direct, Strategy
+from gradiveq.switching import AccordionStrategy, AutoThresholdStrategy
 from gradiveq.windows import Windows
 from ring.codec import Identity
 from ring.handle import Ring
@@ -51,7 +54,14 @@ def make_strategy(method: Method, layout: Layout, ring: Ring, seed: int, chunk_b
             return Windows(method, ring, layout, seed, chunk_bytes)
         case Compressed():
             return CompressedStrategy(method, ring, layout, seed, chunk_bytes)
-    raise TypeError(f"`method` must be one of Plain, QSGDRing, GradiVeQ, Compressed, got {method!r}")
+        case PowerSGD():
+            return PowerSGDStrategy(method, ring, layout, seed, chunk_bytes)
+        case Accordion():
+            return AccordionStrategy(method, ring, layout, seed, chunk_bytes)
+        case AutoThreshold():
+            return AutoThresholdStrategy(method, ring, layout, seed, chunk_bytes)
+    known = ", ".join(kind.__name__ for kind in get_args(Method))
+    raise TypeError(f"`method` must be one of {known}, got {method!r}")
 
 
 class Aggregator:
@@ -114,7 +124,7 @@ class Aggregator:
             raise ValueError(f"`nonfinite` must be 'fail' or 'skip', got {nonfinite!r}")
         if chunk_bytes is not None and chunk_bytes < 1:
             raise ValueError(f"`chunk_bytes` must be at least 1, got {chunk_bytes}")
-        self.layout = Layout(model, method.groups if isinstance(method, Compressed) else ())
+        self.layout = Layout(model, method.groups if isinstance(method, Compressed | Accordion | AutoThreshold) else ())
         if not self.layout.blocks:
             raise ValueError("`model` has no parameter that requires a gradient")
         self.method, self.seed, self.nonfinite = method, seed, nonfinite

@@ -59,7 +59,7 @@ class CompressedStrategy(Strategy):
     def __init__(self, method: Compressed, ring: Ring, layout: Layout, seed: int, chunk_bytes: int) -> None:
         self.ring, self.length, self.chunk_bytes = ring, layout.length, chunk_bytes
         parts = method.parts(layout.blocks)
-        _check_size(parts, ring.size)
+        check_size(parts, ring.size)
         self.worker = Worker(
             parts, self.length, rank=ring.rank, size=ring.size, seed=seed, feedback=method.feedback
         )  # fmt: skip
@@ -177,7 +177,7 @@ class CompressedStrategy(Strategy):
             now.bytes_sent += stats.bytes_sent
 
 
-def _check_size(parts: Sequence[Part], size: int) -> None:
+def check_size(parts: Sequence[Part], size: int) -> None:
     """Raises ValueError if a sum of `size` payloads doesn't fit a compressor's dtype, before anything is sent."""
     one, draw = np.zeros(1, np.float32), Draw(0, 0, 0, 0)
     for compressor in {part.compressor for part in parts if part.compressor.collective == "all_reduce"}:

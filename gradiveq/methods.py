@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 
+from gradiveq.accordion import check as check_regimes
 from gradiveq.compressors.base import Compressor
+from gradiveq.compressors.threshold import Threshold
 from gradiveq.exchange import ErrorFeedback, Part
 from gradiveq.flatten import Block
+from gradiveq.noise import BLOCK as NOISE_BLOCK
 from gradiveq.parts import Override, group_parts, layer_parts, model_parts
 from gradiveq.pca import PCAConfig
+from gradiveq.powersgd import PowerSGD
 from gradiveq.qsgd import QSGD, Norm
 
 
@@ -197,11 +201,117 @@ def takes_mean(compressor: Compressor) -> bool:
     return bool((total == [1, -0.5, 0]).all())
 
 
-Method = Plain | QSGDRing | GradiVeQ | Compressed
+@dataclass(frozen=True)
+class Accordion:
+    """Two settings of a method, and each layer by the one or the other (`gradiveq.accordion`).
 
-#: name -> class, of those that are no compressor.
-METHODS: dict[str, type[Plain] | type[QSGDRing] | type[GradiVeQ]] = {
-    method.name: method for method in (Plain, QSGDRing, GradiVeQ)
+    Attributes:
+        low: the low compression, for critical regimes.
+        high: the high compression, for the others.
+        interval, window, eta: of `gradiveq.accordion.CriticalRegimes`. In the paper an interval is 10 epochs and its
+            window 1; the defaults are as many iterations of CIFAR at a batch of 2,048, as in Sahu et al. 2021.
+    Raises:
+        TypeError, ValueError: a value is out of its range, or the settings differ in more than the compression.
+    """
+
+    low: Compressed | PowerSGD
+    high: Compressed | PowerSGD
+    interval: int = 244
+    window: int | None = 24
+    eta: float = 0.5
+
+    name: ClassVar[str] = "accordion"
+
+    def __post_init__(self) -> None:
+        check_regimes(self.interval, self.window, self.eta)
+        common: tuple[str, ...]
+        match self.low, self.high:
+            case PowerSGD() as low, PowerSGD() as high:
+                common = ("error_feedback", "warm_start", "min_compression_rate")
+                if low.rank <= high.rank:
+                    raise ValueError(f"`low` must have the larger rank, got {low.rank} and {high.rank}")
+            case Compressed(), Compressed():
+                common = ("granularity", "feedback", "master")
+            case _:
+                raise TypeError(f"`low` and `high` must both be Compressed or both PowerSGD, got {self.low, self.high}")
+        for field_name in common:
+            values = getattr(self.low, field_name), getattr(self.high, field_name)
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"`{field_name}` must be the same in both settings, got {values[0]!r} and {values[1]!r}"
+                )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Layers that have to stand together in the layout."""
+        return self.low.groups if isinstance(self.low, Compressed) else ()
+
+
+@dataclass(frozen=True)
+class AutoThreshold:
+    """Hard-threshold whose threshold follows from a number of elements, as if top-k had to be beaten.
+
+    Attributes:
+        formula: "auto": λ ~ 2/√k·sqrt((2d/k + M)ζ² + σ²), after a warm-up without compression whose noise is measured
+            (`gradiveq.noise`); "simple": 1/(2√k), at once. k is of the whole model: one λ for all layers.
+        ratio, count: k/d or k, one of them; by default a ratio of 0.001, as in the paper's comparison.
+        warmup: uncompressed iterations with "auto"; at least 20, of which 30 or more to tell M.
+        applied: how; its compressor gives way to hard-threshold with λ.
+    Raises:
+        ValueError: a value is out of its range, or contradicts another.
+    """
+
+    formula: Literal["auto", "simple"] = "auto"
+    ratio: float | None = None
+    count: int | None = None
+    warmup: int = 100
+    applied: Compressed = field(default_factory=lambda: Compressed(Threshold()))
+
+    name: ClassVar[str] = "auto-threshold"
+
+    def __post_init__(self) -> None:
+        if self.formula not in ("auto", "simple"):
+            raise ValueError(f"`formula` must be 'auto' or 'simple', got {self.formula!r}")
+        if self.ratio is not None and self.count is not None:
+            raise ValueError(f"k is said by `ratio` or `count`, not both, got {self.ratio} and {self.count}")
+        if self.ratio is None and self.count is None:
+            object.__setattr__(self, "ratio", 0.001)
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"`ratio` must be above 0 and at most 1, got {self.ratio}")
+        if self.count is not None:
+            _at_least("count", self.count, 1)
+        _at_least("warmup", self.warmup, 2 * NOISE_BLOCK, f" (two blocks of {NOISE_BLOCK})")
+        if not isinstance(self.applied, Compressed):
+            raise TypeError(f"`applied` must be Compressed, got {self.applied!r}")
+
+    def num_kept(self, length: int) -> int:
+        """k of a vector of `length` elements.
+
+        Raises:
+            ValueError: it has not as many.
+        """
+        if self.count is None:
+            assert self.ratio is not None
+            return max(1, round(self.ratio * length))
+        if self.count > length:
+            raise ValueError(f"`count` must be at most {length} (the elements of the gradient), got {self.count}")
+        return self.count
+
+    def compressed(self, threshold: float) -> Compressed:
+        """The method with λ, once it is known."""
+        return replace(self.applied, compressor=Threshold(threshold))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Layers that have to stand together in the layout."""
+        return self.applied.groups
+
+
+Method = Plain | QSGDRing | GradiVeQ | Compressed | PowerSGD | Accordion | AutoThreshold
+
+#: name -> class, of those that are no compressor and no policy for one.
+METHODS: dict[str, type[Plain] | type[QSGDRing] | type[GradiVeQ] | type[PowerSGD]] = {
+    method.name: method for method in (Plain, QSGDRing, GradiVeQ, PowerSGD)
 }
 
 

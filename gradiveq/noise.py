@@ -42,6 +42,8 @@ from gradiveq.compressors.base import Float32
 
 Float64 = npt.NDArray[np.float64]
 
+#: B: iterations over which a worker's expected gradient counts as constant.
+BLOCK = 10
 #: Probability that a slope which is 0 is taken for one that is not.
 SLOPE_ERROR = 0.025
 
@@ -84,7 +86,7 @@ class NoiseWindow:
     Memory: two vectors of `length` in float64, with several workers three.
     """
 
-    def __init__(self, length: int, size: int, iterations: int, block: int = 10) -> None:
+    def __init__(self, length: int, size: int, iterations: int, block: int = BLOCK) -> None:
         if block < 2:
             raise ValueError(f"`block` must be at least 2, as a variance needs, got {block}")
         if iterations < 2 * block:
