@@ -383,6 +383,17 @@ class TestBoundsAreAttained:
         variance = Adaptive(multiple).constants(200).variance
         assert squared(error) == pytest.approx(variance * squared(values), rel=1e-5)
 
+    def test_elements_next_to_the_adaptive_threshold(self):
+        kept = 0
+        for multiple in np.linspace(1.1, 9, 80):
+            edge = np.float32(1 / multiple)
+            around = [np.nextafter(edge, np.float32(0)), edge, np.nextafter(edge, np.float32(1))]
+            values = np.array([-1, *around], np.float32)
+            out = decoded(Adaptive(float(multiple)), values)
+            assert np.array_equal(out, restated_adaptive(float(multiple))(values))
+            kept += int(out[2] != 0)
+        assert 0 < kept < 80  # the edge was rounded up and down
+
     def test_keeping_all_leaves_nothing(self):
         for compressor in (TopK(1.0), TopK(count=9), RandomK(1.0), RandomK(count=9), RandomK(1.0, unbiased=True)):
             constants = compressor.constants(9)
