@@ -209,7 +209,8 @@ class Accordion:
         low: the low compression, for critical regimes.
         high: the high compression, for the others.
         interval, window, eta: of `gradiveq.accordion.CriticalRegimes`. In the paper an interval is 10 epochs and its
-            window 1; the defaults are as many iterations of CIFAR at a batch of 2,048, as in Sahu et al. 2021.
+            window 1; the default is as many iterations of CIFAR at a batch of 2,048, as in Sahu et al. 2021. A window
+            of None is a tenth of the interval.
     Raises:
         TypeError, ValueError: a value is out of its range, or the settings differ in more than the compression.
     """
@@ -217,13 +218,15 @@ class Accordion:
     low: Compressed | PowerSGD
     high: Compressed | PowerSGD
     interval: int = 244
-    window: int | None = 24
+    window: int | None = None
     eta: float = 0.5
 
     name: ClassVar[str] = "accordion"
 
     def __post_init__(self) -> None:
         check_regimes(self.interval, self.window, self.eta)
+        if self.window is None:
+            object.__setattr__(self, "window", max(1, self.interval // 10))
         common: tuple[str, ...]
         match self.low, self.high:
             case PowerSGD() as low, PowerSGD() as high:

@@ -13,7 +13,14 @@
     half@layer1.*|layer2.*                two groups, and the other layers each by itself
     topk:0.01^topk:0.05                   both ways
 
-A name is that of a compressor (`gradiveq.compressors`) or of another method (`gradiveq.methods`).
+A name is that of a compressor (`gradiveq.compressors`) or of another method (`gradiveq.methods`). Three have more to
+say:
+
+    powersgd:4                            rank 4, always by layer; with error feedback unless error_feedback=false
+    threshold:auto:0.001@model+ef         hard-threshold, λ from a warm-up; fields as of `methods.AutoThreshold`
+    threshold:simple:count=1000+ef        λ = 1/(2√1000)
+    accordion:topk:0.1|topk:0.01+ef       the lower and the higher compression; what follows the higher one's
+    accordion:eta=0.3:powersgd:4|powersgd:1        settings is of both. interval=, window= and eta= come first
 """
 
 from __future__ import annotations
@@ -25,8 +32,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gradiveq.compressors import COMPRESSORS, Compressor
+from gradiveq.compressors.threshold import Threshold
 from gradiveq.exchange import ErrorFeedback, Form
-from gradiveq.methods import METHODS, Compressed, Method
+from gradiveq.methods import METHODS, Accordion, AutoThreshold, Compressed, Method
+from gradiveq.powersgd import PowerSGD
 
 T = TypeVar("T")
 
@@ -48,7 +57,17 @@ UNFIT = {
         "GradiVeQ has its own bases for each convolution and sends what it can't compress as it is",
         "powersgd is another method of low rank, with error feedback",
     ),
+    "powersgd": (
+        "PowerSGD approximates matrices, layer by layer: an entire model or a group of layers has no rows and columns, "
+        "a worker's error feedback is that of gradients (+ef), and P and Q are sums already, for which no master is "
+        "needed",
+        "powersgd:RANK is all that it takes; for others topk is a compressor",
+    ),
 }
+#: Methods whose settings are other options of a command.
+WITHOUT_SETTINGS = ("rar", "qsgd", "gradiveq")
+#: Of ACCORDION's, before its two methods.
+REGIME_SETTINGS = ("interval=", "window=", "eta=")
 
 
 def parse(text: str, *, momentum: float = 0.0) -> Method:
@@ -66,7 +85,7 @@ def parse(text: str, *, momentum: float = 0.0) -> Method:
 
 
 def known_names() -> list[str]:
-    return [*METHODS, *COMPRESSORS]
+    return [*METHODS, Accordion.name, *COMPRESSORS]
 
 
 def describe() -> list[tuple[str, str]]:
@@ -79,6 +98,8 @@ def describe() -> list[tuple[str, str]]:
 
 
 def _parse(text: str, momentum: float) -> Method:
+    if text.split(":")[0] == Accordion.name:
+        return _accordion(text, momentum)
     rest, caret, master = text.partition("^")
     feedback = None
     found = re.search(r"\+(ef[^+]*)$", rest)
@@ -93,6 +114,10 @@ def _parse(text: str, momentum: float) -> Method:
         raise ValueError("the order is NAME, settings, /PATTERN=…, @WHERE, +ef…, ^MASTER, and +ef… comes once")
     first, *overrides = rest.split("/")
     name = first.split(":")[0]
+    if name == PowerSGD.name and where in ("", "layer") and feedback in (None, ErrorFeedback()):
+        if feedback is not None and "error_feedback=false" in first.split(":"):
+            raise ValueError("error_feedback=false and +ef contradict each other")
+        at, feedback = "", None
     if name in METHODS:
         if overrides or at or caret or feedback is not None:
             why, fitting = UNFIT.get(name, (f"{name} has no layers, feedback or master to choose", "its settings do"))
@@ -101,17 +126,48 @@ def _parse(text: str, momentum: float) -> Method:
     granularity: Any = where if where in ("layer", "model") else tuple(where.split("|"))
     if at and not all(granularity):
         raise ValueError("after @ comes layer, model, or patterns of layers' names separated by |")
-    return Compressed(
-        _compressor(first),
+    formula = first.split(":")[1:2]
+    decided = ALIASES.get(name, name) == Threshold.name and formula in (["auto"], ["simple"])
+    applied = Compressed(
+        Threshold() if decided else _compressor(first),
         granularity if at else "layer",
         tuple(_override(one) for one in overrides),
         feedback,
         _compressor(master) if caret else None,
     )
+    return _auto_threshold(first.split(":")[1:], applied) if decided else applied
+
+
+def _accordion(text: str, momentum: float) -> Accordion:
+    """What comes after the second method's settings is of both."""
+    body = text.split(":")[1:]
+    settings = []
+    while body and body[0].startswith(REGIME_SETTINGS):
+        settings.append(body.pop(0))
+    low, bar, high = ":".join(body).partition("|")
+    if not bar:
+        raise ValueError(
+            "it takes two methods, the lower compression first: accordion:topk:0.1|topk:0.01+ef; before them "
+            f"{', '.join(REGIME_SETTINGS)}"
+        )
+    common = re.search(r"@|\+ef|\^", high)
+    methods = [_parse(one, momentum) for one in (low + (high[common.start() :] if common else ""), high)]
+    for method in methods:
+        if not isinstance(method, Compressed | PowerSGD):
+            raise ValueError(f"it switches between compressors or between ranks of powersgd, not {method.name}")
+    return settled(Accordion, settings, {"low": methods[0], "high": methods[1]})
+
+
+def _auto_threshold(settings: Sequence[str], applied: Compressed) -> AutoThreshold:
+    """Its formula comes first; a value alone after it is the ratio."""
+    formula, *rest = settings
+    if rest and "=" not in rest[0]:
+        rest[0] = f"ratio={rest[0]}"
+    return settled(AutoThreshold, [f"formula={formula}", *rest], {"applied": applied})
 
 
 def _method(name: str, settings: Sequence[str]) -> Method:
-    if settings and name in UNFIT:
+    if settings and name in WITHOUT_SETTINGS:
         raise ValueError(f"{name} takes its settings from options of its own, not from :{':'.join(settings)}")
     return settled(METHODS[name], settings)
 
@@ -144,13 +200,16 @@ def _compressor(text: str) -> Compressor:
     return settled(kind, [setting for setting in settings if not setting.startswith("collective=")])
 
 
-def settled(kind: type[T], settings: Sequence[str]) -> T:
+def settled(kind: type[T], settings: Sequence[str], given: Mapping[str, Any] | None = None) -> T:
     """An object of a dataclass from texts "VALUE" (of its first field, and only first) and "FIELD=VALUE".
 
+    Args:
+        given: fields that no text says.
     Raises:
         ValueError: there is no such field, or the text is none of its values.
     """
-    names = [field.name for field in _fields(kind)]
+    given = given or {}
+    names = [field.name for field in _fields(kind) if field.name not in given]
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for place, setting in enumerate(settings):
@@ -165,7 +224,7 @@ def settled(kind: type[T], settings: Sequence[str]) -> T:
         if name in values:
             raise ValueError(f"`{name}` is given twice")
         values[name] = _value(name, value, hints[name])
-    return kind(**values)
+    return kind(**values, **given)
 
 
 def _fields(kind: type[Any]) -> Sequence[dataclasses.Field[Any]]:

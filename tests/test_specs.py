@@ -14,7 +14,8 @@ from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
 from gradiveq.exchange import ErrorFeedback
-from gradiveq.methods import Compressed, GradiVeQ, Plain, QSGDRing
+from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Plain, QSGDRing
+from gradiveq.powersgd import PowerSGD
 from gradiveq.specs import describe, known_names, parse, settled
 
 EF = ErrorFeedback()
@@ -40,6 +41,25 @@ EF = ErrorFeedback()
         ("topk@layer1.*|layer[23].*", Compressed(TopK(), ("layer1.*", "layer[23].*"))),
         ("topk:0.1+ef^topk:0.2", Compressed(TopK(0.1), feedback=EF, master=TopK(0.2))),
         ("sign:mean@model^sign", Compressed(Sign("mean"), "model", master=Sign())),
+        ("powersgd", PowerSGD(4)),
+        ("powersgd:2@layer+ef", PowerSGD(2)),
+        ("powersgd:rank=2:error_feedback=false:warm_start=false:min_compression_rate=2",
+         PowerSGD(2, False, False, 2.0)),
+        ("threshold:auto:0.01@model+ef",
+         AutoThreshold("auto", 0.01, applied=Compressed(Threshold(), "model", feedback=EF))),
+        ("hard-threshold:auto:warmup=50/*.bias=identity",
+         AutoThreshold(warmup=50, applied=Compressed(Threshold(), overrides=(("*.bias", Identity()),)))),
+        ("threshold:simple:count=70^half",
+         AutoThreshold("simple", count=70, applied=Compressed(Threshold(), master=Half()))),
+        ("accordion:topk:0.1|topk:0.01+ef",
+         Accordion(Compressed(TopK(0.1), feedback=EF), Compressed(TopK(0.01), feedback=EF))),
+        ("accordion:eta=0.3:interval=50:window=7:powersgd:4|powersgd:1",
+         Accordion(PowerSGD(4), PowerSGD(1), 50, 7, 0.3)),
+        ("accordion:interval=30:identity/fc=half|topk:count=3@a.*|b.*+ef",
+         Accordion(Compressed(Identity(), ("a.*", "b.*"), (("fc", Half()),), EF),
+                   Compressed(TopK(count=3), ("a.*", "b.*"), feedback=EF), 30, 3)),
+        ("accordion:half|topk@model^half",
+         Accordion(Compressed(Half(), "model", master=Half()), Compressed(TopK(), "model", master=Half()))),
     ],
 )  # fmt: skip
 def test_what_a_spec_means(text: str, method: object) -> None:
@@ -88,6 +108,27 @@ def test_momentum_is_that_of_update_compression() -> None:
         ("sign+ef", r"\(a majority\).* no `feedback` fits it. sign:scaled"),
         ("topk/fc.*=sign+ef", r"sign makes something else .* no `feedback` fits it"),
         ("sign^identity", "no `master` fits it. sign:mean"),
+        ("powersgd@model", "an entire model or a group of layers has no rows and columns"),
+        ("powersgd@a.*|b.*", "powersgd:RANK is all that it takes"),
+        ("powersgd+ef-scaled", r"error feedback is that of gradients \(\+ef\)"),
+        ("powersgd:error_feedback=false+ef", "contradict each other"),
+        ("powersgd/fc=identity", "layer by layer"),
+        ("powersgd^half", "for which no master is needed"),
+        ("powersgd:0", "`rank` must be a whole number of at least 1, got 0"),
+        ("threshold:auto:k=3", "it has no 'k', only formula, ratio, count, warmup"),
+        ("threshold:simple:2", r"`ratio` must be above 0 and at most 1, got 2\.0"),
+        ("threshold:auto:0.1:count=3", "by `ratio` or `count`, not both"),
+        ("topk^threshold:auto", "`value` must be a number, got 'auto'"),
+        ("accordion", "it takes two methods, the lower compression first"),
+        ("accordion:topk:0.1", "it takes two methods, .* before them interval=, window=, eta="),
+        ("accordion:topk|rar", "between compressors or between ranks of powersgd, not rar"),
+        ("accordion:threshold:auto|topk", "not auto-threshold"),
+        ("accordion:topk|powersgd", "`low` and `high` must both be Compressed or both PowerSGD"),
+        ("accordion:powersgd:1|powersgd:4", "`low` must have the larger rank, got 1 and 4"),
+        ("accordion:topk+ef|topk", "`feedback` must be the same in both settings"),
+        ("accordion:eta=x:topk|topk", "`eta` must be a number, got 'x'"),
+        ("accordion:interval=5:window=6:topk|topk", r"`window` must be a .* 1 to 5 \(the interval\), got 6"),
+        ("accordion:interval=5:interval=6:topk|topk", "`interval` is given twice"),
     ],
 )  # fmt: skip
 def test_what_is_refused(text: str, message: str) -> None:
