@@ -27,6 +27,7 @@ from bench.data.images import (
     load,
     read_idx,
 )
+from bench.data.libsvm import load_libsvm
 from bench.data.share import DataError
 
 __all__ = [
@@ -45,5 +46,6 @@ __all__ = [
     "crop_and_flip",
     "evaluation_batches",
     "load",
+    "load_libsvm",
     "read_idx",
 ]
