@@ -27,7 +27,6 @@ from bench.data.images import (
     load,
     read_idx,
 )
-from bench.data.libsvm import load_libsvm
 from bench.data.share import DataError
 
 __all__ = [
@@ -46,6 +45,5 @@ __all__ = [
     "crop_and_flip",
     "evaluation_batches",
     "load",
-    "load_libsvm",
     "read_idx",
 ]
