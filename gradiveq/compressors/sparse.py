@@ -24,10 +24,10 @@ sends fewer elements if
 
     u_1 + u_2 + ... + u_(N-1) + (N - 1)·u_N  <  N·(N - 1)·k,
 
-which is 2/N of the all-gather if all workers choose the same elements, and 3/2 of it if no two do. As
-k <= u_s <= u_N, it is so if the union u_N of all is below N·k/2, and never if u_N is above (N - 1)·k: with 2 workers
-never. `ring_over_gather` is the quotient of both sides for given choices. Random k, whose choice is the same on all
-workers, is added in the ring (`gradiveq.compressors.randomk`).
+the left being 2/N of the right if all workers choose the same elements, and 3/2 of it if no two do. As
+k <= u_s <= u_N, it is so whenever the union u_N of all is below N·k/2, and never if that is above (N - 1)·k: never with
+2 workers. `ring_over_gather` is the left over the right for choices that were made. Random k, whose choice is the same
+on all workers, is added in the ring (`gradiveq.compressors.randomk`).
 """
 
 from __future__ import annotations
