@@ -35,7 +35,7 @@ DRAW = Draw(seed=7, call=3, rank=1, part=2)
 #: Standard errors beyond which a mean isn't what is claimed.
 Z = 5.0
 #: Of float32 arithmetic over a vector, relative to its squared norm.
-ROUNDING = 1e-5
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def adversarial(length: int) -> dict[str, Float32]:
         "sparse": (rng.standard_normal(length) * (rng.random(length) < 0.05)).astype(np.float32),
         "equal": signs,
         "just above a power of two": signs * np.float32(4 / 3),
+        "between two of bfloat16": signs * np.float32(1 + 2**-8),
         "peak": peak * signs,
         "one": thousandth,
         "geometric": signs * (0.9 ** np.arange(length)).astype(np.float32),
@@ -289,7 +290,8 @@ def test_denormals(subject: Subject, length: int) -> None:
 def test_huge_values(subject: Subject, length: int) -> None:
     """Nothing overflows, though a norm may; what is beyond a range is cut."""
     ordinary = vector(length)
-    for huge in (subject.largest, min(3e38, 3 * subject.largest)):
+    beyond = [min(3e38, 3 * subject.largest)] + [3e38] * (subject.largest < 1e30)
+    for huge in (subject.largest, *beyond):
         mixed = ordinary.copy()
         mixed[0] = -huge
         for values in (np.full(length, huge, np.float32), mixed):
@@ -297,7 +299,8 @@ def test_huge_values(subject: Subject, length: int) -> None:
             assert np.isfinite(estimate).all()
             # as many times larger as an unbiased random k takes
             assert (abs(estimate) <= 10.001 * np.float64(huge)).all()
-            assert (np.sign(estimate) * np.sign(values) >= 0)[abs(values) > 1e30].all()
+            large = abs(values) > 0.9 * huge
+            assert (np.sign(estimate) * np.sign(values) >= 0)[large].all()
 
 
 @every

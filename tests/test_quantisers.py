@@ -282,6 +282,14 @@ def test_integer_nearest(numbers: list[float], bits: int, scale: float, workers:
     assert (abs(estimate(compressor, values) - values) <= 0.5 / scale + slack)[inside].all()
 
 
+def test_integer_rounds_at_the_middle() -> None:
+    middles = np.arange(-1000, 1000, dtype=np.float32) + np.float32(0.5)
+    below, above = np.nextafter(middles, np.float32(-np.inf)), np.nextafter(middles, np.float32(np.inf))
+    compressor = Integer(1.0, 32)
+    assert (compressor.compress(below, DRAW) == np.floor(middles)).all()
+    assert (compressor.compress(above, DRAW) == np.ceil(middles)).all()
+
+
 def test_integer_stochastic() -> None:
     values = 10 * gaussian(40)
     steps = values.astype(np.float64) * 3
@@ -354,11 +362,10 @@ STOCHASTIC = [QSGDGather(200), QSGDGather(3, "max"), TernGrad(), Natural(), Inte
     "other", [DRAW._replace(seed=0), DRAW._replace(call=3), DRAW._replace(rank=2), DRAW._replace(part=5)], ids=str
 )
 def test_errors_of_two_draws_are_uncorrelated(compressor: Compressor, other: Draw) -> None:
-    """So they average out over workers and calls. And so are those of neighbours; 5 standard errors of each, 3e-7."""
-    values = gaussian(100_000)
-    errors = [estimate(compressor, values, draw).astype(np.float64) - values for draw in (DRAW, other)]
-    for first, second in [(errors[0], errors[1]), (errors[0][1:], errors[0][:-1]), (errors[0][192:], errors[0][:-192])]:
-        products = first * second
+    """So they average out over workers and calls; and those of elements some way apart: 5 standard errors each."""
+    values = gaussian(200_000)
+    error, another = (estimate(compressor, values, draw).astype(np.float64) - values for draw in (DRAW, other))
+    for products in (error * another, *(error[lag:] * error[:-lag] for lag in (1, 192, 2**16))):
         assert abs(products.mean()) <= 5 * products.std() / math.sqrt(len(products))
 
 
