@@ -217,7 +217,7 @@ class Windows(CodecStrategy):
         return {
             "schedule": self.schedule.state_dict(),
             "sampler": None if self._sampler is None else self._sampler.state_dict(),
-            "bases": [_basis_state(basis) for basis in self._bases],
+            "bases": [basis_state(basis) for basis in self._bases],
             "first_loss": self._watch.first,
             "vote": self.vote,
             "log": copy.deepcopy(self._log),
@@ -231,14 +231,15 @@ class Windows(CodecStrategy):
             self._sampler.load_state_dict(state["sampler"])
         self._bases, self._codec, self._codecs = [], None, {}
         if state["bases"]:
-            self._use([_basis_from(part) for part in state["bases"]])
+            self._use([basis_from(part) for part in state["bases"]])
         self._watch = LossWatch(self.method.stop_multiple)
         self._watch.first = state["first_loss"]
         self.vote = state["vote"]
         self._log = copy.deepcopy(state["log"])
 
 
-def _basis_state(basis: LayerBasis) -> dict[str, Any]:
+def basis_state(basis: LayerBasis) -> dict[str, Any]:
+    """Of dicts, lists, numbers and NumPy arrays; copies."""
     return {
         "name": basis.name,
         "length": basis.length,
@@ -257,7 +258,8 @@ def _basis_state(basis: LayerBasis) -> dict[str, Any]:
     }
 
 
-def _basis_from(state: Mapping[str, Any]) -> LayerBasis:
+def basis_from(state: Mapping[str, Any]) -> LayerBasis:
+    """The basis of which `basis_state` told."""
     return LayerBasis(
         state["name"],
         state["length"],

@@ -1,0 +1,43 @@
+"""Compressed gradients in PyTorch's DistributedDataParallel: a communication hook and its state.
+
+    model = DistributedDataParallel(net)
+    state = gradiveq.ddp.State(model, GradiVeQ(ratio=8, fit_slices="all"))
+    model.register_comm_hook(state, gradiveq.ddp.hook)
+
+    method                          collectives of a bucket                 on a GPU
+    ------------------------------  --------------------------------------  --------------------------------
+    Plain                           all_reduce                              stays there
+    GradiVeQ                        all_reduce                              stays there; while sampling, the mean
+                                                                            gradient is copied to the host
+    PowerSGD                        all_reduce, twice                       by way of the host
+    compressors that are summed     all_reduce, one for each type           by way of the host
+    compressors that are gathered   all_gather; two if sizes vary           by way of the host
+    QSGDRing, Accordion, ...        none; the error says why
+
+Conventions are those of PyTorch's own hooks. The hook returns before communication ends, `process_group=None` is the
+default group, the first `start_iteration` iterations are not compressed, and `fp16_compress_wrapper(hook)` works.
+
+GradiVeQ samples uncompressed here (`GradiVeQ.sampling` is of the ring). It compresses the weights of 1-D, 2-D and 3-D
+convolutions. Transposed and grouped ones, and what is no convolution, go uncompressed unless `State(also=...)` names
+them: see `gradiveq.ddp.windows.compressible_layers`.
+"""
+# No `from __future__ import annotations`: DDP compares the annotations of hooks with the types themselves.
+
+import torch
+import torch.distributed as dist
+
+from gradiveq.ddp.state import CompressionStats, State
+
+__all__ = ["CompressionStats", "State", "hook"]
+
+
+def hook(state: State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    """The communication hook: replace a bucket of gradients by its mean over the workers, compressed.
+
+    Args:
+        state: one for each wrapped model.
+        bucket: from DDP.
+    Returns:
+        The bucket's tensor, once the exchange is over; its errors name layers and ranks.
+    """
+    return state.on_bucket(bucket)

@@ -1,0 +1,127 @@
+"""Which parameters' gradients a DDP bucket holds, and where.
+
+DDP hands a hook a flat tensor and the parameters in it; it knows them by name here, so that what is remembered of a
+parameter (error memories, bases) survives DDP's rebuilding of its buckets after the first iteration, and a checkpoint.
+
+`GradBucket.gradients()` isn't used: it views every region as contiguous, also that of a parameter in channels-last
+format, whose gradient DDP stores with the parameter's own strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+#: What compressors can take, all of them as float32; buckets of other types travel as they are.
+COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One parameter in a bucket.
+
+    Attributes:
+        name: as in `named_parameters()` of the model without DDP's wrapper.
+        index: among the parameters that require a gradient.
+        start, stop: elements of the bucket.
+        shape, stride: of its gradient there.
+    """
+
+    name: str
+    index: int
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The gradient, in the parameter's shape, as a view of the bucket's elements (or of as many others)."""
+        return flat[self.start : self.stop].as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A bucket's parameters, in order and without gaps.
+
+    Attributes:
+        unknown: how many of the bucket's parameters, from some one on, are not the model's; then `places` ends there.
+    """
+
+    places: tuple[Place, ...]
+    length: int
+    unknown: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(place.name for place in self.places)
+
+    def title(self) -> str:
+        """For messages."""
+        names = self.names
+        if not names:
+            return "no parameter of the model"
+        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+
+
+class Parameters:
+    """The parameters of a model that require a gradient when this is made. Shared ones have their first name.
+
+    Attributes:
+        names: by index.
+        tensors: by index.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.tensors = [p for _, p in named]
+        self._index = {id(p): index for index, p in enumerate(self.tensors)}
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        # (the module's own parameters, name in there, index): looked at in each iteration, so it has to be quick
+        self._seats = [
+            (module._parameters, key, self._index[id(p)])
+            for module in model.modules()
+            for key, p in module._parameters.items()
+            if p is not None and id(p) in self._index
+        ]
+
+    def replaced(self) -> int | None:
+        """The index of a parameter that isn't in its module any more. Cost: about 0.1 µs a parameter."""
+        tensors = self.tensors
+        return next((index for module, key, index in self._seats if module.get(key) is not tensors[index]), None)
+
+    def plan(self, bucket: dist.GradBucket) -> Plan:  # type: ignore[name-defined]
+        """What is where in a bucket."""
+        parameters = bucket.parameters()
+        key = tuple(map(id, parameters))
+        plan = self._plans.get(key)
+        if plan is None:
+            places = tuple(self._places(parameters))
+            length = sum(p.numel() for p in parameters)
+            plan = self._plans[key] = Plan(places, length, len(parameters) - len(places))
+        return plan
+
+    def _places(self, parameters: list[Tensor]) -> Iterator[Place]:
+        start = 0
+        for p in parameters:
+            index = self._index.get(id(p))
+            if index is None:
+                return
+            stop = start + p.numel()
+            yield Place(self.names[index], index, start, stop, tuple(p.shape), _stride(p))
+            start = stop
+
+
+def _stride(p: Tensor) -> tuple[int, ...]:
+    """Of the parameter's gradient in the bucket: its own if that is dense, as in DDP's reducer."""
+    dense = 1
+    for size, stride in sorted(zip(p.shape, p.stride(), strict=True), key=lambda pair: pair[1]):
+        if size != 1:
+            if stride != dense:
+                return tuple(torch.empty(p.shape, device="meta").stride())
+            dense *= size
+    return tuple(p.stride())

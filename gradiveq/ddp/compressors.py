@@ -1,0 +1,211 @@
+"""The compressors of `gradiveq.compressors` on buckets: sums in an all-reduce, the others in an all-gather.
+
+    sums       | payloads of one type, part after part | codes |             one message for each type
+    gathered   | code | payloads, part after part |                          one message for each rank
+
+Where the size of payloads depends on the data, a first round tells everybody's, and messages are padded to the longest.
+Codes (`gradiveq.ddp.flaws`) travel once: in the gathered message, with the sizes, or in the first sum.
+
+Compressors are NumPy and numba: of a bucket on a GPU the gradient is copied to the host, which waits for it, and the
+mean back. (`Plain` and GradiVeQ stay on the device.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradiveq.compressors.base import Array, Compressor, Draw, Float32
+from gradiveq.ddp.bucket import Plan
+from gradiveq.ddp.flaws import OVERFLOWED, any_flaw, flaw
+from gradiveq.ddp.memory import Memories, Memory, summed
+from gradiveq.ddp.scheme import Round, Rounds, Scheme, Traffic, Work
+from gradiveq.ddp.wire import from_wire, pack, seen, to_wire, unpack, wire_dtype
+from gradiveq.methods import Compressed
+
+_CODE_BYTES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class BucketPart:
+    """What is compressed at once: a parameter, or the bucket.
+
+    Attributes:
+        index: of its random numbers.
+    """
+
+    name: str
+    index: int
+    start: int
+    stop: int
+    compressor: Compressor
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def where(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+class CompressorScheme(Scheme):
+    """A `Compressed` method.
+
+    Args:
+        chosen: the compressor of each parameter, by index; None to compress each bucket as one.
+        seed: of random numbers.
+    """
+
+    def __init__(self, method: Compressed, chosen: Sequence[Compressor] | None, seed: int) -> None:
+        self.method, self.seed = method, seed
+        self._chosen = chosen
+        self._memory = None if method.feedback is None else Memory()
+
+    def rounds(self, work: Work) -> Rounds:
+        work.code = int(work.code)
+        parts = self._parts(work.plan, work.index)
+        values, latest = self._corrected(work)
+        payloads = []
+        left = None if self._memory is None else np.empty_like(values)
+        for part in parts:
+            draw = self._draw(part, work.iteration, work.group.rank)
+            payload = part.compressor.compress(
+                values[part.where], draw, latest[part.where] if part.compressor.uses_latest else None
+            )
+            payloads.append(seen(payload, work) if part.compressor.collective == "all_reduce" else payload)
+            if left is not None:
+                part.compressor.decompress(payloads[-1], left[part.where], draw)
+        if left is not None and self._memory is not None:
+            np.subtract(values, left, out=left)
+            self._memory.stage(work.plan, torch.from_numpy(left))
+        return self._exchange(work, parts, payloads)
+
+    def begin(self, iteration: int, traffic: Traffic) -> None:
+        if self._memory is not None:
+            self._memory.forget()
+
+    def end(self, compressed: bool) -> None:
+        if self._memory is not None and compressed:
+            self._memory.commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"memory": None if self._memory is None else self._memory.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._memory is not None:
+            self._memory.load_state_dict(state["memory"])
+
+    def load_others(self, states: Sequence[Mapping[str, Any]], memories: Memories, rank: int, size: int) -> None:
+        if self._memory is not None:
+            self._memory.load_state_dict(summed([state["memory"] for state in states], rank, size, memories))
+
+    def _parts(self, plan: Plan, bucket: int) -> list[BucketPart]:
+        if self._chosen is None:
+            return [BucketPart(plan.title(), bucket, 0, plan.length, self.method.compressor)]
+        return [
+            BucketPart(place.name, place.index, place.start, place.stop, self._chosen[place.index])
+            for place in plan.places
+        ]
+
+    def _draw(self, part: BucketPart, call: int, rank: int) -> Draw:
+        return Draw(self.seed, call, rank, part.index)
+
+    def _corrected(self, work: Work) -> tuple[Float32, Float32]:
+        """What is to be compressed, and what of it is new."""
+        latest: Float32 = work.gradient().cpu().numpy()
+        if self._memory is None:
+            return latest, latest
+        memory = self._memory.of(work.plan, torch.device("cpu")).numpy()
+        with np.errstate(over="ignore"):
+            corrected = latest + memory
+        if not np.isfinite(corrected).all():
+            worst = next(p for p in work.plan.places if not np.isfinite(corrected[p.start : p.stop]).all())
+            work.code = flaw(OVERFLOWED, worst.index)
+        return (np.zeros_like(latest), latest) if int(work.code) > 1 else (corrected, latest)
+
+    def _exchange(self, work: Work, parts: Sequence[BucketPart], payloads: Sequence[Array]) -> Rounds:
+        assert isinstance(work.code, int)
+        kinds: dict[torch.dtype, list[int]] = {}
+        for i, part in enumerate(parts):
+            if part.compressor.collective == "all_reduce":
+                kinds.setdefault(wire_dtype(payloads[i], work), []).append(i)
+        sums = {kind: _sum_message(work, [payloads[i] for i in chosen]) for kind, chosen in kinds.items()}
+        futures = [work.all_reduce(message) for message in sums.values()]
+
+        gathering = [i for i, part in enumerate(parts) if part.compressor.collective == "all_gather"]
+        compressors = [parts[i].compressor for i in gathering]
+        own = pack([payloads[i] for i in gathering], compressors)
+        rows: list[Array] = []
+        if not gathering:
+            yield Round(futures, last=True)
+            first = next(iter(sums.values()))
+            work.hear(first, len(first) - work.codes.length)
+        elif all(compressor.fixed_size for compressor in compressors):
+            message = np.concatenate([np.array([work.code], np.int64).view(np.uint8), own])
+            everybody, future = work.all_gather(torch.from_numpy(message).to(work.group.device))
+            yield Round([*futures, future], last=True)
+            gathered = everybody.cpu().numpy()
+            work.heard = torch.from_numpy(np.frombuffer(gathered[:, :_CODE_BYTES].tobytes(), np.int64).copy())
+            rows = list(gathered[:, _CODE_BYTES:])
+        else:
+            said, future = work.all_gather(torch.tensor([work.code, len(own)], device=work.group.device))
+            yield Round([future], last=False)
+            work.heard, lengths = said[:, 0].cpu(), said[:, 1].tolist()
+            if any_flaw(work.heard):
+                yield Round(futures, last=True)
+                return
+            padded = np.pad(own, (0, max(lengths) - len(own)))
+            everybody, future = work.all_gather(torch.from_numpy(padded).to(work.group.device))
+            yield Round([*futures, future], last=True)
+            rows = [row[:length] for row, length in zip(everybody.cpu().numpy(), lengths, strict=True)]
+        totals = {kind: message.cpu() for kind, message in sums.items()}
+        out = np.zeros(work.plan.length, np.float32)
+        for kind, chosen in kinds.items():
+            taken = 0
+            for i in chosen:
+                part, payload = parts[i], payloads[i]
+                total = from_wire(totals[kind][taken : taken + len(payload)], payload.dtype, work)
+                draw = self._draw(part, work.iteration, work.group.rank)
+                part.compressor.decompress(total, out[part.where], draw, work.group.size)
+                taken += len(payload)
+        self._add_gathered(work, [parts[i] for i in gathering], rows, out)
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for by the State, on all ranks alike
+            for part in parts:
+                part.compressor.finish(out[part.where], work.group.size)
+            self._send_back(work, parts, out)
+        work.write(torch.from_numpy(out).to(work.buffer.device))
+
+    def _add_gathered(self, work: Work, parts: Sequence[BucketPart], rows: Sequence[Array], out: Float32) -> None:
+        scratch = np.empty(max((part.length for part in parts), default=0), np.float32)
+        shapes = [(part.compressor, part.length) for part in parts]
+        for rank, message in enumerate(rows):
+            for part, payload in zip(parts, unpack(message, shapes, rank), strict=True):
+                draw = self._draw(part, work.iteration, rank)
+                part.compressor.add_to(payload, out[part.where], draw, scratch[: part.length])
+
+    def _send_back(self, work: Work, parts: Sequence[BucketPart], mean: Float32) -> None:
+        """What Algorithm 1's master sends back of the mean: every rank has the mean, and compresses it alike."""
+        master = self.method.master
+        if master is None or not np.isfinite(mean).all():
+            return
+        for part in parts:
+            draw = Draw(self.seed, work.iteration, 0, work.codes.num_parameters + part.index)
+            values = mean[part.where].copy()
+            master.decompress(master.compress(values, draw, values), mean[part.where], draw)
+
+
+def _sum_message(work: Work, payloads: Sequence[Array]) -> Tensor:
+    """Payloads of one type behind one another, and the codes."""
+    length = sum(map(len, payloads))
+    message = work.message(length, wire_dtype(payloads[0], work))
+    place = 0
+    for payload in payloads:
+        message[place : place + len(payload)].copy_(to_wire(payload, work))
+        place += len(payload)
+    return message

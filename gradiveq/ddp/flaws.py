@@ -1,0 +1,98 @@
+"""What a rank says of itself beside its payload: which gradient is of no use, and whether it votes to end a window.
+
+Nobody's numbers may be spoilt by one rank's infinity, nobody may wait for a rank that has given up, and everybody's
+error is to name the layer and the rank. So a rank in trouble sends zeros, and a *code* in the same message:
+
+    code = vote + 2·(0, or 1 + reason + REASONS·(index of the parameter))
+
+Where messages are gathered it travels as it is. Where they are summed, each rank has elements of its own for it, in
+which all others have 0: digits to base 100, which every type that is ever summed (int8, bfloat16, ...) adds exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BASE = 100
+NOT_FINITE, OVERFLOWED, REPLACED, UNKNOWN = range(4)
+REASONS = (
+    "has a non-finite gradient",
+    "has a gradient that overflows float32 together with what error feedback remembers",
+    "was replaced in the model after gradiveq.ddp.State was made",
+    "is in one bucket with parameters that gradiveq.ddp.State was not made of",
+)
+
+
+def flaw(reason: int, index: int) -> int:
+    """The code, without a vote, of a parameter that is in trouble."""
+    return 2 * (1 + reason + len(REASONS) * index)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Everybody's codes in sums.
+
+    Attributes:
+        size: of the group.
+        num_parameters: that a code may speak of.
+    """
+
+    size: int
+    num_parameters: int
+
+    @property
+    def digits(self) -> int:
+        largest = flaw(len(REASONS) - 1, max(0, self.num_parameters - 1)) + 1
+        return len(_digits(largest))
+
+    @property
+    def length(self) -> int:
+        """Elements that they take at the end of a message."""
+        return self.size * self.digits
+
+    def write(self, tail: Tensor, rank: int, code: Tensor | int) -> None:
+        """Overwrite the end of a message by this rank's code, an integer, on any device."""
+        tail.zero_()
+        own = tail[rank * self.digits : (rank + 1) * self.digits]
+        if isinstance(code, int):
+            if code:
+                digits = _digits(code)
+                own[: len(digits)] = torch.tensor(digits, dtype=tail.dtype)
+            return
+        powers = BASE ** torch.arange(self.digits, device=code.device)
+        own.copy_((code // powers) % BASE)
+
+    def read(self, tail: Tensor) -> Tensor:
+        """int64 of shape (size,), by rank, on the message's device."""
+        powers = BASE ** torch.arange(self.digits, device=tail.device)
+        return (tail.view(self.size, self.digits).round().long() * powers).sum(dim=1)
+
+
+def any_flaw(codes: Tensor) -> bool:
+    return bool((codes > 1).any())
+
+
+def votes(codes: Tensor) -> int:
+    return int((codes % 2).sum())
+
+
+def story(codes: Sequence[int], names: Sequence[str]) -> list[tuple[int, str]]:
+    """(reason, "layer ... on rank ...") of each rank that is in trouble."""
+    found = []
+    for rank, code in enumerate(codes):
+        if code > 1:
+            index, reason = divmod(code // 2 - 1, len(REASONS))
+            found.append((reason, f"{names[index]} {REASONS[reason]} on rank {rank}"))
+    return found
+
+
+def _digits(number: int) -> list[int]:
+    digits = []
+    while number:
+        number, digit = divmod(number, BASE)
+        digits.append(digit)
+    return digits

@@ -1,0 +1,67 @@
+"""GradiVeQ's projection of a layer as torch products, on the gradient's device: Eq. 3-5 of Yu et al. 2018.
+
+The ring's codec (`gradiveq.codec`) meets a few slices at a time and cuts its products accordingly; a bucket has a
+layer's slices all at once, which one product per basis takes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradiveq.loss import Loss
+from gradiveq.pca import LayerBasis
+
+
+class Projection:
+    """One layer's bases on a device. Memory: the bases, 4·d·K bytes each, µ, and Uᵀµ.
+
+    Attributes:
+        length: floats on the wire.
+    """
+
+    def __init__(self, basis: LayerBasis, device: torch.device) -> None:
+        self._k, self._num_elements = basis.slice_size, basis.length
+        self._mean = torch.from_numpy(basis.mean_).to(device)
+        self._groups: list[tuple[slice, int, Tensor, Tensor]] = []  # elements, slices, U (d, K), Uᵀµ (slices, d)
+        self.length = 0
+        for group, one in zip(basis.groups, basis.bases, strict=True):
+            components = torch.from_numpy(one.components_).to(device)
+            elements, num = slice(group.start, group.stop), group.num_slices
+            offsets = self._slices(self._mean[elements], num) @ components.T
+            self._groups.append((elements, num, components, offsets))
+            self.length += offsets.numel()
+
+    def encode(self, gradient: Tensor, out: Tensor) -> None:
+        """out = Uᵀ(g - µ) of all slices, the last one of a group padded after centring.
+
+        Args:
+            gradient: float32 of shape (num_elements,), in the order of `gradiveq.flatten.Block`. Not modified.
+            out: float32 of shape (length,).
+        """
+        place = 0
+        for elements, num, components, offsets in self._groups:
+            coded = out[place : place + offsets.numel()].view(offsets.shape)
+            torch.addmm(offsets, self._slices(gradient[elements], num), components.T, beta=-1, out=coded)
+            place += offsets.numel()
+
+    def decode(self, coded: Tensor) -> Tensor:
+        """U g' + µ, float32 of shape (num_elements,), of one worker's g' or of the mean of all."""
+        out = torch.empty_like(self._mean)
+        place = 0
+        for elements, _, components, offsets in self._groups:
+            slices = coded[place : place + offsets.numel()].view(offsets.shape) @ components
+            out[elements] = slices.view(-1)[: elements.stop - elements.start]
+            place += offsets.numel()
+        return out.add_(self._mean)
+
+    def _slices(self, values: Tensor, num: int) -> Tensor:
+        missing = num * self._k - len(values)
+        return (F.pad(values, (0, missing)) if missing else values).view(num, self._k)
+
+
+def loss_between(estimate: Tensor, exact: Tensor) -> Loss:
+    """‖ĝ - g‖² and ‖g‖² of float32 vectors."""
+    difference = estimate - exact
+    return Loss(float(difference @ difference), float(exact @ exact))

@@ -1,0 +1,412 @@
+"""The state of a communication hook: one for each wrapped model."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from gradiveq.ddp import flaws
+from gradiveq.ddp.bucket import Parameters, Plan
+from gradiveq.ddp.group import Group
+from gradiveq.ddp.memory import Memories
+from gradiveq.ddp.methods import DDPMethod, make_scheme
+from gradiveq.ddp.scheme import Flight, Traffic, Work, plain_rounds
+from gradiveq.report import NonFiniteGradient, listed
+
+#: Of PyTorch's convention: DDP rebuilds its buckets after the first iteration.
+FIRST_START = 2
+
+
+class CompressionStats(NamedTuple):
+    """As PyTorch's PowerSGD hook reports them, but in bytes. Of this rank, from `start_iteration` on.
+
+    Attributes:
+        compress_rate: before / after; 0 if nothing was sent.
+        bytes_before: of the gradients.
+        bytes_after: that were handed to the process group in their place.
+    """
+
+    compress_rate: float
+    bytes_before: int
+    bytes_after: int
+
+
+class State:
+    """What `gradiveq.ddp.hook` needs to know, and remembers. Each rank makes one, with the same arguments.
+
+        model = DistributedDataParallel(net)
+        state = gradiveq.ddp.State(model, GradiVeQ(ratio=8, fit_slices="all"))
+        model.register_comm_hook(state, gradiveq.ddp.hook)
+
+    Args:
+        model: wrapped by DistributedDataParallel or not; its parameters that require a gradient now.
+        method: Plain, GradiVeQ, PowerSGD, a compressor, or Compressed for one with error feedback and the like.
+        process_group: the one that the model is wrapped with; None for that, or for the default group.
+        start_iteration: the first iteration that may be compressed, from 0 on. DDP rebuilds its buckets after the first
+            iteration, so it is at least 2. GradiVeQ's warm-up lasts at least until then.
+        seed: of random numbers.
+        nonfinite: what a gradient with an infinity or a NaN leads to, and a mean that overflows. "fail": an error on
+            all ranks, from `backward()`, that names the layer and the rank (on a GPU from the next one: nothing waits
+            for the finding). "propagate": NaN in that bucket on all ranks, as without a hook, so that a GradScaler
+            skips the step on all of them. Either way the iteration leaves no trace in memories and windows.
+        min_ratio: layers that would not be this much smaller go uncompressed: elements over floats for GradiVeQ, bytes
+            over bytes for compressors of a fixed size. (PowerSGD has `min_compression_rate`.)
+        also: names, or patterns of names, of parameters that GradiVeQ is to compress besides convolutions
+            (`gradiveq.ddp.windows.compressible_layers`).
+        loss_scale: gives the factor by which the loss is multiplied, as a number or a tensor: `scaler.get_scale` with
+            a GradScaler. Memories, µ and samples are kept in units without it, so that it may change. None for 1.
+    Raises:
+        TypeError, ValueError: an argument is invalid, or nothing in the model can be compressed as asked.
+
+    **Types.** Buckets of float32, float16 and bfloat16 are compressed, in float32; in the latter two, and under
+    `fp16_compress_wrapper` and `bf16_compress_wrapper`, float32 payloads travel in these 16 bits. Other buckets
+    (float64) travel as they are. Sparse gradients are refused.
+
+    **Unused parameters** (`find_unused_parameters`) count as zeros. DDP leaves `.grad` alone where no rank has used the
+    parameter; what error feedback has sent for it in such an iteration is then lost.
+
+    **Resuming** bit by bit: DDP starts with other buckets than it goes on with, and so with another order of additions
+    in a process group's all-reduce. Run one iteration on any batch, forward and backward, and only then load model,
+    optimiser, and `load_state_dict`. The buckets are rebuilt in the following forward pass, as in the first run.
+
+    Attributes:
+        iteration: of the next backward pass that communicates; those under `no_sync()` don't count.
+        traffic: bytes, from `start_iteration` on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: DDPMethod,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        start_iteration: int = FIRST_START,
+        seed: int = 0,
+        nonfinite: Literal["fail", "propagate"] = "fail",
+        min_ratio: float = 1.0,
+        also: Sequence[str] = (),
+        loss_scale: Callable[[], Tensor | float] | None = None,
+    ) -> None:
+        if not isinstance(start_iteration, int) or start_iteration < FIRST_START:
+            raise ValueError(
+                f"`start_iteration` must be at least {FIRST_START}, as DDP rebuilds its buckets after the first "
+                f"iteration, got {start_iteration!r}"
+            )
+        if nonfinite not in ("fail", "propagate"):
+            raise ValueError(f"`nonfinite` must be 'fail' or 'propagate', got {nonfinite!r}")
+        if isinstance(model, DistributedDataParallel):
+            process_group = model.process_group if process_group is None else process_group
+            model = model.module
+        self.method, self.start_iteration, self.nonfinite = method, start_iteration, nonfinite
+        self.iteration = 0
+        self.traffic = Traffic()
+        self._group = Group(process_group)
+        self._parameters = Parameters(model)
+        if not self._parameters.names:
+            raise ValueError("`model` has no parameter that requires a gradient")
+        self._codes = flaws.Codes(self._group.size, len(self._parameters.names))
+        self._scheme = make_scheme(
+            method, model, self._parameters, self._group,
+            seed=seed, start=start_iteration, min_ratio=min_ratio, also=also,
+        )  # fmt: skip
+        self._identity = {
+            "method": repr(method),
+            "start_iteration": start_iteration,
+            "seed": seed,
+            "min_ratio": min_ratio,
+            "also": list(also),
+            **{
+                f"model.{name}": [str(p.dtype), *p.shape]
+                for name, p in zip(self._parameters.names, self._parameters.tensors, strict=True)
+            },
+        }
+        self._loss_scale = loss_scale
+        self._compared = False
+        # Of the iteration under way. Callbacks come on threads of the backend's.
+        self._lock = threading.Lock()
+        self._flights: list[Flight] = []
+        self._begun = self._landed = 0
+        self._all_begun = self._settled = True
+        self._spoilt = False
+        self._scale: Tensor | float | None = None
+        self._unread: list[tuple[Plan, Tensor, Tensor]] = []  # on a GPU: codes, whether the mean is finite
+        self._codes_on_device: dict[Plan, Tensor] = {}
+
+    @property
+    def phase(self) -> str:
+        """Of the next iteration: "start" before `start_iteration`, then "plain", "compressed", or GradiVeQ's "warm-up",
+        "sample" and "compress" (as far as it is known: a fit that is under way may end the sampling)."""
+        self._settle()
+        return "start" if self.iteration < self.start_iteration else self._scheme.phase
+
+    @property
+    def window_log(self) -> list[dict[str, Any]]:
+        """GradiVeQ's windows, as `gradiveq.Aggregator.window_log` has them; of others there are none."""
+        self._settle()
+        return list(self._scheme.log)
+
+    def compression_stats(self) -> CompressionStats:
+        before, after = self.traffic.dense, self.traffic.payload
+        return CompressionStats(before / after if after else 0.0, before, after)
+
+    def on_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        """What `hook` does."""
+        if bucket.index() == 0:
+            self._begin()
+        plan = self._parameters.plan(bucket)
+        buffer = bucket.buffer()
+        if buffer.layout != torch.strided:
+            raise ValueError(f"gradients must be dense, {plan.title()} has a {buffer.layout} one")
+        number = self.iteration - 1
+        work = Work(plan, buffer, number, bucket.index(), 0, self._scale, self._group, self._codes)
+        work.code = self._own_code(work)
+        if number >= self.start_iteration:
+            work.traffic = self.traffic
+            self.traffic.dense += buffer.nbytes
+        compressed = number >= self.start_iteration and work.compressible
+        rounds = self._scheme.rounds(work) if compressed else plain_rounds(work)
+        earlier = [flight for flight in self._flights if not flight.launched]
+        with self._lock:
+            self._begun += 1
+            self._all_begun = bucket.is_last()
+        flight = Flight(rounds, work, self._judge)
+        self._flights = [*earlier, flight]
+        for one in earlier:
+            one.advance()
+        if bucket.is_last():
+            for one in self._flights:
+                while not one.launched:
+                    one.advance()
+            self._flights = []
+        return flight.future
+
+    def _begin(self) -> None:
+        """A new iteration; collective."""
+        self._read()
+        self._settle()
+        if not self._compared:
+            self._compare()
+        number, self.iteration = self.iteration, self.iteration + 1
+        self._flights, self._unread = [], []
+        self._begun = self._landed = 0
+        self._all_begun = self._settled = self._spoilt = False
+        self._scale = None if self._loss_scale is None else self._loss_scale()
+        self._scheme.begin(number, self.traffic if number >= self.start_iteration else Traffic())
+
+    def _own_code(self, work: Work) -> Tensor | int:
+        """What this rank has to say of its gradient; looked at in one pass."""
+        vote = int(self._scheme.vote)
+        places = work.plan.places
+        replaced = self._parameters.replaced()
+        if replaced is not None:
+            return vote + flaws.flaw(flaws.REPLACED, replaced)
+        if work.plan.unknown:
+            return vote + flaws.flaw(flaws.UNKNOWN, places[-1].index if places else len(self._parameters.names))
+        if work.buffer.is_cuda:
+            return vote + self._flaw_on_device(work)
+        if _is_finite(work.buffer):
+            return vote
+        return vote + flaws.flaw(flaws.NOT_FINITE, _flawed(work.buffer, work.plan)[0])
+
+    def _flaw_on_device(self, work: Work) -> Tensor:
+        """The code of the last parameter with a non-finite gradient, or 0; nothing waits for it."""
+        views = [place.view(work.buffer) for place in work.plan.places]
+        codes = self._codes_on_device.get(work.plan)
+        if codes is None:
+            numbers = [flaws.flaw(flaws.NOT_FINITE, place.index) for place in work.plan.places]
+            codes = self._codes_on_device[work.plan] = torch.tensor(numbers, device=work.buffer.device)
+        norms = torch.stack(torch._foreach_norm(views, torch.inf))
+        return torch.where(norms.isfinite(), 0, codes).amax()
+
+    def _judge(self, work: Work, error: Exception | None) -> Exception | None:
+        """A bucket is through; maybe on a thread of the backend's."""
+        verdict = error
+        try:
+            if error is None:
+                if work.buffer.is_cuda:
+                    self._note_flaws(work)
+                else:
+                    verdict = self._find_flaws(work)
+        finally:
+            with self._lock:
+                self._spoilt = self._spoilt or error is not None
+                self._landed += 1
+        if not self._unread:
+            self._settle()
+        return verdict
+
+    def _find_flaws(self, work: Work) -> Exception | None:
+        """What is to be raised because of this bucket, the same on all ranks."""
+        assert work.heard is not None
+        if flaws.any_flaw(work.heard):
+            self._spoilt = True
+            if self.nonfinite == "propagate":
+                work.buffer.fill_(torch.nan)
+            return self._error(work.heard, work.iteration)
+        if not _is_finite(work.buffer):  # the same bits on all ranks, so the same finding
+            self._spoilt = True
+            if self.nonfinite == "fail":
+                names = [self._parameters.names[index] for index in _flawed(work.buffer, work.plan)]
+                return _overflow(names, work.iteration)
+        return None
+
+    def _note_flaws(self, work: Work) -> None:
+        """The same on a GPU, where it is only noted what there is to see."""
+        assert work.heard is not None
+        work.buffer.masked_fill_((work.heard > 1).any(), torch.nan)
+        finite = torch.linalg.vector_norm(work.buffer, torch.inf).isfinite()
+        self._unread.append((work.plan, work.heard, finite))
+
+    def _read(self) -> None:
+        """What was noted on a GPU in the last iteration.
+
+        Raises: as `_find_flaws` says.
+        """
+        unread, self._unread = self._unread, []
+        for plan, codes, finite in unread:
+            error = None
+            if flaws.any_flaw(codes):
+                self._spoilt, error = True, self._error(codes, self.iteration - 1)
+            elif not finite:
+                self._spoilt = True
+                if self.nonfinite == "fail":
+                    error = _overflow([f"{plan.title()}"], self.iteration - 1)
+            if error is not None:
+                raise error
+
+    def _error(self, codes: Tensor, iteration: int) -> Exception | None:
+        found = flaws.story(codes.tolist(), [*self._parameters.names, "a bucket"])
+        where = "; ".join(text for _, text in found)
+        if any(reason in (flaws.REPLACED, flaws.UNKNOWN) for reason, _ in found):
+            return ValueError(f"in iteration {iteration} {where}: make a new State of the model as it is wrapped now")
+        return NonFiniteGradient(f"in iteration {iteration} {where}") if self.nonfinite == "fail" else None
+
+    def _settle(self) -> None:
+        """The iteration is over, if all buckets are through."""
+        with self._lock:
+            if self._settled or not self._all_begun or self._landed < self._begun or self._unread:
+                return
+            self._settled = True
+            if not self._spoilt:
+                self._scheme.end(self.iteration - 1 >= self.start_iteration)
+
+    def _compare(self) -> None:
+        """Refuse ranks that differ; collective.
+
+        Raises:
+            ValueError: on all ranks, naming what differs where.
+        """
+        identity = {**self._identity, "iteration": self.iteration}
+        digest = hashlib.blake2b(repr(sorted(identity.items())).encode(), digest_size=8).digest()
+        table = self._group.rows_of(np.frombuffer(digest, np.int64))
+        if (table != table[0]).any():
+            raise ValueError(
+                f"the ranks' models, methods or options differ: {_disagreement(self._group.objects_of(identity))}"
+            )
+        self._compared = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on bit by bit, between iterations; it differs by rank. Not collective.
+
+        Dicts and lists of tensors on the CPU, numbers, strings and None, copied: `torch.load` takes them with
+        weights_only=True.
+        """
+        self._read()
+        self._settle()
+        return {
+            "identity": dict(self._identity),
+            "rank": self._group.rank,
+            "size": self._group.size,
+            "iteration": self.iteration,
+            "traffic": [self.traffic.dense, self.traffic.payload, self.traffic.fit],
+            "scheme": self._scheme.state_dict(),
+        }
+
+    def load_state_dict(
+        self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]], memories: Memories | None = None
+    ) -> None:
+        """Go on from there. Every rank loads its own state, of the same iteration; see the class for how to resume.
+
+        With another number of workers every rank loads the list of the old ones' states, by rank, and says what is to
+        become of error feedback's memories: "sum", so that the mean over the workers of what was left out stays what it
+        was (`gradiveq.ddp.memory.summed`); or "drop", for which a single old state will do. Bases, µ and Q are of the
+        mean gradient and are kept; a sampling that is under way begins anew. No such run equals another bit by bit.
+
+        Args:
+            memories: only with another number of workers.
+        Raises:
+            ValueError: the states are of another model, method, option, rank or number of workers; nothing was changed.
+        """
+        states = [state] if isinstance(state, Mapping) else list(state)
+        if not states:
+            raise ValueError("`state` must be a state, or a list of those of all ranks, got an empty list")
+        for one in states:
+            difference = _disagreement([one["identity"], self._identity], ("there", "here"))
+            if difference:
+                raise ValueError(f"the state is of another model or method: {difference}")
+        if len({one["iteration"] for one in states}) > 1:
+            raise ValueError(f"the states are of different iterations: {[one['iteration'] for one in states]}")
+        group, size = self._group, states[0]["size"]
+        same = size == group.size
+        if not same and memories is None:
+            raise ValueError(
+                f"the state is of one of {size} workers, here are {group.size}: say what becomes of memories, 'sum' "
+                "(with the list of all old states) or 'drop'"
+            )
+        if len(states) > 1 or memories == "sum":
+            ranks = [one["rank"] for one in states]
+            if ranks != list(range(size)):
+                raise ValueError(f"the states must be of ranks 0 ... {size - 1} in order, got those of {ranks}")
+        if same:
+            states = [states[group.rank]] if len(states) > 1 else states
+            if states[0]["rank"] != group.rank:
+                raise ValueError(f"the state is rank {states[0]['rank']}'s, this is rank {group.rank}")
+        if same:
+            self._scheme.load_state_dict(states[0]["scheme"])
+        else:
+            assert memories is not None
+            self._scheme.load_others([one["scheme"] for one in states], memories, group.rank, group.size)
+        self.iteration = states[0]["iteration"]
+        self.traffic = Traffic(*states[0]["traffic"])
+        self._compared, self._settled, self._unread = False, True, []
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Cost: one pass."""
+    return bool(torch.linalg.vector_norm(values, torch.inf).isfinite()) if values.numel() else True
+
+
+def _flawed(buffer: Tensor, plan: Plan) -> list[int]:
+    """The indices of the parameters with an infinity or a NaN in a bucket."""
+    return [place.index for place in plan.places if not _is_finite(buffer[place.start : place.stop])]
+
+
+def _overflow(names: Sequence[str], iteration: int) -> NonFiniteGradient:
+    return NonFiniteGradient(
+        f"in iteration {iteration} the mean of finite gradients overflows on all ranks: {listed(names)}"
+    )
+
+
+def _disagreement(identities: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None) -> str:
+    """The first of all entries that isn't the same in all, or nothing."""
+    for key in dict.fromkeys(key for identity in identities for key in identity):
+        where: dict[str, list[str]] = {}
+        for index, identity in enumerate(identities):
+            value = repr(identity[key]) if key in identity else "missing"
+            where.setdefault(value, []).append(labels[index] if labels else f"rank {index}")
+        if len(where) > 1:
+            return f"{key} is " + " and ".join(f"{value} {_on(places)}" for value, places in where.items())
+    return ""
+
+
+def _on(places: Sequence[str]) -> str:
+    return listed(list(places)) if places[0] in ("there", "here") else "on " + listed(list(places))
