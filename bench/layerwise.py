@@ -31,11 +31,12 @@ from tqdm import tqdm
 
 from bench import figures, layerwise_figures
 from bench.data import DataError, load
+from bench.data.folder import load_folder
 from bench.findings import table
 from bench.grid import GridError, run_grid
 from bench.layerwise_findings import Runs, accuracy_table, along, judge_all, theory_table
 from bench.layerwise_runs import run
-from bench.layerwise_sizes import METHODS, PAPER, SMALL, SMALL_IS, Size, Where, specs
+from bench.layerwise_sizes import METHODS, PAPER, SMALL, Size, Where, differences, specs
 from bench.options import Parser, UsageError
 from bench.record import environment, plain, write_atomically, write_json
 
@@ -115,31 +116,32 @@ def _size(options: argparse.Namespace) -> Size:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def caption(runs: Runs, size: Size, about: dict[str, Any], *, paper: bool) -> str:
+def caption(runs: Runs, size: Size, about: dict[str, Any]) -> str:
     """How the figures came about."""
     sources = dict.fromkeys(run["result"]["source"] for run in runs.values())
     each = "; ".join(
         f"{network.label}: {network.workers} workers x {network.batch_size} images in one process, "
-        f"{network.epochs:g} epochs"
+        f"{network.epochs:g} epochs, learning rate 0 to {size.lr:g} in {size.warmup:.0%} of the run, then to 0"
         for network in size.networks
     )
     parts = [
         f"Data: {'; '.join(sources)}",
         each,
-        f"seeds 0 to {size.seeds - 1}: mean, least and most",
+        f"seeds 0 to {size.seeds - 1}: mean, least and most" if size.seeds > 1 else "seed 0",
         f"on {figures.machine_text(about, about)}",
         f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
         f"command: {about['command']}",
     ]
-    return figures.sentences(parts) + ("" if paper else f"\n{SMALL_IS}")
+    unlike = differences(size)
+    return figures.sentences(parts) + (f"\n{unlike}." if unlike else "")
 
 
-def report(runs: Runs, size: Size, about: dict[str, Any], *, paper: bool) -> tuple[str, list[dict[str, Any]]]:
+def report(runs: Runs, size: Size, about: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     """table.md, and the findings as JSON."""
     findings = judge_all(runs, size.networks)
     parts = [
         "# Layer-wise against entire-model compression (Dutta et al. 2020)",
-        caption(runs, size, about, paper=paper),
+        caption(runs, size, about),
         table(findings),
     ]
     for network in size.networks:
@@ -179,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(words)
         load(options.data)  # so that what is wrong with it is said once
+        if options.imagenet:
+            load_folder(options.imagenet)
         out: Path = options.out
         out.mkdir(parents=True, exist_ok=True)
         grid = specs(options.size, options.methods, options.where)
@@ -193,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 resume=options.resume, show=show,
             )  # fmt: skip
         about = environment() | {"command": command, "cores": os.cpu_count()}
-        text, findings = report(runs, options.size, about, paper=options.paper)
+        text, findings = report(runs, options.size, about)
         record = {
             "environment": about, "size": asdict(options.size), "findings": findings, "runs": condensed(runs),
         }  # fmt: skip
@@ -201,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_atomically(out / "table.md", text.encode())
         with figures.figure_style():
             for method in options.methods:
-                words_below = caption(runs, options.size, about, paper=options.paper)
+                words_below = caption(runs, options.size, about)
                 figure = layerwise_figures.draw(runs, options.size.networks, method, words_below)
                 if figure is not None:
                     figures.write_figure(figure, out / layerwise_figures.name_of(method))

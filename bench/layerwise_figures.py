@@ -28,7 +28,10 @@ FIGURES = {
     "topk": ("fig7", "Top k"),
 }
 COLORS = (figures.PURPLE, figures.VERMILION, figures.ORANGE, figures.GREEN, figures.BLUE)
-LINES = {LAYER: "-", MODEL: (0, (4, 2))}
+LINES: dict[str, dict[str, Any]] = {
+    LAYER: {"linestyle": "-", "marker": "o"},
+    MODEL: {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
+}
 NAMES = {LAYER: "layer-wise", MODEL: "entire-model"}
 
 Records = Sequence[Mapping[str, Any]]
@@ -66,12 +69,17 @@ def draw(runs: Runs, networks: Sequence[Network], method: str, caption: str) -> 
             for granularity in (LAYER, MODEL):
                 these = runs_of(runs, network, setting, granularity)
                 label = ", ".join(filter(None, (setting.label, NAMES[granularity])))
-                style = {"color": COLORS[index % len(COLORS)], "linestyle": LINES[granularity], "label": label}
+                style = {"color": COLORS[index % len(COLORS)], "label": label, **LINES[granularity]}
                 if these:
                     _accuracy(left, these, network, style)
                 same = runs_of(runs, network, setting, LAYER)
                 if same:
-                    _band(right, same[0]["result"]["steps"]["iteration"], _column(same, f"{granularity}_error"), style)
+                    _band(
+                        right,
+                        same[0]["result"]["steps"]["iteration"],
+                        _column(same, f"{granularity}_error"),
+                        {**style, "marker": ""},
+                    )
         left.set(
             xlabel="epoch",
             ylabel=f"test accuracy{', top 5' if network.imagenet else ''} (%)",
@@ -96,7 +104,7 @@ def _accuracy(axis: Axes, these: Records, network: Network, style: Mapping[str, 
         values = [100 * evaluation[metric_of(network)] for evaluation in run["result"]["evaluations"]]
         line[: len(values)] = values
         line[len(values) :] = values[-1]
-    _band(axis, [evaluation["epoch"] for evaluation in longest], lines, {**style, "marker": "o", "markersize": 3})
+    _band(axis, [evaluation["epoch"] for evaluation in longest], lines, {"markersize": 3.5, **style})
 
 
 def _column(these: Records, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:

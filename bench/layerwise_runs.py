@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.data import Dataset, load
+from bench.data.folder import ImageFiles, load_folder
 from bench.layerwise_sizes import BASELINE, LAYER, MODEL
 from bench.models import MODELS
 from bench.simulate import Aggregation, Compressed, ExactMean, Images, Observer, Step, Task, make_optimiser, simulate
@@ -114,16 +115,21 @@ class BothGranularities(Observer):
 
 
 @cache
-def _dataset(path: str | None) -> Dataset:
-    return load(path)
+def _dataset(path: str | None, folder: bool) -> Dataset | ImageFiles:
+    return load_folder(str(path)) if folder else load(path)
 
 
 def _task(spec: Mapping[str, Any]) -> tuple[Task, str, float]:
     """With the network's initial weights and the order of the images by the seed; the data's source; guessing."""
-    dataset = _dataset(spec["data"])
-    model = MODELS[spec["network"]](dataset.num_classes, width=spec["width"], seed=spec["seed"]).to(spec["device"])
+    folder = spec["imagenet"]
+    dataset = _dataset(spec["data"], folder)
+    options = {"imagenet": True} if folder else {}
+    build = MODELS[spec["network"]]
+    model = build(dataset.num_classes, width=spec["width"], seed=spec["seed"], **options)
+    model = model.to(spec["device"])
+    top = IMAGENET_TOP if folder else 1
     task = Images(
         model, dataset, spec["batch_size"], spec["workers"], seed=spec["seed"], augment=spec["augment"],
-        device=spec["device"],
+        device=spec["device"], top=top,
     )  # fmt: skip
-    return task, dataset.source, 1 / dataset.num_classes
+    return task, dataset.source, min(1.0, top / dataset.num_classes)

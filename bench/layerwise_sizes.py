@@ -127,7 +127,7 @@ class Size:
 
 
 SMALL = Size(
-    networks=(Network("alexnet", width=0.125, batch_size=64, epochs=5, long_epochs=5, nesterov=True),),
+    networks=(Network("alexnet", width=0.125, batch_size=64, epochs=4, long_epochs=4, nesterov=True),),
     ratios=(0.001, 0.01, 0.1, 0.5),
     thresholds=(1e-3, 1e-2, 1e-1),
     seeds=5,
@@ -144,13 +144,27 @@ PAPER = Size(
     ),
 )  # fmt: skip
 
-#: What the small size leaves out, for the tables.
-SMALL_IS = (
-    "The small size scales the paper's: AlexNet (the convolutional one of the authors' code) with an eighth of its "
-    "channels, 6,000 images of the shipped Fashion-MNIST sample instead of CIFAR-10's 50,000, 5 epochs of 46 steps "
-    "instead of 24 or 40 of 48, a global batch of 128 instead of 1,024, ratios 0.1, 1, 10 and 50 %, no augmentation; "
-    "the learning rate is the paper's: 0 to 0.4 in 5/24 of the run, then linearly to 0."
-)
+
+def differences(size: Size) -> str:
+    """How a size differs from the paper's, for its tables and figures; empty if it doesn't."""
+    parts = []
+    for network in size.networks:
+        paper = next(one for one in PAPER.networks if one.name == network.name)
+        if network.width != paper.width:
+            parts.append(f"{network.width:g} of {network.name}'s channels")
+        if (network.epochs, network.long_epochs) != (paper.epochs, paper.long_epochs):
+            parts.append(
+                f"{network.epochs:g} epochs instead of {paper.epochs:g} ({paper.long_epochs:g} of some methods)"
+            )
+        batch, paper_batch = network.workers * network.batch_size, paper.workers * paper.batch_size
+        if batch != paper_batch:
+            parts.append(f"a global batch of {batch:,} instead of {paper_batch:,}")
+    if not size.augment:
+        parts.append("no augmentation")
+    if set(size.ratios) != set(PAPER_RATIOS):
+        ratios = ", ".join(f"{100 * ratio:g}" for ratio in size.ratios)
+        parts.append(f"ratios of {ratios} %")
+    return f"Unlike the paper: {'; '.join(parts)}. The learning rate is the paper's" if parts else ""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,6 +34,7 @@ from torch.nn import functional
 
 from bench.checkpoint import restored, storable
 from bench.data import Batches, Dataset, evaluation_batches
+from bench.data.folder import FolderBatches, ImageFiles, folder_evaluation_batches
 from bench.record import write_atomically
 from gradiveq.compressors.base import Float32
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
@@ -78,20 +80,23 @@ class Task(ABC):
 
 
 class Images(Task):
-    """Classification of a `bench.data.Dataset`: cross entropy; "accuracy" (top 1) and "loss" on the test images.
+    """Classification: cross entropy; "accuracy" (top 1) and "loss" on the test images.
 
     Args:
-        model: from float32 (n, 3, 32, 32) to logits (n, num_classes).
+        model: from float32 images, (n, 3, 32, 32) or (n, 3, 224, 224) of a folder, to logits (n, num_classes).
+        dataset: images in memory, or files that are decoded when they are needed.
         batch_size: images per worker and iteration.
         workers: how many share a global batch.
         seed: of the order and the augmentation.
-        top: also report "top<k>_accuracy", for k above 1.
+        augment: whether images in memory are cropped and mirrored at random; files always are.
+        device: where the model is.
+        top: also report "top<k>_accuracy", for k above 1; of fewer classes than k it is 1.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        dataset: Dataset,
+        dataset: Dataset | ImageFiles,
         batch_size: int,
         workers: int,
         *,
@@ -100,8 +105,14 @@ class Images(Task):
         device: str | torch.device = "cpu",
         top: int = 1,
     ) -> None:
-        self.model, self.dataset, self.batch_size, self.device, self.top = model, dataset, batch_size, device, top
-        self._batches = Batches(dataset, workers * batch_size, seed=seed, device=device, augment=augment)
+        self.model, self.batch_size, self.top = model, batch_size, top
+        self._batches: Batches | FolderBatches
+        if isinstance(dataset, ImageFiles):
+            self._batches = FolderBatches(dataset, workers * batch_size, seed=seed, device=device)
+            self._test = partial(folder_evaluation_batches, dataset, EVALUATION_BATCH, device=device)
+        else:
+            self._batches = Batches(dataset, workers * batch_size, seed=seed, device=device, augment=augment)
+            self._test = partial(evaluation_batches, dataset, EVALUATION_BATCH, device=device)
         self.iterations_per_epoch = self._batches.batches_per_epoch
         self._last: tuple[int, tuple[Tensor, Tensor]] | None = None
 
@@ -119,11 +130,11 @@ class Images(Task):
 
     def evaluate(self) -> dict[str, float]:
         count, right, among, loss = 0, 0, 0, 0.0
-        for images, labels in evaluation_batches(self.dataset, EVALUATION_BATCH, device=self.device):
+        for images, labels in self._test():
             logits = self.model(images)
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
-            among += int((logits.topk(self.top).indices == labels[:, None]).sum())
+            among += int((logits.topk(min(self.top, logits.shape[1])).indices == labels[:, None]).sum())
             count += len(labels)
         metrics = {"accuracy": right / count, "loss": loss / count}
         return metrics if self.top == 1 else {**metrics, f"top{self.top}_accuracy": among / count}
@@ -304,8 +315,7 @@ def simulate(
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
     every = evaluate_every if evaluate_every is not None else task.iterations_per_epoch
-    devices = [parameter.device for parameter in task.model.parameters() if parameter.is_cuda][:1]
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(run.cuda):
         while run.iteration < iterations and run.diverged is None:
             run.step()
             ended = run.iteration == iterations or run.diverged is not None
@@ -340,6 +350,7 @@ class _Run:
         self.gradients = [np.zeros(self.layout.length, np.float32) for _ in range(workers)]
         self.mean = np.zeros(self.layout.length, np.float32)
         self.statistics = [buffer for buffer in task.model.buffers() if buffer.is_floating_point()]
+        self.cuda = [parameter.device for parameter in task.model.parameters() if parameter.is_cuda][:1]
         self.iteration = 0
         self.diverged: int | None = None
         self.payload_bytes = 0.0
@@ -428,7 +439,7 @@ class _Run:
             for buffer, value in zip(self.task.model.buffers(), before, strict=True):
                 buffer.copy_(value)
             key = np.random.SeedSequence([self.seed, iteration, rank]).generate_state(1, np.uint64)
-            torch.manual_seed(int(key[0] >> np.uint64(1)))
+            self._seed(int(key[0] >> np.uint64(1)))
             self.optimiser.zero_grad(set_to_none=True)
             loss = self.task.loss(self.task.batch(iteration, rank))
             loss.backward()  # type: ignore[no-untyped-call]
@@ -439,6 +450,12 @@ class _Run:
         for total, buffer in zip(sums, self.statistics, strict=True):
             buffer.copy_(total / self.workers)
         return losses
+
+    def _seed(self, seed: int) -> None:
+        """Like `torch.manual_seed`, which without a GPU remembers every call for one that might come."""
+        torch.default_generator.manual_seed(seed)
+        if self.cuda:
+            torch.cuda.manual_seed(seed)
 
     def _record(self) -> None:
         names = dict.fromkeys(name for step in self.recent for name in step)
