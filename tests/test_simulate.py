@@ -16,14 +16,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bench.simulate
 from bench.data import Batches, Dataset
 from bench.grid import GridError, read_grid, run_grid
-from bench.simulate import Aggregation, Compressed, ExactMean, Images, Observer, Step, make_optimiser, simulate
+from bench.simulate import Aggregation, ExactMean, Images, Observer, Step, make_optimiser, simulate
+from gradiveq import Aggregator
 from gradiveq.compressors.base import Draw
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.terngrad import TernGrad
 from gradiveq.exchange import ErrorFeedback, Part
 from gradiveq.flatten import Layout
+from gradiveq.methods import Compressed
+from gradiveq.specs import parse
+from ring.handle import Ring
+from ring.lockstep import run
 
 
 def dataset(num_train: int = 80, num_test: int = 20) -> Dataset:
@@ -108,10 +114,41 @@ def test_the_mean_of_the_workers_gradients_is_the_global_batchs(optimiser: str):
 def test_identity_in_parts_is_the_exact_mean():
     exact, compressed = network(), network()
     train(exact, ExactMean())
-    result = train(compressed, Compressed(parts(compressed), 4))
+    result = train(compressed, bench.simulate.Compressed(parts(compressed), 4))
     torch.testing.assert_close(weights(exact), weights(compressed), rtol=1e-6, atol=1e-7)
     assert set(result["steps"]["compression_error"]) == {0.0}
     assert set(result["steps"]["payload_bytes"]) == {4.0 * result["num_parameters"]}
+
+
+@pytest.mark.parametrize("spec", ["terngrad+ef", "topk:0.1@model+ef-scaled", "threshold:0.02+ef-update"])
+def test_gathered_compressors_train_as_over_a_ring_to_the_last_bit(spec: str):
+    method = parse(spec, momentum=0.9)
+    assert isinstance(method, Compressed)
+    iterations, workers = 6, 4
+    here = network(batch_norm=True)
+    aggregation = bench.simulate.Compressed(
+        method.parts(Layout(here).blocks), workers, seed=3, feedback=method.feedback
+    )
+    optimiser = "sgd" if spec.endswith("update") else "nesterov"
+    train(here, aggregation, iterations=iterations, optimiser=optimiser, seed=3)
+
+    def work(ring: Ring) -> Tensor:
+        model = network(batch_norm=True)
+        batches = Batches(dataset(), 5, ring.rank, ring.size, seed=3)
+        aggregator = Aggregator(model, ring, method, seed=3)
+        steps = make_optimiser(model.parameters(), optimiser, weight_decay=1e-3)
+        for iteration in range(iterations):
+            images, labels = batches.batch(iteration)
+            steps.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            for group in steps.param_groups:
+                group["lr"] = 0.05 / (1 + iteration)
+            aggregator.aggregate(lr=0.05 / (1 + iteration))
+            steps.step()
+        return weights(model)
+
+    for there in run(workers, work):
+        assert torch.equal(there, weights(here))
 
 
 def test_running_statistics_are_the_mean_over_the_workers():
@@ -145,7 +182,7 @@ def test_running_statistics_are_the_mean_over_the_workers():
 def compressed_run(seed: int = 0, **how: Any) -> tuple[dict[str, Any], Tensor]:
     """Everything that has a state: dropout, batch norm, Adam, random compressors with memories."""
     model = network(batch_norm=True, dropout=0.3, seed=seed)
-    aggregation = Compressed(parts(model, TernGrad()), 4, seed=seed, feedback=ErrorFeedback("gradient"))
+    aggregation = bench.simulate.Compressed(parts(model, TernGrad()), 4, seed=seed, feedback=ErrorFeedback("gradient"))
     result = train(model, aggregation, optimiser="adam", lr=0.01, seed=seed, iterations=10, record_every=3, **how)
     return result, torch.cat([weights(model), *(buffer.flatten().float() for buffer in model.buffers())])
 
@@ -234,9 +271,13 @@ def test_records_are_means_over_their_steps():
 
 def test_measures_are_means_over_the_workers_and_totals_go_on():
     model = network()
-    aggregation = Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
+    aggregation = bench.simulate.Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
     result = train(model, aggregation, iterations=6, record_every=2)
-    every = train(network(), Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient")), iterations=6)
+    every = train(
+        network(),
+        bench.simulate.Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient")),
+        iterations=6,
+    )
     totals = np.cumsum(every["steps"]["error"])
     np.testing.assert_allclose(every["steps"]["total_error"], totals, rtol=1e-6)
     np.testing.assert_allclose(result["steps"]["total_error"], totals[1::2], rtol=1e-6)
