@@ -33,6 +33,7 @@ from bench.train import (
 )
 from gradiveq.aggregator import NonFiniteGradient
 from gradiveq.methods import GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.specs import parse
 from ring.cluster import Cluster, Link, Node
 from ring.handle import Ring
 from ring.lockstep import run
@@ -40,7 +41,10 @@ from ring.virtual import VirtualRing
 
 CLASSES = 3
 GRADIVEQ = GradiVeQ(warmup=2, sample=4, compress=5, n_components=3, fit_slices="all", holdout_every=2)
-EVERY_METHOD = pytest.mark.parametrize("method", [Plain(), QSGDRing(), GRADIVEQ], ids=lambda method: method.name)
+TOP_K, SWITCHED = parse("topk:0.3+ef-scaled"), parse("accordion:interval=3:window=2:topk:0.5|topk:0.2+ef")
+EVERY_METHOD = pytest.mark.parametrize(
+    "method", [Plain(), QSGDRing(), GRADIVEQ, TOP_K, SWITCHED], ids=lambda method: method.name
+)
 
 
 def stripes(count: int, seed: int) -> tuple[Any, Any]:
@@ -127,6 +131,18 @@ def test_seconds_and_bytes_add_up(dataset: Dataset, method: Method) -> None:
     for kind in KINDS:
         parts = sum(part["seconds"][kind] for part in result["phases"].values())
         assert result["seconds"][kind] == pytest.approx(parts, abs=1e-12)
+    measured = [line["compression"] for line in lines if "compression" in line]
+    if method in (TOP_K, SWITCHED):
+        assert len(measured) == 14
+        assert set(result["phases"]) == {"compressed"}
+        for name, value in result["compression"].items():
+            theirs = [line["compression"][name] for line in other_lines]
+            assert value == pytest.approx(np.mean([line[name] for line in measured] + theirs))
+        assert 0.2 < result["compression"]["density"] < 0.6
+        assert measured[-1]["total_error"] == pytest.approx(sum(line["error"] for line in measured))
+    else:
+        assert not measured
+        assert result["compression"] is None
     if method.name == "gradiveq":
         assert {name: part["iterations"] for name, part in result["phases"].items()} == {
             "warm-up": 2, "sample": 7, "compress": 5,
@@ -408,6 +424,46 @@ def test_a_skipped_step_leaves_batch_norm_alone(dataset: Dataset) -> None:
     for same, _, _, result in run(2, lambda ring: work(ring, False)):
         assert not same
         assert math.isfinite(result["train_loss"])
+
+
+class Algorithm3(torch.optim.SGD):
+    """The update of Algorithm 3 of Sahu et al. 2021 without compression: x - γ(m + g), m = λm + g."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                m.mul_(group["momentum"]).add_(p.grad)
+                p.sub_(group["lr"] * (m + p.grad))
+
+
+def test_update_compression_has_its_momentum_at_the_workers(dataset: Dataset) -> None:
+    """And the optimiser has none: where nothing is left out, it is momentum of the mean gradient."""
+
+    def work(ring: Ring) -> list[torch.Tensor]:
+        options = settings(5, momentum=0.8, weight_decay=0.0, lr=0.01)
+        job = trainer(ring, dataset, parse("identity+ef-update", momentum=0.8), options)
+        other = trainer(ring, dataset, Plain(), options)
+        other.optimizer = Algorithm3(other.model.parameters(), lr=1.0, momentum=0.8)
+        for one in (job, other):
+            all_of(one)
+        return [nn.utils.parameters_to_vector(one.model.parameters()).detach() for one in (job, other)]
+
+    mine, theirs = run(2, work)[0]
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_scaled_feedback_knows_the_learning_rate(dataset: Dataset) -> None:
+    """The rate falls after half the run; a memory in units of the update makes other weights from then on only."""
+
+    def work(ring: Ring, spec: str) -> list[Any]:
+        lines = all_of(trainer(ring, dataset, parse(spec), settings(12)))
+        return [line["loss"] for line in lines if line["type"] == "iteration"]
+
+    losses = [run(2, lambda ring, spec=spec: work(ring, spec))[0] for spec in ("topk:0.1+ef", "topk:0.1+ef-scaled")]  # type: ignore[misc]
+    assert losses[0][:6] == pytest.approx(losses[1][:6], rel=1e-3)
+    assert losses[0][8:] != pytest.approx(losses[1][8:], rel=1e-3)
 
 
 def test_ranks_with_different_weights_are_found(dataset: Dataset) -> None:
