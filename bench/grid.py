@@ -91,10 +91,12 @@ def run_grid(
         finally:
             torch.set_num_threads(before)
     elif missing:
+        context = get_context("spawn")
+        told, telling = context.Pipe(duplex=False)
         with (
             _environment(dict.fromkeys(THREAD_VARIABLES, str(threads))),
             ProcessPoolExecutor(
-                min(processes, len(missing)), get_context("spawn"), initializer=_prepare, initargs=(threads,)
+                min(processes, len(missing)), context, initializer=_prepare, initargs=(threads, told)
             ) as pool,
         ):
             futures = {pool.submit(_do, run, name, dict(specs[name]), folder): name for name in missing}
@@ -102,8 +104,11 @@ def run_grid(
                 for future in as_completed(futures):
                     ended(futures[future], future.result)
             except BaseException:
+                telling.close()  # so that runs in progress end as well; they can be resumed
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        telling.close()
+        told.close()
     if failures:
         raise GridError(f"{len(failures)} of {len(specs)} runs failed; the first: {failures[0]}")
     return {name: record for name, record in records.items() if record is not None}
@@ -145,14 +150,18 @@ def _do(run: Run, name: str, spec: Spec, folder: Path) -> dict[str, Any]:
     return record
 
 
-def _prepare(threads: int) -> None:
-    """In a process of the pool: its threads, and its end when the one that started it is gone, even killed."""
+def _prepare(threads: int, told: connection.Connection) -> None:
+    """In a process of the pool: its threads, and its end when the one that started it has stopped, even if killed.
+
+    Args:
+        told: a pipe whose other end that process closes if it doesn't want the results any more.
+    """
     torch.set_num_threads(threads)
     parent = parent_process()
     assert parent is not None
 
     def follow() -> None:
-        connection.wait([parent.sentinel])
+        connection.wait([parent.sentinel, told])
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

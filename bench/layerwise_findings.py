@@ -27,7 +27,7 @@ CONFIDENCE = 0.95
 #: Percentage points of accuracy within which the paper's "comparable" is taken to lie.
 MARGIN = 2.0
 LEAST_SEEDS = 3
-#: A setting in which neither granularity gets beyond so many times the accuracy of guessing says nothing.
+#: A setting in which neither of two gets beyond so many times the accuracy of guessing says nothing.
 TRAINED = 1.5
 
 Relation = Literal["better", "same", "not worse"]
@@ -80,20 +80,21 @@ def holds(relation: Relation, difference: Difference, margin: float) -> bool | N
     return False if (low > 0 or high < 0) and abs(difference.mean) > margin else None
 
 
+_LEARNS = f" Settings in which neither gets beyond {TRAINED:g} times the accuracy of guessing don't count."
 _INTERVAL = f"the {CONFIDENCE:.0%} confidence interval of the mean difference, paired by seed,"
 RULES: dict[Relation, str] = {
     "better": (
         f"Better: in every setting {_INTERVAL} lies above 0. Not confirmed: in one setting it ends below {MARGIN:g} "
         "points (below 0 for compression errors). Otherwise, and with less than "
-        f"{LEAST_SEEDS} seeds, open, which counts as not testable."
+        f"{LEAST_SEEDS} seeds, open, which counts as not testable.{_LEARNS}"
     ),
     "same": (
         f"The same: in every setting {_INTERVAL} lies within ±{MARGIN:g} points. Not confirmed: in one setting the "
-        f"interval excludes 0 and the mean is beyond ±{MARGIN:g} points. Otherwise open."
+        f"interval excludes 0 and the mean is beyond ±{MARGIN:g} points. Otherwise open.{_LEARNS}"
     ),
     "not worse": (
         f"Not worse: in every setting {_INTERVAL} lies above -{MARGIN:g} points. Not confirmed: in one setting it lies "
-        f"below 0 and the mean below -{MARGIN:g} points. Otherwise open."
+        f"below 0 and the mean below -{MARGIN:g} points. Otherwise open.{_LEARNS}"
     ),
 }
 
@@ -248,13 +249,14 @@ def judge(statement: Statement, runs: Runs, network: Network | None) -> Finding:
             continue
         difference, took_off = compared
         margin, unit = (0.0, "") if statement.error else (MARGIN, " points")
-        verdicts.append(holds(statement.relation, difference, margin) if took_off else None)
+        if took_off:
+            verdicts.append(holds(statement.relation, difference, margin))
         label = f"{setting.label}: " if setting.label else ""
         texts.append(f"{label}{_interval(difference)}{unit}{'' if took_off else ' (neither learns)'}")
-    if not verdicts:
+    if not texts:
         return Finding(statement.where, statement.claim, "-", "not run", rule, None)
-    met = False if False in verdicts else None if None in verdicts else True
-    if met is None:
+    met = False if False in verdicts else None if None in verdicts or not verdicts else True
+    if None in verdicts and met is None:
         texts.append("open")
     return Finding(statement.where, statement.claim, network.label, "; ".join(texts), rule, met)
 

@@ -379,11 +379,13 @@ def test_damaged_records_and_bad_names(tmp_path: Path):
         run_grid(tiny, SPECS, tmp_path, processes=0)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no signals that can't be caught")
-def test_processes_end_with_the_one_that_started_them(tmp_path: Path):
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path, how: str):
+    """Signalled alone, so not as from a terminal."""
     pids, records = tmp_path / "pids", tmp_path / "records"
     pids.mkdir()
     program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; from bench.grid import run_grid; from test_simulate import slow\n"
         "if __name__ == '__main__':\n"
         f"    run_grid(slow, {{str(i): {{'pids': {str(pids)!r}}} for i in range(2)}}, Path({str(records)!r}))"
@@ -391,7 +393,9 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path):
     (tmp_path / "program.py").write_text(program)
     root = Path(__file__).parent
     path = os.pathsep.join([str(root.parent), str(root)])
-    parent = subprocess.Popen([sys.executable, tmp_path / "program.py"], env=os.environ | {"PYTHONPATH": path})
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + 120
         while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
@@ -399,6 +403,8 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path):
             time.sleep(0.1)
         running = [int(entry.name) for entry in pids.iterdir()]
         assert len(running) == 2
+        parent.send_signal(getattr(signal, how))
+        assert parent.wait(60) != 0
     finally:
         parent.kill()
         parent.wait()
