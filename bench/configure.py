@@ -14,7 +14,7 @@ from bench.options import PAPER
 from bench.record import file_name
 from bench.train import PAPER_COMPRESS, PAPER_ITERATIONS, PAPER_SAMPLE, PAPER_WARMUP, Settings, scaled_schedule
 from bench.workers import Workers
-from gradiveq.methods import Compressed, GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.methods import GradiVeQ, Method, Plain, QSGDRing, applied
 from gradiveq.specs import known_names, parse
 from ring.cluster import Cluster
 
@@ -127,7 +127,8 @@ def notes(
         if configuration.scaled:
             text += f"; scaled from the paper's {PAPER_ITERATIONS:,} iterations ({configuration.scaled})"
         lines.append(f"{text}.")
-    compressed = {name: method for name, method in configuration.methods.items() if isinstance(method, Compressed)}
+    found = {name: applied(method) for name, method in configuration.methods.items()}
+    compressed = {name: method for name, method in found.items() if method is not None}
     if any(method.granularity == "layer" for method in compressed.values()):
         lines.append("Compressors are applied to each layer (one parameter) by itself, where a method doesn't say @.")
     for name, method in compressed.items():

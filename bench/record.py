@@ -46,7 +46,8 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
   says of rank 0 (norm and errors are squared), and "relative_error", compression_error over norm. "payload_bytes" is
   what the rank itself has to say; how often that travels is in `bytes_sent`.
 * `window` is an entry of `gradiveq.aggregator.Aggregator.window_log`: per layer d, ratio, in-sample and held-out loss,
-  and so on. Its line comes when the window is complete, which is after the next window's first iteration.
+  and so on; or what ACCORDION or a threshold's formula has decided (`gradiveq.accordion`, `gradiveq.switching`). Its
+  line comes when the window is complete, which is after the next window's first iteration.
 
 **summary.json**
 
@@ -61,6 +62,7 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
         "compute_cpu_s", "evaluation_s", "checkpoint_s", "weights_sha256", "windows" (how many),
         "last_window": {"window", "iteration", "layers": {name: {"d", "slice_size", "ratio", "in_sample_loss",
         "held_out_loss"}}} or null,
+        "threshold": what `gradiveq.switching.AutoThresholdStrategy` logs, or null,
         "compression": {"density", "relative_error", "compression_error", "error", "payload_bytes"} or null: means over
         the iterations that weren't skipped, and over the ranks,
         "virtual": {"time_s", "seconds", "groups"} on the cluster,

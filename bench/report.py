@@ -152,6 +152,9 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
         if max(measured.values()) > 0.05:
             took = " and ".join(f"{seconds:.1f} s on {where}" for where, seconds in measured.items())
             lines.append(f"{name}: measuring held-out losses took {took}; it is in no total, as it isn't training.")
+        found = method.get("threshold")
+        if found:
+            lines.append(f"{name}: {_threshold(found)}.")
         window = method.get("last_window")
         if window:
             layers = list(window["layers"].values())
@@ -161,6 +164,18 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
                 text += f", held-out loss {_span(held_out)}"
             lines.append(f"{text}, ratio {_span([x['ratio'] for x in layers])} over {len(layers)} layers.")
     return lines
+
+
+def _threshold(entry: Mapping[str, Any]) -> str:
+    """Of hard-threshold's threshold that followed from a formula."""
+    text = f"threshold {entry['threshold']:.3g} for {entry['num_kept']:,} elements"
+    estimate = entry["estimate"]
+    if estimate is None:
+        return f"{text}, 1/(2√k)"
+    return (
+        f"{text}, from iteration {entry['iteration']} on; before it M was {estimate['multiple']:.3g}, "
+        f"ζ² {estimate['heterogeneity']:.3g} and σ² {estimate['noise']:.3g}"
+    )
 
 
 def _span(values: list[float]) -> str:

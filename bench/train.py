@@ -28,7 +28,7 @@ from bench.data import Batches, Dataset, evaluation_batches
 from bench.record import KINDS, grouped
 from gradiveq.aggregator import Aggregator
 from gradiveq.exchange import Measures
-from gradiveq.methods import Compressed, Method
+from gradiveq.methods import Method, applied
 from ring.cluster import Cluster
 from ring.handle import Ring
 from ring.timeline import Timeline
@@ -159,7 +159,8 @@ class Totals:
 
 def optimizer_momentum(method: Method, settings: Settings) -> float:
     """Of SGD. With update compression it is in what each worker sends (`gradiveq.exchange`), and not there again."""
-    feedback = method.feedback if isinstance(method, Compressed) else None
+    compressing = applied(method)
+    feedback = None if compressing is None else compressing.feedback
     return 0.0 if feedback is not None and feedback.form == "update" else settings.momentum
 
 
@@ -460,6 +461,7 @@ class Trainer:
             "weights_sha256": self._agreed_digest(),
             "windows": self.windows,
             "last_window": self._last_window(),
+            "threshold": next((entry for entry in self.aggregator.window_log if "threshold" in entry), None),
             "compression": compression,
             "phases": by_phase,
         }
@@ -492,7 +494,7 @@ class Trainer:
 
     def _last_window(self) -> dict[str, Any] | None:
         """The last one that has bases."""
-        fitted = [entry for entry in self.aggregator.window_log if entry["layers"]]
+        fitted = [entry for entry in self.aggregator.window_log if entry.get("layers")]
         return {key: fitted[-1][key] for key in ("window", "iteration", "layers")} if fitted else None
 
     def _statistics(self) -> list[torch.Tensor]:

@@ -27,7 +27,7 @@ from torch import nn
 from gradiveq.compressed import CompressedStrategy
 from gradiveq.flatten import Block, Layout, Vector
 from gradiveq.lowrank import PowerSGDStrategy
-from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Method, Plain, QSGDRing, applied
 from gradiveq.powersgd import PowerSGD
 from gradiveq.report import FitError, NonFiniteGradient, Ongoing, Report, listed
 from gradiveq.strategy import CONTROLS, Direct, Strategy
@@ -107,6 +107,8 @@ class Aggregator:
             "after": such a record of the next window's first sample;
             "layers": by name "d" (one per group), "slice_size", "ratio", "in_sample_loss" and "held_out_loss" (the
             mean of the records; None before the first).
+            Of ACCORDION, its decisions (`gradiveq.accordion.CriticalRegimes.log`), and of a threshold that follows from
+            a formula, that (`gradiveq.switching.AutoThresholdStrategy`).
     """
 
     def __init__(
@@ -124,7 +126,8 @@ class Aggregator:
             raise ValueError(f"`nonfinite` must be 'fail' or 'skip', got {nonfinite!r}")
         if chunk_bytes is not None and chunk_bytes < 1:
             raise ValueError(f"`chunk_bytes` must be at least 1, got {chunk_bytes}")
-        self.layout = Layout(model, method.groups if isinstance(method, Compressed | Accordion | AutoThreshold) else ())
+        compressing = applied(method)
+        self.layout = Layout(model, () if compressing is None else compressing.groups)
         if not self.layout.blocks:
             raise ValueError("`model` has no parameter that requires a gradient")
         self.method, self.seed, self.nonfinite = method, seed, nonfinite
@@ -153,8 +156,8 @@ class Aggregator:
         """Average the gradients; collective.
 
         Args:
-            lr: the learning rate of the step that follows, the same on all ranks; only error feedback of the form
-                "scaled" looks at it.
+            lr: the learning rate of the step that follows, the same on all ranks; only ACCORDION and error feedback of
+                the form "scaled" look at it.
         Returns:
             The report of this call.
         Raises:

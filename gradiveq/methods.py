@@ -244,11 +244,6 @@ class Accordion:
                     f"`{field_name}` must be the same in both settings, got {values[0]!r} and {values[1]!r}"
                 )
 
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """Layers that have to stand together in the layout."""
-        return self.low.groups if isinstance(self.low, Compressed) else ()
-
 
 @dataclass(frozen=True)
 class AutoThreshold:
@@ -304,13 +299,21 @@ class AutoThreshold:
         """The method with λ, once it is known."""
         return replace(self.applied, compressor=Threshold(threshold))
 
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """Layers that have to stand together in the layout."""
-        return self.applied.groups
-
 
 Method = Plain | QSGDRing | GradiVeQ | Compressed | PowerSGD | Accordion | AutoThreshold
+
+
+def applied(method: Method) -> Compressed | None:
+    """How a method applies compressors (where, with which feedback), if it does."""
+    match method:
+        case Compressed():
+            return method
+        case Accordion(low=Compressed() as low):
+            return low
+        case AutoThreshold():
+            return method.applied
+    return None
+
 
 #: name -> class, of those that are no compressor and no policy for one.
 METHODS: dict[str, type[Plain] | type[QSGDRing] | type[GradiVeQ] | type[PowerSGD]] = {

@@ -105,7 +105,7 @@ class AutoThresholdStrategy(CodecStrategy):
     def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
         if self._inner is not None:
             return self._inner.exchange(vector, flawed, now)
-        with now.timeline.span("measure"):
+        with now.timeline.span("fit"):
             self._own = vector[: self.length].copy()
         return super().exchange(vector, flawed, now)
 
@@ -115,7 +115,7 @@ class AutoThresholdStrategy(CodecStrategy):
             return
         assert self._window is not None
         assert self._own is not None
-        with now.timeline.span("measure"):
+        with now.timeline.span("fit"):
             self._window.add(self._own, mean)
             self._own = None
         if not self._window.full:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from conftest import Launch
 from test_aggregator import CONTROL_BYTES, assert_same_bits, collect, exact, noise, set_gradients, small_model
 
+from bench.checkpoint import restored, storable
 from gradiveq import Aggregator, NonFiniteGradient, Report
 from gradiveq.accordion import CriticalRegimes, Span
 from gradiveq.compressors import COMPRESSORS
@@ -60,16 +61,18 @@ def rate(iteration: int) -> float:
 def train(
     ring: Ring, method: Method, iterations: int, stop: int | None = None, gradients: Any = noise, **options: Any
 ) -> tuple[Aggregator, list[Report], list[dict[str, Vector]]]:
-    """`stop`: pickle the state before that iteration, and go on with another aggregator that loads it."""
+    """`stop`: store the state before that iteration as a checkpoint does, and go on with another aggregator."""
     model = small_model()
     aggregator = Aggregator(model, ring, method, seed=5, **options)
     reports, results = [], []
     for iteration in range(iterations):
         if iteration == stop:
-            state = pickle.dumps(aggregator.state_dict())
+            stored = io.BytesIO()
+            torch.save(storable(aggregator.state_dict()), stored)
             model = small_model()
             aggregator = Aggregator(model, ring, method, seed=5, **options)
-            aggregator.load_state_dict(pickle.loads(state))
+            stored.seek(0)
+            aggregator.load_state_dict(restored(torch.load(stored, weights_only=True)))
         set_gradients(model, gradients, ring.rank, iteration)
         reports.append(aggregator.aggregate(rate(iteration)))
         results.append(collect(model))
