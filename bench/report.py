@@ -154,7 +154,7 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name}: measuring held-out losses took {took}; it is in no total, as it isn't training.")
         found = method.get("threshold")
         if found:
-            lines.append(f"{name}: {_threshold(found)}.")
+            lines.append(f"{name}: {threshold_text(found)}.")
         window = method.get("last_window")
         if window:
             layers = list(window["layers"].values())
@@ -166,7 +166,7 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _threshold(entry: Mapping[str, Any]) -> str:
+def threshold_text(entry: Mapping[str, Any]) -> str:
     """Of hard-threshold's threshold that followed from a formula."""
     text = f"threshold {entry['threshold']:.3g} for {entry['num_kept']:,} elements"
     estimate = entry["estimate"]

@@ -85,6 +85,9 @@ class AutoThresholdStrategy(CodecStrategy):
         self._inner: CompressedStrategy | None = None
         self._window: NoiseWindow | None = None
         self._num_kept = method.num_kept(layout.length)
+        check_size(
+            method.compressed(0.0).parts(layout.blocks), ring.size
+        )  # patterns, too, now and not after the warm-up
         if method.formula == "auto":
             self._window = NoiseWindow(layout.length, ring.size, method.warmup)
         else:

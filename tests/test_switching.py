@@ -15,13 +15,14 @@ from conftest import Launch
 from test_aggregator import CONTROL_BYTES, assert_same_bits, collect, exact, noise, set_gradients, small_model
 
 from bench.checkpoint import restored, storable
+from bench.report import threshold_text
 from gradiveq import Aggregator, NonFiniteGradient, Report
 from gradiveq.accordion import CriticalRegimes, Span
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.identity import Identity
 from gradiveq.exchange import ErrorFeedback, Worker, exchange_here
 from gradiveq.flatten import Layout
-from gradiveq.methods import Accordion, AutoThreshold, Compressed, Method
+from gradiveq.methods import Accordion, AutoThreshold, Compressed, Method, applied
 from gradiveq.noise import NoiseWindow, auto_threshold, simple_threshold
 from gradiveq.powersgd import PowerSGD, PowerSGDWorker, powersgd_here
 from ring.handle import Ring
@@ -415,3 +416,34 @@ def test_over_mpi_the_same_bits(mpirun: Launch, ranks: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"compared {len(METHODS)}" in done.stdout
     assert done.stderr == ""
+
+
+def test_how_a_method_applies_compressors() -> None:
+    assert applied(ACCORDION) == ACCORDION.low
+    assert applied(AUTO) == AUTO.applied
+    assert applied(topk(0.1)) == topk(0.1)
+    assert applied(PowerSGD()) is applied(ACCORDION_RANKS) is None
+    with pytest.raises(ValueError, match="pattern 'nothing' matches no layer"):  # groups reach the layout
+        run(1, lambda ring: Aggregator(small_model(), ring, AutoThreshold(applied=topk(0.1, granularity=("nothing",)))))
+
+
+def test_groups_of_layers_are_switched_together() -> None:
+    groups = ("0.*", "[12].*")
+    method = Accordion(
+        topk(0.5, granularity=groups), Compressed(Identity(), granularity=groups), interval=4, window=4
+    )  # fmt: skip
+    results = run(2, lambda ring: train(ring, method, 12))
+    assert_same_bits([grads for _, _, grads in results])
+    changes = [entry["changes"] for entry in results[0][0].window_log if entry["cause"] == "norms"]
+    assert all(set(change) == {*groups, "3.weight", "3.bias"} for change in changes)
+    assert changes
+
+
+def test_what_a_report_says_of_a_threshold() -> None:
+    log = run(1, lambda ring: train(ring, AUTO, 21))[0][0].window_log[0]
+    text = threshold_text(log)
+    assert f"threshold {log['threshold']:.3g} for {log['num_kept']} elements, from iteration 20 on" in text
+    assert f"σ² {log['estimate']['noise']:.3g}" in text
+    assert threshold_text(run(1, lambda ring: train(ring, SIMPLE, 1))[0][0].window_log[0]) == (
+        "threshold 0.0913 for 30 elements, 1/(2√k)"
+    )
