@@ -41,15 +41,13 @@ from bench.options import Parser, UsageError
 from bench.record import environment, plain, write_atomically, write_json
 
 OUT = Path("results/layerwise")
+#: Downloaded unless it is there.
+PAPER_DATA = "cifar-10"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, and what they come to: `size`, `where`."""
-    parser = Parser(
-        prog="python -m bench.layerwise",
-        description=(__doc__ or "").splitlines()[0],
-        argument_default=None,
-    )
+    parser = Parser(prog="python -m bench.layerwise", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--paper", action="store_true",
         help="AlexNet and ResNet-9 in full with the paper's schedule, on --data; ResNet-50 on --imagenet if given",
@@ -65,20 +63,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="as for the training job; CIFAR-10 (default: the shipped sample of Fashion-MNIST)",
+        help=f"as for the training job (default: the shipped sample of Fashion-MNIST; with --paper {PAPER_DATA})",
     )
     parser.add_argument("--imagenet", help="folder of ImageNet, with --paper", metavar="PATH")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)", metavar="N")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)", metavar="N")
-    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {OUT})", metavar="DIR")
+    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {OUT}; {OUT}-paper)", metavar="DIR")
     parser.add_argument("--resume", action="store_true", help="go on with the runs in --out")
     options = parser.parse_args(arguments)
     unknown = [method for method in options.methods if method not in METHODS]
     if unknown:
         raise UsageError(f"--methods must be of {', '.join(METHODS)}, got {unknown[0]!r}")
     options.size = _size(options)
-    options.where = Where(options.data, options.imagenet, options.device)
+    options.where = Where(options.data or (PAPER_DATA if options.paper else None), options.imagenet, options.device)
     options.out = options.out or (Path(f"{OUT}-paper") if options.paper else OUT)
     return options
 
@@ -180,9 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = " ".join(["python -m bench.layerwise", *map(shlex.quote, words)])
     try:
         options = parse(words)
-        load(options.data)  # so that what is wrong with it is said once
-        if options.imagenet:
-            load_folder(options.imagenet)
+        for imagenet in {network.imagenet for network in options.size.networks}:  # what is wrong is said once
+            load_folder(options.imagenet) if imagenet else load(options.where.data)
         out: Path = options.out
         out.mkdir(parents=True, exist_ok=True)
         grid = specs(options.size, options.methods, options.where)

@@ -92,6 +92,8 @@ def test_the_papers_size():
     assert not differences(PAPER)
     assert "a global batch of 128 instead of 1,024" in differences(SMALL)
     assert not any(network.imagenet for network in parse(["--paper"]).size.networks)
+    assert parse(["--paper"]).where.data == "cifar-10"
+    assert parse([]).where.data is None
     assert any(network.imagenet for network in parse(["--paper", "--imagenet", "x"]).size.networks)
 
 
