@@ -9,6 +9,8 @@ from typing import Any
 from tabulate import tabulate
 
 CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE = "confirmed", "not confirmed", "not testable here"
+#: The rule of what couldn't be tried at all.
+NO_RULE = "-"
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Finding:
         claim: what it finds.
         data: what it was tested on here.
         ours: what was found, in numbers; or why it can't be.
-        rule: when it counts as confirmed.
+        rule: when it counts as confirmed; or `NO_RULE`.
         holds: whether the rule is met; None where it can't be tested.
     """
 
@@ -46,13 +48,11 @@ class Finding:
 
 def table(findings: Sequence[Finding], form: str = "github") -> str:
     """The findings as a table; rules are numbered and listed below it, each once."""
-    rules = list(dict.fromkeys(finding.rule for finding in findings))
-    rows = [
-        [f.where, f.claim, f.data, f.ours, f.verdict, "" if f.holds is None else rules.index(f.rule) + 1]
-        for f in findings
-    ]
+    rules = list(dict.fromkeys(finding.rule for finding in findings if finding.rule != NO_RULE))
+    numbers = {rule: number for number, rule in enumerate(rules, 1)}
+    rows = [[f.where, f.claim, f.data, f.ours, f.verdict, numbers.get(f.rule, "")] for f in findings]
     heads = ["in the paper", "finds", "tested on", "ours", "verdict", "rule"]
-    listed = "\n".join(f"{number}. {rule}" for number, rule in enumerate(rules, 1))
+    listed = "\n".join(f"{number}. {rule}" for rule, number in numbers.items())
     return f"{tabulate(rows, heads, tablefmt=form, disable_numparse=True)}\n\nConfirmed means:\n\n{listed}\n"
 
 

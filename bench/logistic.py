@@ -9,8 +9,8 @@ n·(its rows)/N, has ∇f_w as its mean.
 
     EF-SGD      Algorithm 1: each worker compresses the gradient at one of its rows, drawn uniformly
     EF-GD       the same with ∇f_w; it stops at the noise of the compression
-    EF-GDstar   EC-GDstar of Gorbunov et al. 2020: the same with ∇f_w(x) - ∇f_w(x*), which vanishes at the optimum x*, and
-                so does what is compressed: it reaches any precision, given x*
+    EF-GDstar   EC-GDstar of Gorbunov et al. 2020: the same with ∇f_w(x) - ∇f_w(x*), which vanishes at the optimum x*,
+                and so does what is compressed: it reaches any precision, given x*
 
 An *epoch* is N rows: N/n iterations of EF-SGD, one of the others. All start at x* + s·(1, …, 1), as the authors'
 released code does (s = 10⁻⁴ for madelon, 5·10⁻³ for gisette); the paper doesn't say where.
@@ -548,7 +548,7 @@ def train(problem: Problem, best: Optimum, setting: Setting, points: int = 200) 
 
 
 def reached(trace: Trace, precision: float) -> int | None:
-    """Index of the first point of the trace from which on f - f* stays at or below `precision`; None if there is none."""
+    """Index of the first point of the trace from which on f - f* stays at most `precision`; None if there is none."""
     above = [index for index, value in enumerate(trace.suboptimality) if not value <= precision]
     first = above[-1] + 1 if above else 0
     return first if first < len(trace.suboptimality) else None

@@ -1,4 +1,4 @@
-"""Logistic regression on many workers: the objective, Algorithm 1, EF-GDstar, and what the hard-threshold paper finds."""
+"""Logistic regression on many workers: the objective, Algorithm 1, EF-GDstar, and what Sahu et al. 2021 find."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COARSE, FINE = 1.25e-4, 5e-12
 
 
 def madelon_like(rows: int = 600, length: int = 100, seed: int = 0) -> Problem:
-    """Whole numbers about 480 with a deviation of 40, of which few tell the classes apart: raw features as madelon's."""
+    """Whole numbers about 480 with a deviation of 40, as madelon's raw features; few of them tell the classes apart."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.where(np.arange(rows) % 2, 1.0, -1.0))
     features = rng.normal(480, 40, (rows, length))

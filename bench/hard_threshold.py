@@ -1,0 +1,332 @@
+"""Hard-threshold against top-k with error feedback: `python -m bench.hard_threshold` (Sahu et al. 2021).
+
+    --part logistic     l2-regularised logistic regression on 20 and 100 workers: EF-SGD (Fig. 1, 4, 7) and EF-GDstar
+                        (Fig. 8, 9); `bench.logistic`
+    --part networks     images, a text and ratings on 8 workers: test metric against data volume (Fig. 2, 11), error and
+                        density along training (Fig. 3, 5, 6), without error feedback (Fig. 12), gradient against update
+                        compression (Fig. 13), ACCORDION (Tables 1 and 7); `bench.simulate`
+    --data KIND=PATH    madelon, gisette: LIBSVM files; images: as for the training job; text: WikiText-2; ratings:
+                        MovieLens. What isn't given is replaced by what is shipped or made, and named in every result
+
+    --out folder (results/hard-threshold)
+        runs/<name>.json        each run (`bench.grid`); what `--resume` goes on with
+        hard-threshold.json     findings and how they came about
+        table.md                the paper's findings beside ours, judged by written rules; tables of all settings
+        fig<n>….png
+
+The small size takes networks and data that end within minutes on 2 cores; `--paper` those of Tables 2 to 6. Error
+feedback is Algorithm 1 (γ inside) for the logistic regression and Algorithm 2 for networks, but for Fig. 13's Algorithm
+3; compression is layer by layer, as in the paper, but for Fig. 11.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bench import figures
+from bench import hard_threshold_figures as drawing
+from bench.data import DataError
+from bench.findings import Finding, table
+from bench.grid import GridError, run_grid
+from bench.hard_threshold_findings import Runs, accordion_table, judge_all, metric_table
+from bench.hard_threshold_runs import run
+from bench.hard_threshold_sizes import CIFAR100_MOST, PAPER, SMALL, Benchmark, Part, Problem, Size, specs
+from bench.options import Parser, UsageError
+from bench.record import environment, write_atomically, write_json
+
+OUT = Path("results/hard-threshold")
+PARTS: tuple[Part, ...] = ("logistic", "networks")
+DATA_KINDS = ("madelon", "gisette", "images", "text", "ratings")
+SMALL_IS = (
+    "The small size: shipped or made data, small networks, few epochs. It asks whether the paper's findings hold there "
+    "too, not whether its numbers do."
+)
+#: Metric -> how it is labelled, and whether it is drawn as it is (shares, in the axes' own unit).
+LABELS = {"accuracy": "test accuracy", "perplexity": "test perplexity", "hit_rate": "Hit-Rate@10"}
+INTROSPECTED = {"images": "fig3", "text": "fig5", "ratings": "fig6"}
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, and what they come to: `size`, `parts`, `paths`."""
+    parser = Parser(
+        prog="python -m bench.hard_threshold", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="all", help="(default: all)")
+    parser.add_argument("--paper", action="store_true", help="the paper's networks, epochs and grids")
+    parser.add_argument("--seeds", type=int, help="runs of each setting (default: 3; the paper's ACCORDION: 6)",
+                        metavar="N")  # fmt: skip
+    parser.add_argument("--epochs", type=float, help="of every network's run", metavar="N")
+    parser.add_argument("--gdstar-epochs", type=int, help="of every run of EF-GDstar", metavar="N")
+    parser.add_argument("--kinds", type=lambda text: text.split(","), help="of networks: images,text,ratings",
+                        metavar="KIND,…")  # fmt: skip
+    parser.add_argument("--data", action="append", default=[], help="of " + ", ".join(DATA_KINDS), metavar="KIND=PATH")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1),
+                        help="runs at a time (default: %(default)s)", metavar="N")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)", metavar="N")
+    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {OUT})", metavar="DIR")
+    parser.add_argument("--resume", action="store_true", help="go on with the runs in --out")
+    options = parser.parse_args(arguments)
+    for name in ("seeds", "epochs", "gdstar_epochs", "processes", "threads"):
+        value = getattr(options, name)
+        if value is not None and not (value > 0 if name == "epochs" else value >= 1):
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value:g}")
+    options.parts = PARTS if options.part == "all" else (options.part,)
+    options.paths = _paths(options.data)
+    options.size = _size(options)
+    options.out = options.out or (Path(f"{OUT}-paper") if options.paper else OUT)
+    return options
+
+
+def _paths(given: Sequence[str]) -> dict[str, str]:
+    paths = {}
+    for text in given:
+        kind, equals, path = text.partition("=")
+        if not equals or not path or kind not in DATA_KINDS:
+            raise UsageError(f"--data must be KIND=PATH with a kind of {', '.join(DATA_KINDS)}, got {text!r}")
+        paths[kind] = path
+    return paths
+
+
+def _size(options: argparse.Namespace) -> Size:
+    """The preset, with what the options say otherwise."""
+    size = PAPER if options.paper else SMALL
+    benchmarks = list(size.benchmarks)
+    if options.kinds is not None:
+        unknown = [kind for kind in options.kinds if kind not in INTROSPECTED]
+        if unknown:
+            raise UsageError(f"--kinds must be of {', '.join(INTROSPECTED)}, got {unknown[0]!r}")
+        benchmarks = [benchmark for benchmark in benchmarks if benchmark.kind in options.kinds]
+    changed = []
+    for benchmark in benchmarks:
+        if options.epochs is not None:
+            share = options.epochs / benchmark.epochs
+            benchmark = replace(
+                benchmark, epochs=options.epochs, warmup_epochs=benchmark.warmup_epochs * share,
+                milestones=tuple(share * milestone for milestone in benchmark.milestones),
+            )  # fmt: skip
+        if options.paper and benchmark.kind == "images" and "100" in options.paths.get("images", ""):
+            benchmark = replace(
+                benchmark, accordion=tuple((name, CIFAR100_MOST, least) for name, _, least in benchmark.accordion)
+            )
+        changed.append(benchmark)
+    problems = size.problems
+    if options.gdstar_epochs is not None:
+        problems = tuple(
+            replace(p, gdstar=tuple((workers, count, options.gdstar_epochs) for workers, count, _ in p.gdstar))
+            for p in problems
+        )
+    size = replace(size, problems=problems, benchmarks=tuple(changed))
+    if options.seeds is not None:
+        size = replace(size, seeds=options.seeds, accordion_seeds=options.seeds)
+    return size
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def caption(runs: Runs, about: Mapping[str, Any], wanted: Mapping[str, Any], *, paper: bool) -> str:
+    """How the runs of a figure came about."""
+    these = [one for one in runs.values() if all(one["spec"].get(key) == value for key, value in wanted.items())]
+    sources = dict.fromkeys(one["result"]["source"] for one in these)
+    seeds = sorted({one["spec"]["seed"] for one in these})
+    spec = these[0]["spec"]
+    parts = [f"Data: {'; '.join(sources)}"]
+    if spec["part"] == "networks":
+        parts.append(
+            f"{spec['network']}, {these[0]['result']['num_parameters']:,} parameters, {spec['workers']} workers x "
+            f"{spec['batch_size']} in one process, {spec['epochs']:g} epochs"
+        )
+    parts += [
+        f"seeds {', '.join(map(str, seeds))}: mean, least and most",
+        f"on {figures.machine_text(about, about)}",
+        f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+        f"command: {about['command']}",
+    ]
+    return figures.sentences(parts) + ("" if paper or spec["part"] == "logistic" else f"\n{SMALL_IS}")
+
+
+def draw(runs: Runs, size: Size, about: Mapping[str, Any], *, paper: bool) -> Iterator[tuple[str, Figure]]:
+    """(name, figure) of every figure that the runs have."""
+    for problem in size.problems:
+        yield from _draw_logistic(runs, problem, about, paper=paper)
+    panels = []
+    for benchmark in size.benchmarks:
+        wanted = {"kind": benchmark.kind, "network": benchmark.network}
+        if not any(one["spec"].get("kind") == benchmark.kind for one in runs.values()):
+            continue
+        text = caption(runs, about, wanted, paper=paper)
+        panel = {
+            **wanted, "feedback": "gradient", "granularity": "layer", "metric": benchmark.metric,
+            "label": LABELS[benchmark.metric], "title": f"{benchmark.network}, {benchmark.kind}",
+        }  # fmt: skip
+        panels.append(panel)
+        if benchmark.kind == "images":
+            title = f"Fig. 11: test metric against data volume, entire-model top-k: {benchmark.network}"
+            yield (
+                "fig11-entire-model",
+                drawing.metric_against_volume(runs, [panel | {"granularity": "model"}], title, text),
+            )
+        yield from _draw_training(runs, benchmark, text)
+    if panels:
+        kinds = [
+            caption(runs, about, {"kind": panel["kind"], "network": panel["network"]}, paper=True) for panel in panels
+        ]
+        text = "\n".join(kinds) + ("" if paper else f"\n{SMALL_IS}")
+        yield (
+            "fig2-volume",
+            drawing.metric_against_volume(runs, panels, "Fig. 2: test metric against data volume", text),
+        )
+
+
+def _draw_logistic(
+    runs: Runs, problem: Problem, about: Mapping[str, Any], *, paper: bool
+) -> Iterator[tuple[str, Figure]]:
+    for name in dict.fromkeys((problem.name, "generated" if problem.name == "madelon" else problem.name)):
+        if not any(one["spec"].get("problem") == name for one in runs.values()):
+            continue
+        wanted = {"problem": name, "algorithm": "ef-sgd", "workers": problem.workers}
+        text = caption(runs, about, wanted, paper=paper)
+        what = f"EF-SGD, logistic regression on {name}, {problem.workers} workers"
+        suffix = "" if name == "gisette" else f"-{name}"
+        for figure, panels in (
+            ("fig1", ("epochs", "bits", "error")),
+            ("fig4", ("bits", "corrected", "error-iterations")),
+            ("fig7", ("bits", "elements", "error-iterations")),
+        ):
+            if figure == "fig7" and problem.name != "madelon":
+                continue
+            title = f"Fig. {figure[3:]}: {what}" + (
+                " (the paper's is on gisette)" if suffix and figure != "fig7" else ""
+            )
+            yield f"{figure}{suffix}", drawing.logistic(runs, wanted, panels, title, text)
+        for (workers, _, _), figure in zip(problem.gdstar, ("fig8", "fig9"), strict=False):
+            wanted = {"problem": name, "algorithm": "ef-gdstar", "workers": workers}
+            title = f"Fig. {figure[3:]}: EF-GDstar, logistic regression on {name}, {workers} workers"
+            text = caption(runs, about, wanted, paper=paper)
+            yield f"{figure}-{name}", drawing.logistic(runs, wanted, ("bits", "epochs", "error"), title, text)
+
+
+def _draw_training(runs: Runs, benchmark: Benchmark, text: str) -> Iterator[tuple[str, Figure]]:
+    base = {"kind": benchmark.kind, "network": benchmark.network, "feedback": "gradient"}
+    ratio, threshold = benchmark.ratios[benchmark.introspected], benchmark.thresholds[benchmark.introspected]
+    styles, label = drawing.STYLES, LABELS[benchmark.metric]
+    plain = ({**base, "compressor": "identity"}, styles["identity"])
+
+    def line(compressor: str, field: str, value: float, words: str, **more: Any) -> tuple[Any, Any]:
+        conditions = {**base, "compressor": compressor, "granularity": "layer", "fields": {field: value}, **more}
+        return conditions, {**styles[compressor], "label": words}
+
+    figure = INTROSPECTED[benchmark.kind]
+    pair = [
+        plain,
+        line("topk", "ratio", ratio, f"top-{100 * ratio:g} %"),
+        line("threshold", "value", threshold, f"hard-threshold, λ = {threshold:g}"),
+    ]
+    title = f"Fig. {figure[3:]}: top-k and hard-threshold, {benchmark.network}"
+    yield f"{figure}-{benchmark.kind}", drawing.along_training(runs, pair, benchmark.metric, title, text, label)
+    if benchmark.no_feedback:
+        ratio, threshold = benchmark.no_feedback
+        pair = [
+            plain,
+            line("topk", "ratio", ratio, f"top-{100 * ratio:g} %", feedback=None),
+            line("threshold", "value", threshold, f"hard-threshold, λ = {threshold:g}", feedback=None),
+        ]
+        title = f"Fig. 12: without error feedback, {benchmark.network}"
+        columns = (("density", "density"),)
+        yield "fig12-no-feedback", drawing.along_training(runs, pair, benchmark.metric, title, text, label, columns)
+    if benchmark.update:
+        pair = [
+            line("topk", "ratio", benchmark.update, "gradient compression (Algorithm 2)"),
+            line("topk", "ratio", benchmark.update, "update compression (Algorithm 3)", feedback="update"),
+        ]
+        pair[1][1].update(color=figures.PURPLE)
+        title = f"Fig. 13: top-{100 * benchmark.update:g} %, {benchmark.network}"
+        columns = (("error", "error ‖e‖², mean of the workers"),)
+        yield "fig13-update", drawing.along_training(runs, pair, benchmark.metric, title, text, label, columns)
+    for network, most, least in benchmark.accordion:
+        lines = [
+            ({**plain[0], "network": network}, plain[1]),
+            line("topk", "ratio", most, f"top-{100 * most:g} %", network=network),
+            line("topk", "ratio", least, f"top-{100 * least:g} %", network=network),
+            line("accordion", "most", most, "ACCORDION", network=network, fields={"most": most, "least": least}),
+            line("threshold", "least", least, "hard-threshold, 1/(2√k_min)", network=network),
+        ]
+        lines[1][1].update(linestyle=":")
+        title = f"Tables 1 and 7: ACCORDION and hard-threshold, {network}"
+        yield f"accordion-{network}", drawing.along_training(runs, lines, benchmark.metric, title, text, label)
+
+
+def report(runs: Runs, size: Size, about: Mapping[str, Any], found: Sequence[Finding], *, paper: bool) -> str:
+    """table.md."""
+    command = [f"Command: {about['command']}", f"on {figures.machine_text(about, about)}"]
+    if about["commit"]:
+        command.append(f"commit {figures.short_commit(about['commit'])}")
+    seconds = sum(one["seconds"] for one in runs.values())
+    command.append(f"{len(runs)} runs, {seconds:,.0f} s in all, {about['processes']} at a time")
+    sources = dict.fromkeys(one["result"]["source"] for one in runs.values())
+    parts = [
+        "# Hard-threshold against top-k with error feedback (Sahu et al. 2021)",
+        figures.sentences(command),
+        "Data:\n\n" + "\n".join(f"* {source}" for source in sources),
+        *([] if paper else [SMALL_IS]),
+        "Differences and intervals are over the seeds, in percentage points (of perplexity in percent).",
+        table(found),
+    ]
+    for benchmark in size.benchmarks:
+        if any(one["spec"].get("kind") == benchmark.kind for one in runs.values()):
+            parts += [f"## {benchmark.network}, {benchmark.kind}: all settings", metric_table(runs, benchmark)]
+            rows = accordion_table(runs, benchmark)
+            if rows:
+                parts += ["## ACCORDION (Tables 1 and 7)", rows]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parse(words)
+        grid = specs(options.size, options.paths, options.parts, options.device)
+        show = print
+        records = run_grid(
+            run, grid, options.out / "runs", processes=options.processes, threads=options.threads,
+            resume=options.resume, show=show,
+        )  # fmt: skip
+    except (UsageError, DataError, GridError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    about = environment(("numpy", "scipy", "torch", "numba", "scikit-learn")) | {
+        "command": shlex.join(["python", "-m", "bench.hard_threshold", *words]),
+        "cores": os.cpu_count(),
+        "processes": options.processes,
+    }
+    found = judge_all(records, options.size, options.paths)
+    text = report(records, options.size, about, found, paper=options.paper)
+    try:
+        with figures.figure_style():
+            for name, figure in draw(records, options.size, about, paper=options.paper):
+                figures.write_figure(figure, options.out / f"{name}.png")
+        seconds = {name: record["seconds"] for name, record in records.items()}
+        write_json(
+            options.out / "hard-threshold.json",
+            {"environment": about, "findings": [finding.as_dict() for finding in found], "seconds": seconds},
+        )
+        write_atomically(options.out / "table.md", text.encode())
+    except OSError as error:
+        print(f"error: {options.out} can't be written ({error.strerror or error})", file=sys.stderr)
+        return 2
+    print(f"\n{text}\nwritten to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""What `bench.hard_threshold` runs, at its small size and at the paper's: problems, benchmarks, and the grid of runs.
+
+The paper's hyper-parameters are those of Tables 2 to 6 of Sahu et al. 2021. A *spec* is one run, in JSON's types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Part = Literal["logistic", "networks"]
+Spec = dict[str, Any]
+
+#: f(x_T) - f* <= ε, from which λ follows: d·γ²·λ² = ε (C.3).
+COARSE_PRECISION, FINE_PRECISION = 1.25e-4, 5e-12
+#: The paper's λ = 4.2 on gisette is this ε: 5,000·(1.186e-3·4.2)².
+GISETTE_PRECISION = 0.124
+WORKERS = 8
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A data set of the logistic regression and what the paper runs on it.
+
+    Attributes:
+        name: also the `--data` kind; "generated" needs none.
+        figures: of EF-SGD with so many workers.
+        count: k of top-k.
+        precision: ε of λ.
+        start: s, where the runs begin.
+        gdstar: (workers, k, epochs) of each comparison by EF-GDstar.
+    """
+
+    name: str
+    count: int
+    precision: float
+    start: float
+    workers: int = 20
+    epochs: int = 10
+    gdstar: tuple[tuple[int, int, int], ...] = ()
+
+
+#: Fig. 7, 8 and 9.
+MADELON = Problem("madelon", 1, COARSE_PRECISION, 1e-4, gdstar=((20, 1, 70_000), (100, 5, 70_000)))
+#: Fig. 1 and 4: k = 0.17 % of "6,000 parameters" is 10 of gisette's 5,000 (6,000 is its number of rows).
+GISETTE = Problem("gisette", 10, GISETTE_PRECISION, 5e-3)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One line of Table 2, with its hyper-parameters.
+
+    Attributes:
+        kind: what is trained, also the `--data` kind: "images", "text", "ratings".
+        network: which of that kind.
+        batch_size: of each of the 8 workers.
+        lr, lr_start, warmup_epochs: the rate rises linearly from lr_start to lr.
+        milestones: epochs at which it is divided by 10.
+        ratios, thresholds: of top-k and of hard-threshold, in pairs that send about as much.
+        introspected: which pair Fig. 3, 5 and 6 show.
+        metric: of the evaluations; `higher` is better.
+        no_feedback: k and λ of Fig. 12, without error feedback.
+        update: k of Fig. 13, gradient against update compression.
+        accordion: (network, k_max, k_min) of Tables 1 and 7.
+        options: of the network or the data at this size.
+    """
+
+    kind: Literal["images", "text", "ratings"]
+    network: str
+    batch_size: int
+    epochs: float
+    optimiser: Literal["nesterov", "sgd", "adam"]
+    lr: float
+    lr_start: float
+    warmup_epochs: float
+    milestones: tuple[float, ...]
+    weight_decay: float
+    ratios: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    introspected: int
+    metric: str
+    higher: bool
+    no_feedback: tuple[float, float] | None = None
+    update: float | None = None
+    accordion: tuple[tuple[str, float, float], ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: Tables 2 to 5. The printed global batch size "220" of NCF is 2^20, as in the repository that Table 5 names.
+RESNET18 = Benchmark(
+    "images", "resnet18", 256, 300, "nesterov", 1.6, 0.1, 5, (150, 250), 1e-4,
+    (3e-4, 6e-4, 1.2e-3, 3e-3, 7.5e-3), (1.2e-2, 7.2e-3, 5e-3, 3e-3, 1.8e-3), 1, "accuracy", True,
+    no_feedback=(5e-2, 1e-4), update=6e-4,
+    accordion=(("resnet18", 1e-2, 1e-3), ("googlenet", 1e-2, 1e-3), ("senet18", 1e-2, 1e-3)),
+)  # fmt: skip
+LSTM = Benchmark(
+    "text", "lstm", 128, 90, "sgd", 20.0, 1.25, 5, (60, 80), 0.0,
+    (2.5e-4, 5e-4, 1e-3, 2e-3), (4.5e-3, 2.75e-3, 1.6e-3, 1.12e-3), 1, "perplexity", False,
+)  # fmt: skip
+NCF = Benchmark(
+    "ratings", "ncf", 2**20 // WORKERS, 30, "adam", 4.5e-3, 4.5e-3, 0, (), 0.0,
+    (7.7e-2, 9.5e-2, 1.13e-1, 1.37e-1), (2e-6, 1.3e-6, 1e-6, 4e-7), 0, "hit_rate", True,
+)  # fmt: skip
+#: ACCORDION's k_max on CIFAR-100 (Table 6); all else is as on CIFAR-10.
+CIFAR100_MOST = 2e-2
+
+#: What stands in for them. λ were tuned once, to send about what top-k sends; the density is measured in every run.
+SMALL_IMAGES = Benchmark(
+    "images", "alexnet", 16, 6, "nesterov", 0.4, 0.1, 1, (3, 5), 1e-4,
+    (1e-3, 3e-3, 1e-2), (0.1, 0.05, 0.02), 1, "accuracy", True, no_feedback=(5e-2, 1e-2), update=3e-3,
+    accordion=(("alexnet", 1e-2, 1e-3),), options={"width": 0.25},
+)  # fmt: skip
+SMALL_TEXT = Benchmark(
+    "text", "lstm", 4, 2, "sgd", 10.0, 1.0, 0.1, (1.2, 1.6), 0.0,
+    (1e-3, 1e-2), (0.02, 0.005), 0, "perplexity", False,
+    options={"units": 64, "num_layers": 3, "dropout": 0.2, "max_vocabulary": 2000, "length": 20},
+)  # fmt: skip
+SMALL_RATINGS = Benchmark(
+    "ratings", "ncf", 256, 10, "adam", 4.5e-3, 4.5e-3, 0, (), 0.0,
+    (3.5e-2, 1.3e-1, 2.2e-1), (1e-3, 1e-4, 1e-5), 1, "hit_rate", True, options={"factors": 8, "layers": (32, 32, 16, 8)},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """All that is run.
+
+    Attributes:
+        problems: of the logistic regression; those without data are left out, madelon is then "generated".
+        benchmarks: networks.
+        seeds, accordion_seeds: runs of each setting; ACCORDION's tables have more in the paper.
+        evaluations: of a network's run.
+    """
+
+    problems: tuple[Problem, ...]
+    benchmarks: tuple[Benchmark, ...]
+    seeds: int
+    accordion_seeds: int
+    evaluations: int
+
+
+SMALL = Size((GISETTE, MADELON), (SMALL_IMAGES, SMALL_TEXT, SMALL_RATINGS), 3, 3, 12)
+PAPER = Size((GISETTE, MADELON), (RESNET18, LSTM, NCF), 3, 6, 100)
+
+
+# --- specs -----------------------------------------------------------------------------------------------------------
+
+
+def specs(size: Size, data: Mapping[str, str], parts: Sequence[Part], device: str) -> dict[str, Spec]:
+    """All runs by name.
+
+    Args:
+        data: kind -> path, of what was given.
+    """
+    found: dict[str, Spec] = {}
+    if "logistic" in parts:
+        for problem in size.problems:
+            if problem.name == "madelon" or problem.name in data:
+                found |= {_logistic_name(spec): spec for spec in _logistic(problem, data.get(problem.name), size.seeds)}
+    if "networks" in parts:
+        for benchmark in size.benchmarks:
+            for spec in _networks(benchmark, size, data.get(benchmark.kind), device):
+                found[_network_name(spec)] = spec
+    return found
+
+
+def _logistic(problem: Problem, path: str | None, seeds: int) -> Iterator[Spec]:
+    base: Spec = {
+        "part": "logistic",
+        "problem": problem.name if path else "generated",
+        "data": path,
+        "start": problem.start,
+    }
+    for seed in range(seeds):
+        sgd = base | {"algorithm": "ef-sgd", "workers": problem.workers, "epochs": problem.epochs, "seed": seed}
+        yield sgd | {"compressor": "identity", "fields": {}}
+        yield sgd | {"compressor": "topk", "fields": {"count": problem.count}}
+        yield sgd | {"compressor": "threshold", "fields": {"precision": problem.precision}}
+    for workers, count, epochs in problem.gdstar:
+        # Gradient descent is the same however the rows are shared out.
+        for seed in range(seeds):
+            star = base | {"algorithm": "ef-gdstar", "workers": workers, "epochs": epochs, "seed": seed}
+            if seed == 0:
+                yield star | {"compressor": "identity", "fields": {}}
+            yield star | {"compressor": "topk", "fields": {"count": count}}
+            yield star | {"compressor": "threshold", "fields": {"precision": FINE_PRECISION}}
+
+
+def _networks(benchmark: Benchmark, size: Size, path: str | None, device: str) -> Iterator[Spec]:
+    base: Spec = {
+        "part": "networks", "kind": benchmark.kind, "network": benchmark.network, "data": path, "device": device,
+        "workers": WORKERS, "batch_size": benchmark.batch_size, "epochs": benchmark.epochs,
+        "optimiser": benchmark.optimiser, "momentum": MOMENTUM, "lr": benchmark.lr, "lr_start": benchmark.lr_start,
+        "warmup_epochs": benchmark.warmup_epochs, "milestones": list(benchmark.milestones),
+        "weight_decay": benchmark.weight_decay, "options": _plain(benchmark.options), "evaluations": size.evaluations,
+        "granularity": "layer", "feedback": "gradient",
+    }  # fmt: skip
+    for seed in range(size.seeds):
+        here = base | {"seed": seed}
+        yield here | {"compressor": "identity", "fields": {}}
+        for ratio, threshold in zip(benchmark.ratios, benchmark.thresholds, strict=True):
+            yield here | {"compressor": "topk", "fields": {"ratio": ratio}}
+            yield here | {"compressor": "threshold", "fields": {"value": threshold}}
+            if benchmark.kind == "images":
+                yield here | {"compressor": "topk", "fields": {"ratio": ratio}, "granularity": "model"}
+        if benchmark.no_feedback:
+            ratio, threshold = benchmark.no_feedback
+            yield here | {"compressor": "topk", "fields": {"ratio": ratio}, "feedback": None}
+            yield here | {"compressor": "threshold", "fields": {"value": threshold}, "feedback": None}
+        if benchmark.update:
+            for feedback in ("gradient", "update"):
+                yield here | {"compressor": "topk", "fields": {"ratio": benchmark.update}, "feedback": feedback}
+    for network, most, least in benchmark.accordion:
+        for seed in range(size.accordion_seeds):
+            here = base | {"seed": seed, "network": network}
+            for ratio in (most, least):
+                yield here | {"compressor": "topk", "fields": {"ratio": ratio}}
+            yield here | {"compressor": "accordion", "fields": {"most": most, "least": least}}
+            yield here | {"compressor": "threshold", "fields": {"least": least}}
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+
+
+def _fields(spec: Spec) -> str:
+    return "".join(f"-{key}{value:g}" for key, value in spec["fields"].items())
+
+
+def _logistic_name(spec: Spec) -> str:
+    what = f"{spec['problem']}-{spec['algorithm']}-{spec['workers']}-{spec['compressor']}"
+    return f"{what}{_fields(spec)}-seed{spec['seed']}"
+
+
+def _network_name(spec: Spec) -> str:
+    """A spec that is asked for twice, for two figures, has the same name and is run once."""
+    kept = {"gradient": "", "update": "-update", None: "-no-feedback"}[spec["feedback"]]
+    granularity = "-model" if spec["granularity"] == "model" else ""
+    return f"{spec['kind']}-{spec['network']}-{spec['compressor']}{_fields(spec)}{granularity}{kept}-seed{spec['seed']}"
