@@ -14,7 +14,7 @@ JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
 
 DATA ?=
 
-.PHONY: run timing scaling figures calibrate validate busbw shaped-busbw cifar100 test lint setup clean
+.PHONY: run timing scaling layerwise hard-threshold throughput figures calibrate validate busbw shaped-busbw cifar100 test lint setup clean
 
 run: setup
 	$(JOB) $(ARGS)
@@ -33,6 +33,17 @@ scaling: setup
 figures: setup
 	$(BIN)/python -m bench.figures results
 	for record in results/gantt/*.json; do case $$record in *.perfetto.json) ;; *) $(BIN)/python -m bench.gantt --draw $$record || exit;; esac; done
+
+# The experiments of two other papers, each within 10 minutes on 2 cores; ARGS="--paper" for their real size.
+layerwise: setup
+	$(BIN)/python -m bench.layerwise $(ARGS)
+
+hard-threshold: setup
+	$(BIN)/python -m bench.hard_threshold $(ARGS)
+
+# Elements per second on one core, of every compressor.
+throughput: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.compressor_throughput --out results/compressors $(ARGS)
 
 # Describe this machine for the emulator in results/this-machine.toml, and print what the fits miss.
 calibrate: setup
