@@ -119,7 +119,7 @@ def caption(runs: Runs, size: Size, about: dict[str, Any]) -> str:
     sources = dict.fromkeys(run["result"]["source"] for run in runs.values())
     each = "; ".join(
         f"{network.label}: {network.workers} workers x {network.batch_size} images in one process, "
-        f"{network.epochs:g} epochs, learning rate 0 to {size.lr:g} in {size.warmup:.0%} of the run, then to 0"
+        f"epochs: {network.epochs:g}, learning rate 0 to {size.lr:g} in {size.warmup:.0%} of the run, then to 0"
         for network in size.networks
     )
     parts = [
@@ -209,6 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, DataError, GridError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
+        return 130
     except OSError as error:
         print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
         return 2

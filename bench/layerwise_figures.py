@@ -90,7 +90,7 @@ def draw(runs: Runs, networks: Sequence[Network], method: str, caption: str) -> 
         right.set(
             xlabel="iterations",
             ylabel="‖g - Q(g)‖² / ‖g‖²",
-            title="compression error of the same gradients (those of layer-wise runs)",
+            title="compression error, on layer-wise runs' gradients",
             yscale="log",
         )
         figures.add_legend(left, right)

@@ -129,7 +129,7 @@ class Size:
 SMALL = Size(
     networks=(Network("alexnet", width=0.125, batch_size=64, epochs=4, long_epochs=4, nesterov=True),),
     ratios=(0.001, 0.01, 0.1, 0.5),
-    thresholds=(1e-3, 1e-2, 1e-1),
+    thresholds=(3e-5, 1e-3, 3e-2),
     seeds=5,
     augment=False,
 )
