@@ -26,6 +26,9 @@ REASONS = (
     "is in one bucket with parameters that gradiveq.ddp.State was not made of",
 )
 
+#: Those after which training can't go on.
+HARD = (REPLACED, UNKNOWN)
+
 
 def flaw(reason: int, index: int) -> int:
     """The code, without a vote, of a parameter that is in trouble."""
@@ -70,6 +73,11 @@ class Codes:
         """int64 of shape (size,), by rank, on the message's device."""
         powers = BASE ** torch.arange(self.digits, device=tail.device)
         return (tail.view(self.size, self.digits).round().long() * powers).sum(dim=1)
+
+
+def is_hard(code: Tensor | int) -> bool:
+    """Whether a rank says that it can't go on; known without looking at a device, where only gradients are judged."""
+    return isinstance(code, int) and code > 1 and (code // 2 - 1) % len(REASONS) in HARD
 
 
 def any_flaw(codes: Tensor) -> bool:

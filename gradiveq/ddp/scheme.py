@@ -263,8 +263,8 @@ class Flight:
         return self.work.buffer
 
     def _lost(self, error: Exception) -> RuntimeError:
+        work = self.work
         return RuntimeError(
-            f"the exchange of {self.work.plan.title()} failed on rank {self.work.group.rank} "
-            f"in iteration {self.work.iteration}: a worker is gone, or didn't answer within the process group's timeout "
-            f"({error})"
+            f"the exchange of {work.plan.title()} failed on rank {work.group.rank} in iteration {work.iteration}: a "
+            f"worker is gone, or didn't answer within the process group's timeout ({error})"
         )

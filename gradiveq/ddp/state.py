@@ -137,6 +137,7 @@ class State:
         self._begun = self._landed = 0
         self._all_begun = self._settled = True
         self._spoilt = False
+        self._fatal: Exception | None = None  # after it, other ranks' buckets can't be waited for
         self._scale: Tensor | float | None = None
         self._unread: list[tuple[Plan, Tensor, Tensor]] = []  # on a GPU: codes, whether the mean is finite
         self._codes_on_device: dict[Plan, Tensor] = {}
@@ -187,6 +188,13 @@ class State:
                 while not one.launched:
                     one.advance()
             self._flights = []
+        if self._fatal is not None:
+            raise self._fatal
+        if flaws.is_hard(work.code):
+            # Other buckets of this rank may never come, as the gradients that DDP waits for don't.
+            while not flight.launched:
+                flight.advance()
+            flight.future.wait()
         return flight.future
 
     def _begin(self) -> None:
@@ -286,8 +294,11 @@ class State:
     def _error(self, codes: Tensor, iteration: int) -> Exception | None:
         found = flaws.story(codes.tolist(), [*self._parameters.names, "a bucket"])
         where = "; ".join(text for _, text in found)
-        if any(reason in (flaws.REPLACED, flaws.UNKNOWN) for reason, _ in found):
-            return ValueError(f"in iteration {iteration} {where}: make a new State of the model as it is wrapped now")
+        if any(reason in flaws.HARD for reason, _ in found):
+            self._fatal = ValueError(
+                f"in iteration {iteration} {where}: make a new State of the model as it is wrapped now"
+            )
+            return self._fatal
         return NonFiniteGradient(f"in iteration {iteration} {where}") if self.nonfinite == "fail" else None
 
     def _settle(self) -> None:
@@ -357,6 +368,8 @@ class State:
             raise ValueError(f"the states are of different iterations: {[one['iteration'] for one in states]}")
         group, size = self._group, states[0]["size"]
         same = size == group.size
+        if memories not in (None, "sum", "drop"):
+            raise ValueError(f"`memories` must be 'sum' or 'drop', got {memories!r}")
         if not same and memories is None:
             raise ValueError(
                 f"the state is of one of {size} workers, here are {group.size}: say what becomes of memories, 'sum' "

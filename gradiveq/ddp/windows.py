@@ -60,7 +60,7 @@ class WindowsScheme(Scheme):
             )
         self.method, self.group, self.min_ratio = method, group, min_ratio
         self.schedule = Schedule(max(method.warmup, start), method.sample, method.compress, method.max_sample)
-        self.log: list[dict[str, Any]] = []
+        self._log: list[dict[str, Any]] = []
         self._layers = {layer.name: layer for layer in layers}
         self._blocks = {layer.name: replace(layer, offset=0) for layer in layers}
         self._slice_sizes = slice_sizes(layers, method.slice_size)
@@ -85,6 +85,13 @@ class WindowsScheme(Scheme):
     def phase(self) -> str:  # type: ignore[override]
         return self.schedule.phase
 
+    @property
+    def log(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Waits for what is still to be written."""
+        if self._job is not None:
+            self._job.result()
+        return self._log
+
     def begin(self, iteration: int, traffic: Traffic) -> None:
         self._iteration = iteration
         self._held_out, self._local, self._votes = {}, {}, 0
@@ -97,7 +104,7 @@ class WindowsScheme(Scheme):
         assert self._sampler is not None
         assert dims is not None
         self._fit_due = False
-        window = self.log[-1]
+        window = self._log[-1]
         dims = self._agree(dims, iteration, traffic)
         if self.method.sample == "auto":
             window["checks"].append([window["sample"], int(dims.sum())])
@@ -138,14 +145,14 @@ class WindowsScheme(Scheme):
         first = self._sampler is None
         if first:
             self._sampler = self._new_sampler()
-            self.log.append(
+            self._log.append(
                 {
                     "window": self.schedule.window, "iteration": self._iteration, "sample": 0, "compress": 0,
                     "ended_by": None, "stable": None, "checks": [], "ratio": None, "fit_bytes": 0, "held_out": [],
                     "after": None, "layers": {},
                 }
             )  # fmt: skip
-        self.log[-1]["sample"] += 1
+        self._log[-1]["sample"] += 1
         enough = self.method.max_sample if self.method.sample == "auto" else self.method.sample
         self._fit_due = self.schedule.check_due or self.schedule.done + 1 >= enough
         if not self._fit_due:
@@ -157,7 +164,7 @@ class WindowsScheme(Scheme):
         assert self._sampler is not None
         if first and self._bases:
             losses = {name: self._old_loss(name) for name in self._layers}
-            self.log[-2]["after"] = self._record(losses)
+            self._log[-2]["after"] = self._record(losses)
             self._bases, self._projections = {}, {}
         self._sampler.add(self._vector)
         return self._sampler.fit() if fit else None
@@ -207,7 +214,7 @@ class WindowsScheme(Scheme):
         self._compare(bases)
         self._use(bases)
         self._watch, self.vote = LossWatch(self.method.stop_multiple), False
-        window = self.log[-1]
+        window = self._log[-1]
         sent = sum(basis.payload_bytes for basis in self._bases.values())
         left = sum(4 * layer.length for name, layer in self._layers.items() if name not in self._bases)
         window["ratio"] = 4 * len(self._vector) / (sent + left)
@@ -240,7 +247,7 @@ class WindowsScheme(Scheme):
     def _count(self, num_bytes: int, traffic: Traffic) -> None:
         traffic.payload += num_bytes
         traffic.fit += num_bytes
-        self.log[-1]["fit_bytes"] += num_bytes
+        self._log[-1]["fit_bytes"] += num_bytes
 
     # Compressing
 
@@ -307,7 +314,7 @@ class WindowsScheme(Scheme):
         return out
 
     def _after_compressed(self) -> None:
-        window = self.log[-1]
+        window = self._log[-1]
         window["compress"] += 1
         if self._held_out:
             window["held_out"].append(self._record(self._held_out))
@@ -332,8 +339,7 @@ class WindowsScheme(Scheme):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        if self._job is not None:
-            self._job.result()
+        log = copy.deepcopy(self.log)
         state = {
             "schedule": self.schedule.state_dict(),
             "sampler": None if self._sampler is None else self._sampler.state_dict(),
@@ -341,7 +347,7 @@ class WindowsScheme(Scheme):
             "bases": [basis_state(basis) for basis in self._bases.values()],
             "first_loss": self._watch.first,
             "vote": self.vote,
-            "log": copy.deepcopy(self.log),
+            "log": log,
         }
         tensors: dict[str, Any] = _converted(state, np.ndarray, lambda array: torch.from_numpy(array.copy()))
         return tensors
@@ -362,11 +368,11 @@ class WindowsScheme(Scheme):
         if state["schedule"]["phase"] == "sample":
             self.schedule.load_state_dict({**state["schedule"], "done": 0})
             if state["sampler"] is not None:
-                self.log.pop()
+                self._log.pop()
 
     def _load_common(self, state: Mapping[str, Any]) -> None:
         if self._job is not None:
-            self._job.result()
+            self._job.exception()
         self._job, self._fit_due, self._sampler = None, False, None
         self.schedule.load_state_dict(state["schedule"])
         self._bases = {part["name"]: basis_from(_arrays(part)) for part in state["bases"]}
@@ -374,7 +380,7 @@ class WindowsScheme(Scheme):
         self._watch = LossWatch(self.method.stop_multiple)
         self._watch.first = state["first_loss"]
         self.vote = state["vote"]
-        self.log = copy.deepcopy(state["log"])
+        self._log = copy.deepcopy(state["log"])
 
 
 def compressible_layers(model: nn.Module, parameters: Parameters, also: Sequence[str]) -> list[Block]:
