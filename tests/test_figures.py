@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from bench import figures, gradients
-from bench.record import GROUPS, KINDS, grouped
+from bench.record import GROUPS, KINDS, grouped, metrics_name
 
 SOURCE = "Fashion-MNIST sample (6,000 + 2,000 of 70,000 images), not CIFAR"
 SHARP = figures.DPI
@@ -64,7 +64,7 @@ def method_record(folder: Path, method: str, iterations: int, evaluations: bool)
             "groups": grouped(part["seconds"]), "time_s": sum(part["seconds"].values()), "bytes_per_iteration": 1000,
             "ratio": 8.0,
         }  # fmt: skip
-    (folder / f"metrics-{method}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / metrics_name(method)).write_text("".join(json.dumps(line) + "\n" for line in lines))
     seconds = {kind: sum(part["seconds"][kind] for part in phases.values()) for kind in KINDS}
     window = {
         "window": 1, "iteration": 30,
@@ -290,6 +290,42 @@ def test_a_method_has_one_color(tmp_path, pages):
     assert len(set(wanted)) == 2
     assert [line.get_color() for line in pages[0].axes[0].lines] == wanted
     assert [line.get_color() for line in pages[2].axes[0].lines if line.get_alpha() is None][:2] == wanted
+
+
+MANY = (
+    "rar", "topk:0.01+ef", "topk:0.01", "sign", "half", "threshold:0.1+ef", "powersgd:4", "natural", "terngrad",
+    "randomk:0.01", "adacomp", "qsgd-gather:16", "topk:0.1/*.bias=identity+ef", "integer",
+)  # fmt: skip
+
+
+def test_many_methods_are_told_apart(tmp_path, pages):
+    written = figures.draw(make_run(tmp_path / "run", MANY))
+    assert {path.name for path in written} == {"accuracy.png", "breakdown.png", "loss.png"}
+    lines = pages[0].axes[1].lines
+    assert len(lines) == len(MANY)
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines]
+    assert len(set(looks)) == len(MANY)
+    assert len({color for color, _, _ in looks}) == len({marker for _, _, marker in looks}) == 13
+    loss = [line for line in pages[2].axes[0].lines if line.get_alpha() is None][: len(MANY)]
+    assert [(line.get_color(), line.get_linestyle()) for line in loss] == [look[:2] for look in looks]
+    for page in pages:
+        height = page.get_size_inches()[1]
+        for axis in page.axes:
+            if axis.get_legend() is not None:
+                box = axis.get_legend().get_window_extent()
+                assert box.y0 > 0
+                assert box.y1 < height * page.dpi
+
+
+def test_styles_are_distinct_however_many():
+    names = [f"method {index}" for index in range(40)]
+    styles = [figures.method_style(name, names) for name in names]
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == 40
+    alone = figures.method_color("method 7")
+    assert figures.method_color("method 7", ["rar", "method 7"]) == alone
+    for name, color in figures.METHOD_COLORS.items():
+        assert figures.method_color(name, [*names, name]) == color
+        assert color not in {style["color"] for style in styles}
 
 
 def test_a_timing_run_has_no_accuracy(tmp_path):

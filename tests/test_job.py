@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ import pytest
 from conftest import MPIRUN, ROOT
 
 from bench.options import DEFAULTS, PAPER, UsageError, make_parser, parse
-from bench.record import KINDS
+from bench.record import KINDS, file_name
 from bench.report import text
+from gradiveq.compressors import COMPRESSORS
+from gradiveq.specs import parse as parse_method
 
 DEADLINE_S = 100
 METHODS = ("rar", "qsgd", "gradiveq")
@@ -234,6 +237,60 @@ def test_stopped_politely_and_resumed_is_bitwise_the_same(
     assert weights[0] == weights[1]
 
 
+SPECS = ("rar", "topk:0.01+ef", "sign", "half")
+FILES = ("rar", "topk-0.01-ef", "sign", "half")
+
+
+def test_compressors_are_recorded_stopped_and_resumed(whole: tuple[Path, Path, str]) -> None:
+    """By both clocks, in files with names of their own; a run that was stopped within one is the run that was not."""
+    folder, _, _ = whole
+    arguments = [*SMALL[:2], "--iterations", "16", *SMALL[4:10], "--data", "data", "--cluster", "gradiveq-cpu"]
+    arguments += ["--eval-every", "8", "--checkpoint-every", "5", "--no-figures", "--methods", ",".join(SPECS)]
+    result = job(2, [*arguments, "--out", "specs"], folder)
+    assert result.returncode == 0, result.stderr
+    assert "applied to each layer (one parameter) by itself" in result.stdout
+    run = folder / "specs"
+    summary = json.loads((run / "summary.json").read_text())
+    assert tuple(summary["methods"]) == SPECS
+    rar = summary["methods"]["rar"]
+    assert rar["compression"] is None
+    for spec, name in zip(SPECS, FILES, strict=True):
+        assert (run / f"weights-{name}.pt").exists()
+        entry = summary["methods"][spec]
+        lines = [line for line in lines_of(run, name) if line["type"] == "iteration"]
+        assert len(lines) == 16
+        assert set(entry["phases"]) == {"plain" if spec == "rar" else "compressed"}
+        assert entry["virtual"]["groups"]["exposed communication"] > 0
+        if spec != "rar":
+            assert set(entry["compression"]) == {
+                "density", "relative_error", "compression_error", "error", "payload_bytes"
+            }  # fmt: skip
+            measures = [line["compression"] for line in lines]
+            assert all(set(one) >= set(entry["compression"]) | {"norm", "total_error", "num_sent"} for one in measures)
+            assert sum(line["seconds"].get("encode", 0) for line in lines) > 0
+            assert (measures[-1]["error"] > 0) == ("+ef" in spec)
+            assert spec in result.stdout
+    methods = summary["methods"]
+    assert methods["half"]["ratio"] == pytest.approx(2, rel=1e-3)
+    assert methods["topk:0.01+ef"]["ratio"] > 50
+    assert methods["topk:0.01+ef"]["compression"]["density"] == pytest.approx(0.01, rel=0.1)
+    assert methods["half"]["compression"]["relative_error"] < 1e-6
+    assert re.search(r"method +test .*density +relative", result.stdout)
+
+    stopping = folder / "specs-stopped"
+    _, errors = stopped(2, [*arguments, "--out", stopping.name], folder, stopping / "metrics-topk-0.01-ef.jsonl",
+                        signal.SIGTERM)  # fmt: skip
+    assert "with topk:0.01+ef; go on with --resume specs-stopped" in errors
+    assert len(list((stopping / "checkpoint").glob("topk-0.01-ef-*-rank?.pt"))) == 2
+    result = job(2, ["--resume", stopping.name], folder)
+    assert result.returncode == 0, result.stderr
+    assert timeless(json.loads((stopping / "summary.json").read_text())["methods"]) == timeless(methods)
+    for name in FILES:
+        assert (stopping / f"weights-{name}.pt").read_bytes() == (run / f"weights-{name}.pt").read_bytes()
+        assert timeless(lines_of(stopping, name)) == timeless(lines_of(run, name))
+    assert {path.name for path in stopping.iterdir()} == {path.name for path in run.iterdir()}
+
+
 def without(module: str, rank: int, folder: Path) -> str:
     """A PYTHONPATH with which one rank can't import a module."""
     folder.mkdir()
@@ -318,6 +375,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "message"),
     [
         (["--methods", "rar,foo"], "unknown method 'foo' in --methods, known are rar, qsgd, gradiveq"),
+        (["--methods", "topk/head.*=half"], "pattern 'head.*' matches no layer; the 23 layers are conv1.weight"),
         (["--data", "cut"], "train-images-idx3-ubyte.gz: damaged or truncated gzip file"),
         (["--data", "tiny", "--batch-size", "2"], "2 ranks x 2 images each need 4 training images, but there are 3"),
         (
@@ -328,7 +386,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (["--data", "data", "--iterations", "0"], "`iterations` must be at least 1, got 0"),
     ],
-    ids=["method", "data", "ranks", "gradient", "iterations"],
+    ids=["method", "pattern", "data", "ranks", "gradient", "iterations"],
 )
 def test_bad_input_on_two_ranks(inputs: Path, arguments: list[str], message: str) -> None:
     refused(2, ["--model", "resnet8", "--no-figures", "--progress", "none", *arguments], inputs, message, (1, 2))
@@ -344,8 +402,22 @@ def test_bad_input_on_two_ranks(inputs: Path, arguments: list[str], message: str
         (["--out", "full"], "full exists and is not an empty folder"),
         (["--resume", "empty"], "empty is not a run's folder"),
         (["--sample", "10", "--n-components", "10"], "`n_components` must be at most 9"),
+        (["--methods", "rar,topk:0.01,sign,topk:ratio=1e-2"], "'topk:0.01' and 'topk:ratio=1e-2' are the same method"),
+        (["--methods", "qsgd+ef"], "method 'qsgd+ef': QSGD in the ring quantises, at each hop, the sum"),
+        (["--methods", "topk:2"], "--methods: method 'topk:2': `ratio` is the fraction"),
     ],
-    ids=["loss threshold", "archive", "slice size", "folder", "out", "resume", "components"],
+    ids=[
+        "loss threshold",
+        "archive",
+        "slice size",
+        "folder",
+        "out",
+        "resume",
+        "components",
+        "same",
+        "per-hop",
+        "ratio",
+    ],
 )
 def test_bad_input_on_one_rank(inputs: Path, arguments: list[str], message: str) -> None:
     refused(1, ["--model", "resnet8", *arguments], inputs, message)
@@ -428,6 +500,35 @@ def test_paper_sets_its_values_and_leaves_the_rest_to_options() -> None:
     timing = parse(["--timing"])[0]
     assert timing["eval_every"] == 0
     assert timing["iterations"] < DEFAULTS["iterations"]
+
+
+def test_help_lists_compressors_and_how_to_combine_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    for word in (*COMPRESSORS, "layer (the default", "+FEEDBACK", "^"):
+        assert word in shown
+    for spec in re.findall(r"^    ([a-z]+:?[^ \n]*) {2,}[^ \n]", shown.partition("SPEC ")[2], re.MULTILINE):
+        parse_method(spec)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("rar", "rar"),
+        ("topk:0.01+ef", "topk-0.01-ef"),
+        ("topk:count=100@model+ef-scaled", "topk-count-100-model-ef-scaled"),
+        ("sign:mean^sign", "sign-mean-sign"),
+    ],
+)
+def test_names_of_files(method: str, name: str) -> None:
+    assert file_name(method) == name
+
+
+def test_names_of_files_with_patterns_are_told_apart() -> None:
+    names = [file_name(f"topk@{pattern}") for pattern in ("a*", "a?", "a|b", "a.*|b", "../a", "*")]
+    assert len({name.casefold() for name in names}) == len(names)
+    assert all(re.fullmatch(r"[\w.-]+", name) and not name.startswith(".") for name in names)
 
 
 def test_every_option_has_a_default_and_a_place() -> None:
