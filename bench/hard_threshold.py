@@ -22,6 +22,7 @@ feedback is Algorithm 1 (γ inside) for the logistic regression and Algorithm 2 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shlex
 import sys
@@ -39,7 +40,7 @@ from bench.findings import Finding, table
 from bench.grid import GridError, run_grid
 from bench.hard_threshold_findings import Runs, accordion_table, judge_all, metric_table
 from bench.hard_threshold_runs import run
-from bench.hard_threshold_sizes import CIFAR100_MOST, PAPER, SMALL, Benchmark, Part, Problem, Size, specs
+from bench.hard_threshold_sizes import CIFAR100_MOST, PAPER, SMALL, Benchmark, Given, Part, Problem, Size, specs
 from bench.options import Parser, UsageError
 from bench.record import environment, write_atomically, write_json
 
@@ -56,7 +57,7 @@ INTROSPECTED = {"images": "fig3", "text": "fig5", "ratings": "fig6"}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options, and what they come to: `size`, `parts`, `paths`."""
+    """The options, and what they come to: `size`, `parts`, `given`."""
     parser = Parser(
         prog="python -m bench.hard_threshold", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
@@ -81,20 +82,33 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if value is not None and not (value > 0 if name == "epochs" else value >= 1):
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value:g}")
     options.parts = PARTS if options.part == "all" else (options.part,)
-    options.paths = _paths(options.data)
+    options.given = _given(options.data)
     options.size = _size(options)
     options.out = options.out or (Path(f"{OUT}-paper") if options.paper else OUT)
     return options
 
 
-def _paths(given: Sequence[str]) -> dict[str, str]:
-    paths = {}
-    for text in given:
+def _given(texts: Sequence[str]) -> dict[str, Given]:
+    given = {}
+    for text in texts:
         kind, equals, path = text.partition("=")
         if not equals or not path or kind not in DATA_KINDS:
             raise UsageError(f"--data must be KIND=PATH with a kind of {', '.join(DATA_KINDS)}, got {text!r}")
-        paths[kind] = path
-    return paths
+        given[kind] = Given(path, _digest(Path(path)))
+    return given
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file, or of the files in a folder with their names; None of what is to be downloaded."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not all(file.is_file() for file in files):
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _size(options: argparse.Namespace) -> Size:
@@ -114,7 +128,12 @@ def _size(options: argparse.Namespace) -> Size:
                 benchmark, epochs=options.epochs, warmup_epochs=benchmark.warmup_epochs * share,
                 milestones=tuple(share * milestone for milestone in benchmark.milestones),
             )  # fmt: skip
-        if options.paper and benchmark.kind == "images" and "100" in options.paths.get("images", ""):
+        if (
+            options.paper
+            and "images" in options.given
+            and benchmark.kind == "images"
+            and "100" in options.given["images"].path
+        ):
             benchmark = replace(
                 benchmark, accordion=tuple((name, CIFAR100_MOST, least) for name, _, least in benchmark.accordion)
             )
@@ -295,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = parse(words)
-        grid = specs(options.size, options.paths, options.parts, options.device)
+        grid = specs(options.size, options.given, options.parts, options.device)
         show = print
         records = run_grid(
             run, grid, options.out / "runs", processes=options.processes, threads=options.threads,
@@ -309,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cores": os.cpu_count(),
         "processes": options.processes,
     }
-    found = judge_all(records, options.size, options.paths)
+    found = judge_all(records, options.size, options.given)
     text = report(records, options.size, about, found, paper=options.paper)
     try:
         with figures.figure_style():

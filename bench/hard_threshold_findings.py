@@ -6,7 +6,7 @@ difference with its 95 % confidence interval (`bench.layerwise_findings.paired`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -281,7 +281,7 @@ def networks(runs: Runs, benchmark: Benchmark) -> list[Finding]:
                    fields={"ratio": benchmark.update})
             for form in ("gradient", "update")
         ]  # fmt: skip
-        difference = _difference(*sides, value)
+        difference = _difference(sides[0], sides[1], value)
         texts = [spread_text([100 * final(r, benchmark.metric) for r in side]) for side in sides]
         found.append(
             Finding(
@@ -353,7 +353,7 @@ def _with_less(
     ]
     if not pairs:
         return Finding(where, claim, data, "no such pair", rule, None)
-    ours, theirs = max(pairs, key=lambda pair: _difference(*pair, value).mean)
+    ours, theirs = max(pairs, key=lambda pair: _difference(pair[0], pair[1], value).mean)
     difference = _difference(ours, theirs, value)
     densities = [100 * fmean(density(r) for r in side) for side in (ours, theirs)]
     text = f"{_interval(difference)}, {densities[0]:.3g} % against {densities[1]:.3g} %"
@@ -463,7 +463,7 @@ def accordion_table(runs: Runs, benchmark: Benchmark) -> str:
 def metric_table(runs: Runs, benchmark: Benchmark) -> str:
     """A row for each setting: its final metric, density and total error, over the seeds."""
     wanted = {"kind": benchmark.kind, "network": benchmark.network}
-    groups: dict[tuple[str, ...], list[Record]] = {}
+    groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in select(runs, **wanted):
         spec = record["spec"]
         key = (spec["compressor"], _fields(record), spec["granularity"], spec["feedback"] or "none")
@@ -480,7 +480,7 @@ def metric_table(runs: Runs, benchmark: Benchmark) -> str:
     return str(tabulate(rows, heads, tablefmt="github", disable_numparse=True))
 
 
-def missing(size: Size, data: Mapping[str, str], runs: Runs) -> list[Finding]:
+def missing(data: Container[str], runs: Runs) -> list[Finding]:
     """What the paper reports on data that weren't given."""
     found = []
     if "gisette" not in data and any(run["spec"]["part"] == "logistic" for run in runs.values()):
@@ -495,8 +495,8 @@ def missing(size: Size, data: Mapping[str, str], runs: Runs) -> list[Finding]:
     return found
 
 
-def judge_all(runs: Runs, size: Size, data: Mapping[str, str]) -> list[Finding]:
+def judge_all(runs: Runs, size: Size, data: Container[str]) -> list[Finding]:
     """Every statement that the runs speak of, in the order of the paper's parts."""
     found = [finding for problem in size.problems for finding in logistic(runs, problem)]
     found += [finding for benchmark in size.benchmarks for finding in networks(runs, benchmark)]
-    return found + missing(size, data, runs)
+    return found + missing(data, runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -168,7 +169,7 @@ def _aggregation(
 
 def threshold_for(least: float, length: int) -> float:
     """λ = 1/(2·sqrt(k_min)), k_min = least·length a count (section 6 and Table 6 of Sahu et al. 2021)."""
-    return 1 / (2 * float(least * length) ** 0.5)
+    return 1 / (2 * math.sqrt(least * length))
 
 
 class Accordion(Observer):

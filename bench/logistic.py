@@ -87,7 +87,7 @@ class Problem:
     @property
     def length(self) -> int:
         """d."""
-        return self.features.shape[1]
+        return int(self.features.shape[1])
 
     @property
     def num_rows(self) -> int:
@@ -264,7 +264,7 @@ def _all_gradients(features: Any, labels: Any, bounds: Any, mu: float, point: An
     squares = 0.0
     for j in range(length):
         squares += point[j] * point[j]
-    return losses / num_rows + mu / 2 * squares
+    return float(losses / num_rows + mu / 2 * squares)
 
 
 #: With sums in vector registers; infinities and NaN as they are.

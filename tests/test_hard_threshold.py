@@ -19,7 +19,7 @@ from bench import hard_threshold_findings as findings
 from bench.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, Finding, table
 from bench.hard_threshold import PARTS, main, parse
 from bench.hard_threshold_figures import by_fields, elements_per_iteration
-from bench.hard_threshold_runs import Accordion, optimiser, run, schedule, threshold_for
+from bench.hard_threshold_runs import Accordion, optimiser, problem_of, run, schedule, threshold_for
 from bench.hard_threshold_sizes import (
     MADELON,
     PAPER,
@@ -28,6 +28,7 @@ from bench.hard_threshold_sizes import (
     SMALL_IMAGES,
     SMALL_RATINGS,
     SMALL_TEXT,
+    Given,
     Size,
     specs,
 )
@@ -66,7 +67,7 @@ def test_the_grid_names_runs_that_can_be(size: Size) -> None:
 def test_what_is_given_is_used_and_gisette_only_then() -> None:
     without = specs(SMALL, {}, ("logistic",), "cpu")
     assert {spec["problem"] for spec in without.values()} == {"generated"}
-    given = specs(SMALL, {"madelon": "a", "gisette": "b"}, ("logistic",), "cpu")
+    given = specs(SMALL, {"madelon": Given("a", None), "gisette": Given("b", None)}, ("logistic",), "cpu")
     assert {(spec["problem"], spec["data"]) for spec in given.values()} == {("madelon", "a"), ("gisette", "b")}
     assert {spec["compressor"] for spec in given.values()} == {"identity", "topk", "threshold"}
 
@@ -501,7 +502,7 @@ def test_logistic_regression_from_the_command_line(tmp_path: Path, capsys: pytes
     rng = np.random.default_rng(0)
     path = tmp_path / "points.svm"
     lines = []
-    for _ in range(60):
+    for _ in range(120):
         label = rng.choice([-1, 1])
         values = np.round(rng.normal(480, 40, 500) + 3 * label).astype(int)
         lines.append(f"{label} " + " ".join(f"{i}:{v}" for i, v in enumerate(values, 1)))
@@ -509,14 +510,7 @@ def test_logistic_regression_from_the_command_line(tmp_path: Path, capsys: pytes
     out = tmp_path / "out"
     words = ["--part", "logistic", "--data", f"madelon={path}", "--seeds", "1", "--gdstar-epochs", "30",
              "--processes", "1", "--out", str(out)]  # fmt: skip
-    # 100 workers would have no row each
-    assert main(words) == 2
-    assert "100" in capsys.readouterr().err
-    lines = lines * 2
-    path.write_text("\n".join(lines) + "\n")
-    assert main(words) == 2  # some runs are there
-    assert "resume" in capsys.readouterr().err
-    assert main([*words, "--resume"]) == 0
+    assert main(words) == 0
     names = {file.name for file in out.iterdir()}
     assert {"table.md", "hard-threshold.json", "fig1-madelon.png", "fig4-madelon.png", "fig7-madelon.png",
             "fig8-madelon.png", "fig9-madelon.png"} <= names  # fmt: skip
@@ -536,6 +530,12 @@ def test_logistic_regression_from_the_command_line(tmp_path: Path, capsys: pytes
     assert any("gisette" in finding["data"] for finding in report["findings"])
     assert all(finding["rule"] for finding in report["findings"])
     assert "--resume" in report["environment"]["command"]
+    assert main(words) == 2
+    assert "resume" in capsys.readouterr().err
+    path.write_text("\n".join(lines[1:]) + "\n")
+    problem_of.cache_clear()
+    assert main([*words, "--resume"]) == 2  # other points
+    assert "digest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["images", "text", "ratings"])
