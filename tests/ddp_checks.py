@@ -2,6 +2,7 @@
 
 import ddp_errors  # noqa: F401
 import ddp_methods  # noqa: F401
+import ddp_probe  # noqa: F401
 import ddp_training  # noqa: F401
 from ddp_harness import main
 

@@ -19,16 +19,18 @@ default group, the first `start_iteration` iterations are not compressed, and `f
 
 GradiVeQ samples uncompressed here (`GradiVeQ.sampling` is of the ring). It compresses the weights of 1-D, 2-D and 3-D
 convolutions. Transposed and grouped ones, and what is no convolution, go uncompressed unless `State(also=...)` names
-them: see `gradiveq.ddp.windows.compressible_layers`.
+them: see `gradiveq.ddp.layers.compressible_layers`.
 """
 # No `from __future__ import annotations`: DDP compares the annotations of hooks with the types themselves.
 
 import torch
 import torch.distributed as dist
 
+from gradiveq.ddp.probing import Probe, probe
 from gradiveq.ddp.state import CompressionStats, State
+from gradiveq.ddp.trials import LayerReport
 
-__all__ = ["CompressionStats", "State", "hook"]
+__all__ = ["CompressionStats", "LayerReport", "Probe", "State", "hook", "probe"]
 
 
 def hook(state: State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]

@@ -12,9 +12,10 @@ from gradiveq.compressors.identity import Identity
 from gradiveq.ddp.bucket import Parameters
 from gradiveq.ddp.compressors import CompressorScheme
 from gradiveq.ddp.group import Group
+from gradiveq.ddp.layers import compressible_layers
 from gradiveq.ddp.lowrank import PowerSGDScheme
 from gradiveq.ddp.scheme import Scheme, Uncompressed
-from gradiveq.ddp.windows import WindowsScheme, compressible_layers
+from gradiveq.ddp.windows import WindowsScheme
 from gradiveq.flatten import Block
 from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Plain, QSGDRing, takes_mean
 from gradiveq.powersgd import PowerSGD

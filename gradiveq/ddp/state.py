@@ -61,7 +61,7 @@ class State:
         min_ratio: layers that would not be this much smaller go uncompressed: elements over floats for GradiVeQ, bytes
             over bytes for compressors of a fixed size. (PowerSGD has `min_compression_rate`.)
         also: names, or patterns of names, of parameters that GradiVeQ is to compress besides convolutions
-            (`gradiveq.ddp.windows.compressible_layers`).
+            (`gradiveq.ddp.layers.compressible_layers`).
         loss_scale: gives the factor by which the loss is multiplied, as a number or a tensor: `scaler.get_scale` with
             a GradScaler. Memories, µ and samples are kept in units without it, so that it may change. None for 1.
     Raises:

@@ -17,16 +17,15 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradiveq.codec import PCACodec
 from gradiveq.ddp import flaws
-from gradiveq.ddp.bucket import COMPRESSIBLE, Parameters, Place
+from gradiveq.ddp.bucket import Place
 from gradiveq.ddp.group import Group
 from gradiveq.ddp.memory import Memories
 from gradiveq.ddp.projection import Projection, loss_between
@@ -45,7 +44,7 @@ class WindowsScheme(Scheme):
     """Where in which window, samples, bases, losses.
 
     Args:
-        layers: what may be compressed (`compressible_layers`).
+        layers: what may be compressed (`gradiveq.ddp.layers`).
         min_ratio: elements / floats on the wire, below which a layer goes uncompressed in a window.
         start: iterations of warm-up at least.
     Raises:
@@ -381,40 +380,6 @@ class WindowsScheme(Scheme):
         self._watch.first = state["first_loss"]
         self.vote = state["vote"]
         self._log = copy.deepcopy(state["log"])
-
-
-def compressible_layers(model: nn.Module, parameters: Parameters, also: Sequence[str]) -> list[Block]:
-    """The parameters that PCA is for, as blocks of one vector.
-
-    Weights of convolutions, 1-D, 2-D and 3-D ones. Not those of transposed ones, nor with groups: there the filters
-    don't see the same input, so that the correlation that the paper found has no reason to be. Not what isn't a
-    convolution. `also` names such parameters nevertheless; they are flattened as (F, D, ...) by their own first two
-    dimensions, of a linear layer outputs and inputs.
-
-    Args:
-        also: patterns (`fnmatch`) of names, each of which has to match something.
-    Raises:
-        ValueError: it doesn't, or what it matches is a vector.
-    """
-    wanted = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
-    }
-    asked = dict.fromkeys(also, False)
-    blocks, offset = [], 0
-    for name, p in zip(parameters.names, parameters.tensors, strict=True):
-        matching = [pattern for pattern in also if fnmatchcase(name, pattern)]
-        asked.update(dict.fromkeys(matching, True))
-        if any("*" not in pattern for pattern in matching) and p.dim() < 2:
-            raise ValueError(f"`also` must name parameters of two or more dimensions, {name} has {p.dim()}")
-        if p.dtype in COMPRESSIBLE and p.numel() and (id(p) in wanted or (matching and p.dim() >= 2)):
-            blocks.append(Block(name, offset, p.numel(), tuple(p.shape), True))
-            offset += p.numel()
-    missing = [pattern for pattern, matched in asked.items() if not matched]
-    if missing:
-        raise ValueError(f"`also` has {missing[0]!r}, which matches none of the {len(parameters.names)} parameters")
-    return blocks
 
 
 def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
