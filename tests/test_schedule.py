@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradiveq.methods import METHODS, GradiVeQ, Plain, QSGDRing
+from gradiveq.powersgd import PowerSGD
 from gradiveq.schedule import CHECK_EVERY, LossWatch, Schedule, majority
 
 
@@ -96,7 +97,7 @@ def test_half_is_no_majority() -> None:
 
 
 def test_methods_by_name() -> None:
-    assert dict(METHODS) == {"rar": Plain, "qsgd": QSGDRing, "gradiveq": GradiVeQ}
+    assert dict(METHODS) == {"rar": Plain, "qsgd": QSGDRing, "gradiveq": GradiVeQ, "powersgd": PowerSGD}
 
 
 def test_defaults_are_the_paper_s() -> None:
