@@ -215,7 +215,8 @@ def _draw_logistic(
             continue
         wanted = {"problem": name, "algorithm": "ef-sgd", "workers": problem.workers}
         text = caption(runs, about, wanted, paper=paper)
-        what = f"EF-SGD, logistic regression on {name}, {problem.workers} workers"
+        data = "points like madelon's" if name == "generated" else name
+        what = f"EF-SGD, logistic regression on {data}, {problem.workers} workers"
         suffix = "" if name == "gisette" else f"-{name}"
         for figure, panels in (
             ("fig1", ("epochs", "bits", "error")),
@@ -230,7 +231,7 @@ def _draw_logistic(
             yield f"{figure}{suffix}", drawing.logistic(runs, wanted, panels, title, text)
         for (workers, _, _), figure in zip(problem.gdstar, ("fig8", "fig9"), strict=False):
             wanted = {"problem": name, "algorithm": "ef-gdstar", "workers": workers}
-            title = f"Fig. {figure[3:]}: EF-GDstar, logistic regression on {name}, {workers} workers"
+            title = f"Fig. {figure[3:]}: EF-GDstar, logistic regression on {data}, {workers} workers"
             text = caption(runs, about, wanted, paper=paper)
             yield f"{figure}-{name}", drawing.logistic(runs, wanted, ("bits", "epochs", "error"), title, text)
 

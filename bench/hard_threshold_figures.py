@@ -120,7 +120,7 @@ def logistic(runs: Runs, wanted: Mapping[str, Any], panels: Sequence[str], title
             axis.set_xscale("log")
         else:
             axis.xaxis.set_major_locator(MaxNLocator(5, steps=figures.STEPS))
-    figures.add_legend(axes[-1])
+    figures.add_legend(axes[0], axes[-1])
     return figure
 
 

@@ -84,14 +84,18 @@ class Recommendation(Task):
     def __init__(
         self, model: NeuMF, ratings: Ratings, batch_size: int, workers: int, *, seed: int, device: str
     ) -> None:
-        self.model, self.ratings, self.device = model, ratings, device
-        self._batches = [
-            Interactions(ratings, batch_size, rank, workers, seed=seed, device=device) for rank in range(workers)
-        ]
-        self.iterations_per_epoch = self._batches[0].batches_per_epoch
+        self.model, self.ratings, self.batch_size, self.device = model, ratings, batch_size, device
+        self._batches = Interactions(ratings, workers * batch_size, seed=seed, device=device)
+        self.iterations_per_epoch = self._batches.batches_per_epoch
+        self._last: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def batch(self, iteration: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self._batches[rank].batch(iteration)
+        """The global batch is drawn once; a worker has its stretch, as `Interactions` with its rank would give."""
+        if self._last is None or self._last[0] != iteration:
+            self._last = iteration, self._batches.batch(iteration)
+        part = slice(rank * self.batch_size, (rank + 1) * self.batch_size)
+        users, items, labels = self._last[1]
+        return users[part], items[part], labels[part]
 
     def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         users, items, labels = batch

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench import hard_threshold_findings as findings
+from bench.data.ratings import Interactions, load_ratings
 from bench.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, Finding, table
 from bench.hard_threshold import PARTS, main, parse
 from bench.hard_threshold_figures import by_fields, elements_per_iteration
@@ -256,6 +257,11 @@ def test_a_run_that_is_stopped_goes_on_bitwise(
 def test_recommendation_learns_what_is_liked() -> None:
     task, source = make(spec_of("ratings", "ncf", TINY_RATINGS, batch_size=256))
     assert "made" in source
+    for rank in range(3):
+        own = Interactions(load_ratings(), 256, rank, 3, seed=0)
+        for iteration in (0, 5, 0):
+            for ours, theirs in zip(task.batch(iteration, rank), own.batch(iteration), strict=True):
+                assert torch.equal(ours, theirs)
     users, items, labels = task.batch(0, 1)
     expected = functional.binary_cross_entropy(torch.sigmoid(task.model(users, items)), labels)
     torch.manual_seed(0)
