@@ -10,10 +10,9 @@ import torch.distributed as dist
 from ddp_harness import Net, hooked, sgd, step
 from ddp_training import REMEMBERING
 
-from gradiveq import Plain
 from gradiveq.powersgd import PowerSGD
 
-METHODS = {"plain": Plain(), "topk": REMEMBERING, "powersgd": PowerSGD(2)}
+METHODS = {"topk": REMEMBERING, "powersgd": PowerSGD(2)}
 AT = 4
 
 torch.set_num_threads(1)

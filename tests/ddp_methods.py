@@ -327,6 +327,25 @@ def entire_buckets_are_compressed_as_one() -> None:
 
 
 @check
+def torch_operations_give_the_same_bits() -> None:
+    """What is for GPUs, on the CPU: against the NumPy forms, with memories, in 32 and in 16 bits."""
+    wrapped = default_hooks.fp16_compress_wrapper(ddp.hook)
+    for compressor in (Identity(), Half(), Half("bfloat16"), COMPRESSORS["randomk"](0.2)):
+        method = Compressed(compressor, feedback=ErrorFeedback())
+        for hook in (ddp.hook, wrapped):
+            results = []
+            for on_device in (False, True):
+                model, state = hooked(Net(), method, hook=hook)
+                state._scheme.on_device = lambda work, on_device=on_device: on_device
+                optimizer = sgd(model)
+                for iteration in range(5):
+                    step(model, optimizer, iteration)
+                same_everywhere(weights(model), "the weights")
+                results.append(weights(model))
+            assert torch.equal(*results), (method, hook)
+
+
+@check
 def some_layers_have_other_compressors() -> None:
     method = Compressed(TopK(count=3), overrides=(("*.bias", Identity()), ("fc.weight", Half())))
     net, reference = Net(), Net()

@@ -7,12 +7,15 @@
     method                          collectives of a bucket                 on a GPU
     ------------------------------  --------------------------------------  --------------------------------
     Plain                           all_reduce                              stays there
-    GradiVeQ                        all_reduce                              stays there; while sampling, the mean
-                                                                            gradient is copied to the host
+    GradiVeQ                        all_reduce                              stays there; samples of the mean gradient
+                                                                            are copied to the host, where PCA is done
+    identity, half, randomk         all_reduce, one for each type           stays there
+    other summed compressors        all_reduce, one for each type           by way of the host
+    gathered compressors            all_gather; two if sizes vary           by way of the host
     PowerSGD                        all_reduce, twice                       by way of the host
-    compressors that are summed     all_reduce, one for each type           by way of the host
-    compressors that are gathered   all_gather; two if sizes vary           by way of the host
     QSGDRing, Accordion, ...        none; the error says why
+
+(On a GPU nothing of this has been run yet.)
 
 Conventions are those of PyTorch's own hooks. The hook returns before communication ends, `process_group=None` is the
 default group, the first `start_iteration` iterations are not compressed, and `fp16_compress_wrapper(hook)` works.

@@ -7,7 +7,7 @@ Where the size of payloads depends on the data, a first round tells everybody's,
 Codes (`gradiveq.ddp.flaws`) travel once: in the gathered message, with the sizes, or in the first sum.
 
 Compressors are NumPy and numba: of a bucket on a GPU the gradient is copied to the host, which waits for it, and the
-mean back. (`Plain` and GradiVeQ stay on the device.)
+mean back; unless all of the bucket is for those of `gradiveq.ddp.native`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 
 from gradiveq.compressors.base import Array, Compressor, Draw, Float32
+from gradiveq.compressors.half import Half
+from gradiveq.ddp import native
 from gradiveq.ddp.bucket import Plan
 from gradiveq.ddp.flaws import OVERFLOWED, any_flaw, flaw
 from gradiveq.ddp.memory import Memories, Memory, summed
+from gradiveq.ddp.native import is_native
 from gradiveq.ddp.scheme import Round, Rounds, Scheme, Traffic, Work
 from gradiveq.ddp.wire import from_wire, pack, seen, to_wire, unpack, wire_dtype
 from gradiveq.methods import Compressed
@@ -68,8 +71,10 @@ class CompressorScheme(Scheme):
         self._memory = None if method.feedback is None else Memory()
 
     def rounds(self, work: Work) -> Rounds:
-        work.code = int(work.code)
         parts = self._parts(work.plan, work.index)
+        if self.on_device(work) and self.method.master is None and all(is_native(part.compressor) for part in parts):
+            return self._native_rounds(work, parts)
+        work.code = int(work.code)
         values, latest = self._corrected(work)
         payloads = []
         left = None if self._memory is None else np.empty_like(values)
@@ -89,6 +94,11 @@ class CompressorScheme(Scheme):
     def begin(self, iteration: int, traffic: Traffic) -> None:
         if self._memory is not None:
             self._memory.forget()
+
+    @staticmethod
+    def on_device(work: Work) -> bool:
+        """Whether the gradient should stay where it is."""
+        return work.buffer.is_cuda
 
     def end(self, compressed: bool) -> None:
         if self._memory is not None and compressed:
@@ -180,6 +190,52 @@ class CompressorScheme(Scheme):
                 part.compressor.finish(out[part.where], work.group.size)
             self._send_back(work, parts, out)
         work.write(torch.from_numpy(out).to(work.buffer.device))
+
+    def _native_rounds(self, work: Work, parts: Sequence[BucketPart]) -> Rounds:
+        """Sums only; nothing waits for the device."""
+        values = work.gradient()
+        if self._memory is not None:
+            memory = self._memory.of(work.plan, values.device)
+            values = values + memory
+            overflowed = torch.linalg.vector_norm(values, torch.inf).isfinite().logical_not()
+            code = torch.as_tensor(work.code, device=values.device)
+            work.code = torch.where(overflowed & (code <= 1), flaw(OVERFLOWED, work.plan.places[0].index), code)
+            values = torch.where(work.code > 1, torch.zeros_like(values), values)
+        draws = [self._draw(part, work.iteration, work.group.rank) for part in parts]
+        kinds: dict[torch.dtype, list[int]] = {}
+        payloads, left = [], torch.empty_like(values)
+        for i, (part, draw) in enumerate(zip(parts, draws, strict=True)):
+            payload = native.compress(part.compressor, values[part.where], draw)
+            if work.half and payload.dtype == torch.float32:
+                payload = work.to_wire(payload)
+                seen_payload = work.from_wire(payload)
+            else:
+                seen_payload = payload
+            if self._memory is not None:
+                native.decompress(part.compressor, seen_payload, left[part.where], draw)
+            payloads.append(payload)
+            kinds.setdefault(payload.dtype, []).append(i)
+        if self._memory is not None:
+            self._memory.stage(work.plan, values - left)
+        sums = {}
+        for kind, chosen in kinds.items():
+            length = sum(len(payloads[i]) for i in chosen)
+            sums[kind] = work.message(length, kind)
+            torch.cat([payloads[i] for i in chosen], out=sums[kind][:length])
+        yield Round([work.all_reduce(message) for message in sums.values()], last=True)
+
+        first = next(iter(sums.values()))
+        work.hear(first, len(first) - work.codes.length)
+        out = torch.empty_like(values)
+        for kind, chosen in kinds.items():
+            taken = 0
+            for i in chosen:
+                total = sums[kind][taken : taken + len(payloads[i])]
+                taken += len(total)
+                half = work.half and kind == work.buffer.dtype and not isinstance(parts[i].compressor, Half)
+                total = work.from_wire(total) if half else total
+                native.decompress(parts[i].compressor, total, out[parts[i].where], draws[i])
+        work.write(out / work.group.size)
 
     def _add_gathered(self, work: Work, parts: Sequence[BucketPart], rows: Sequence[Array], out: Float32) -> None:
         scratch = np.empty(max((part.length for part in parts), default=0), np.float32)

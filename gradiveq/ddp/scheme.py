@@ -62,6 +62,8 @@ class Work:
         code: of this rank (`gradiveq.ddp.flaws`); if it is above 1, the gradient counts as zeros.
         scale: by which the loss was multiplied, or None; memories and bases are in units without it.
         heard: everybody's codes, once the exchange is over.
+        kept: tensors that a callback reads. On a GPU it does so on a stream of its own, so their memory may be used
+            again only when DDP has waited for that, in the next iteration.
     """
 
     plan: Plan
@@ -74,6 +76,7 @@ class Work:
     codes: Codes
     traffic: Traffic = field(default_factory=Traffic)
     heard: Tensor | None = None
+    kept: list[Tensor] = field(default_factory=list)
 
     @property
     def half(self) -> bool:
@@ -112,6 +115,7 @@ class Work:
         """A vector to be summed, on the bucket's device: `length` elements, then the codes, which are filled in."""
         out = torch.empty(length + self.codes.length, dtype=dtype or self.buffer.dtype, device=self.buffer.device)
         self.codes.write(out[length:], self.group.rank, self.code)
+        self.kept.append(out)
         return out
 
     def all_reduce(self, message: Tensor) -> Future[Any]:
@@ -221,8 +225,15 @@ class Flight:
             self._land(None)
         elif begun.last:
             self.launched = True
-            torch.futures.collect_all(begun.futures).then(self._finish)
+            self._follow(begun.futures, 0)
         return begun
+
+    def _follow(self, futures: Sequence[Future[Any]], index: int) -> None:
+        """Finish after the last of the futures; no thread waits for one, which might be the one that completes it."""
+        if index < len(futures):
+            futures[index].then(lambda _: self._follow(futures, index + 1))
+        else:
+            self._finish(futures)
 
     def advance(self) -> None:
         """Wait for the round under way and begin the next, unless the last one has begun already."""
@@ -236,11 +247,11 @@ class Flight:
             raise self._lost(error) from error
         self._round = self._next()
 
-    def _finish(self, done: Future[Any]) -> None:
+    def _finish(self, futures: Sequence[Future[Any]]) -> None:
         try:
             try:
-                for future in done.value():
-                    future.value()
+                for future in futures:
+                    future.wait()  # they are done: on a GPU the callback's stream waits
             except Exception as error:
                 raise self._lost(error) from error
             next(self._rounds, None)
@@ -255,12 +266,13 @@ class Flight:
             self._error = self._judge(self.work, error)
         except Exception as failure:  # or DDP would wait for ever
             self._error = failure
-        self._done.set_result(None)
+        self._done.set_result(self.work.buffer)
 
-    def _deliver(self, _: Future[Any]) -> Tensor:
+    def _deliver(self, done: Future[Any]) -> Tensor:
         if self._error is not None:
             raise self._error
-        return self.work.buffer
+        buffer: Tensor = done.value()
+        return buffer
 
     def _lost(self, error: Exception) -> RuntimeError:
         work = self.work

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradiveq.ddp import flaws
 from gradiveq.ddp.bucket import Parameters, Plan
 from gradiveq.ddp.group import Group
+from gradiveq.ddp.later import Later
 from gradiveq.ddp.memory import Memories
 from gradiveq.ddp.methods import DDPMethod, make_scheme
 from gradiveq.ddp.scheme import Flight, Traffic, Work, plain_rounds
@@ -73,6 +74,9 @@ class State:
 
     **Unused parameters** (`find_unused_parameters`) count as zeros. DDP leaves `.grad` alone where no rank has used the
     parameter; what error feedback has sent for it in such an iteration is then lost.
+
+    **A parameter that is replaced** in the model later is found out on all ranks, unless its gradient was to come in
+    the first bucket: DDP itself waits for it then, and the process group's timeout tells the other ranks.
 
     **Resuming** bit by bit: DDP starts with other buckets than it goes on with, and so with another order of additions
     in a process group's all-reduce. Run one iteration on any batch, forward and backward, and only then load model,
@@ -139,7 +143,9 @@ class State:
         self._spoilt = False
         self._fatal: Exception | None = None  # after it, other ranks' buckets can't be waited for
         self._scale: Tensor | float | None = None
-        self._unread: list[tuple[Plan, Tensor, Tensor]] = []  # on a GPU: codes, whether the mean is finite
+        self._replaced: int | None = None
+        self._works: list[Work] = []
+        self._unread: list[tuple[Plan, Later]] = []  # on a GPU: codes, and whether the mean is finite
         self._codes_on_device: dict[Plan, Tensor] = {}
 
     @property
@@ -170,6 +176,7 @@ class State:
         number = self.iteration - 1
         work = Work(plan, buffer, number, bucket.index(), 0, self._scale, self._group, self._codes)
         work.code = self._own_code(work)
+        self._works.append(work)
         if number >= self.start_iteration:
             work.traffic = self.traffic
             self.traffic.dense += buffer.nbytes
@@ -204,19 +211,19 @@ class State:
         if not self._compared:
             self._compare()
         number, self.iteration = self.iteration, self.iteration + 1
-        self._flights, self._unread = [], []
+        self._flights, self._works = [], []
         self._begun = self._landed = 0
         self._all_begun = self._settled = self._spoilt = False
         self._scale = None if self._loss_scale is None else self._loss_scale()
+        self._replaced = self._parameters.replaced()
         self._scheme.begin(number, self.traffic if number >= self.start_iteration else Traffic())
 
     def _own_code(self, work: Work) -> Tensor | int:
         """What this rank has to say of its gradient; looked at in one pass."""
         vote = int(self._scheme.vote)
         places = work.plan.places
-        replaced = self._parameters.replaced()
-        if replaced is not None:
-            return vote + flaws.flaw(flaws.REPLACED, replaced)
+        if self._replaced is not None:
+            return vote + flaws.flaw(flaws.REPLACED, self._replaced)
         if work.plan.unknown:
             return vote + flaws.flaw(flaws.UNKNOWN, places[-1].index if places else len(self._parameters.names))
         if work.buffer.is_cuda:
@@ -270,9 +277,10 @@ class State:
     def _note_flaws(self, work: Work) -> None:
         """The same on a GPU, where it is only noted what there is to see."""
         assert work.heard is not None
-        work.buffer.masked_fill_((work.heard > 1).any(), torch.nan)
+        codes = work.heard.to(work.buffer.device)
+        work.buffer.masked_fill_((codes > 1).any(), torch.nan)
         finite = torch.linalg.vector_norm(work.buffer, torch.inf).isfinite()
-        self._unread.append((work.plan, work.heard, finite))
+        self._unread.append((work.plan, Later(torch.cat([codes, finite.long().view(1)]))))
 
     def _read(self) -> None:
         """What was noted on a GPU in the last iteration.
@@ -280,14 +288,14 @@ class State:
         Raises: as `_find_flaws` says.
         """
         unread, self._unread = self._unread, []
-        for plan, codes, finite in unread:
-            error = None
+        for plan, later in unread:
+            error, codes, finite = None, later.value[:-1], later.value[-1] > 0
             if flaws.any_flaw(codes):
                 self._spoilt, error = True, self._error(codes, self.iteration - 1)
             elif not finite:
                 self._spoilt = True
                 if self.nonfinite == "fail":
-                    error = _overflow([f"{plan.title()}"], self.iteration - 1)
+                    error = _overflow([plan.title()], self.iteration - 1)
             if error is not None:
                 raise error
 

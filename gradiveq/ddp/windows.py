@@ -27,6 +27,7 @@ from gradiveq.codec import PCACodec
 from gradiveq.ddp import flaws
 from gradiveq.ddp.bucket import Place
 from gradiveq.ddp.group import Group
+from gradiveq.ddp.later import Later
 from gradiveq.ddp.memory import Memories
 from gradiveq.ddp.projection import Projection, loss_between
 from gradiveq.ddp.scheme import Round, Rounds, Scheme, Traffic, Work, plain_rounds
@@ -65,13 +66,13 @@ class WindowsScheme(Scheme):
         self._slice_sizes = slice_sizes(layers, method.slice_size)
         self._new_sampler().check(method.max_sample if method.sample == "auto" else method.sample)
         self._sampler: PCASampler | None = None
-        self._vector = np.zeros(layers[-1].stop, np.float32)  # the sample of the iteration under way
-        self._flat = torch.from_numpy(self._vector)
+        self._vector = np.zeros(layers[-1].stop, np.float32)  # a sample
         self._bases: dict[str, LayerBasis] = {}
         self._projections: dict[tuple[str, torch.device], Projection] = {}
         self._watch = LossWatch(method.stop_multiple)
         self._iteration = 0
         # Of the iteration under way.
+        self._samples: dict[str, Later] = {}
         self._held_out: dict[str, Loss] = {}
         self._local: dict[str, Loss] = {}
         self._votes = 0
@@ -93,7 +94,7 @@ class WindowsScheme(Scheme):
 
     def begin(self, iteration: int, traffic: Traffic) -> None:
         self._iteration = iteration
-        self._held_out, self._local, self._votes = {}, {}, 0
+        self._samples, self._held_out, self._local, self._votes = {}, {}, {}, 0
         if self._job is None:
             return
         dims = self._job.result()
@@ -132,15 +133,15 @@ class WindowsScheme(Scheme):
     def _sampled(self, work: Work, layers: Sequence[Place]) -> Rounds:
         yield from plain_rounds(work)
         for place in layers:
-            mean = place.view(work.buffer)
-            target = self._layers[place.name].view(self._flat)
-            if work.scale is None:
-                target.copy_(mean)
-            else:
-                target.copy_(mean.float() / work.scale)
+            mean = self._ordered(place, work.buffer)
+            self._samples[place.name] = Later(mean if work.scale is None else mean / work.scale)
 
     def _after_sample(self) -> None:
-        """Not collective, and not waited for here."""
+        """Not collective; but for copies from a GPU, not waited for here."""
+        for name, sample in self._samples.items():
+            layer = self._layers[name]
+            self._vector[layer.offset : layer.stop] = sample.value.numpy()
+        self._samples = {}
         first = self._sampler is None
         if first:
             self._sampler = self._new_sampler()
@@ -272,6 +273,7 @@ class WindowsScheme(Scheme):
                 self._local[place.name] = loss_between(projection.decode(part), own)
             if measure:
                 exact.append(own.div_(work.group.size))
+                work.kept.append(own)
         start = coded_length
         for where in rest:
             stop = start + where.stop - where.start
