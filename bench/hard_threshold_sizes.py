@@ -111,7 +111,7 @@ CIFAR100_MOST = 2e-2
 #: What stands in for them. λ were tuned once, to send about what top-k sends; the density is measured in every run.
 SMALL_IMAGES = Benchmark(
     "images", "alexnet", 16, 5, "nesterov", 0.2, 0.05, 1, (2.5, 4), 1e-4,
-    (1e-3, 1e-2), (0.1, 0.03), 1, "accuracy", True, no_feedback=(5e-2, 1e-2), update=1e-2,
+    (1e-3, 1e-2), (0.12, 0.04), 1, "accuracy", True, no_feedback=(5e-2, 1e-2), update=1e-2,
     accordion=(("alexnet", 1e-2, 1e-3),), options={"width": 0.25},
 )  # fmt: skip
 SMALL_TEXT = Benchmark(
