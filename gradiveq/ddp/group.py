@@ -1,8 +1,10 @@
 """What is asked of a process group: sums and gathers that return at once, and small blocking ones between iterations.
 
 All ranks of a group issue the same collectives in the same order, from the thread that runs backward. Nothing is ever
-issued from a callback: those run on the backend's own threads (Gloo has two), in an order that differs by rank, and
-Gloo matches messages by the order in which they were issued.
+issued from a callback, or waited for in one: callbacks run on the backend's own threads (Gloo has two), in an order
+that differs by rank, and Gloo matches messages by the order in which they were issued. (PyTorch's PowerSGD hook waits
+for its second all-reduce in the callback of the first. Over Gloo, with two buckets under way, it has been seen to
+stand still for ever, each of the two threads waiting for what only the other could have done; torch 2.13.)
 """
 
 from __future__ import annotations

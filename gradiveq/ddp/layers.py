@@ -1,4 +1,11 @@
-"""Which parameters PCA is for."""
+"""Which parameters PCA is for.
+
+How well it holds beyond convolutions, measured by `gradiveq.ddp.probe` (K = 512, ratio 8, fit_slices="all", 80
+samples and 15 held-out iterations after 100 to 150 of training, one worker, batches of 32): held-out losses are 0.09
+to 0.32 for the attention and feed-forward layers of a small transformer (2 layers, d = 128, bytes of WikiText-2's
+validation text), 0.02 and 0.03 for its head and embedding, and 0.05 to 0.43 for the convolutions of ResNet-20
+(CIFAR-10).
+"""
 
 from __future__ import annotations
 
