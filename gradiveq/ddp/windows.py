@@ -93,12 +93,9 @@ class WindowsScheme(Scheme):
         return self._log
 
     def begin(self, iteration: int, traffic: Traffic) -> None:
-        self._iteration = iteration
+        dims = None if self._job is None else self._job.result()  # which reads what is set below
+        self._job, self._iteration = None, iteration
         self._samples, self._held_out, self._local, self._votes = {}, {}, {}, 0
-        if self._job is None:
-            return
-        dims = self._job.result()
-        self._job = None
         if not self._fit_due:
             return
         assert self._sampler is not None
