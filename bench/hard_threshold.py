@@ -315,20 +315,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = parse(words)
+        about = environment(("numpy", "scipy", "torch", "numba", "scikit-learn")) | {
+            "command": shlex.join(["python", "-m", "bench.hard_threshold", *words]),
+            "cores": os.cpu_count(),
+            "processes": options.processes,
+        }
         grid = specs(options.size, options.given, options.parts, options.device)
-        show = print
         records = run_grid(
-            run, grid, options.out / "runs", processes=options.processes, threads=options.threads,
-            resume=options.resume, show=show,
-        )  # fmt: skip
+            run, grid, options.out / "runs", processes=options.processes, threads=options.threads, resume=options.resume
+        )
     except (UsageError, DataError, GridError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    about = environment(("numpy", "scipy", "torch", "numba", "scikit-learn")) | {
-        "command": shlex.join(["python", "-m", "bench.hard_threshold", *words]),
-        "cores": os.cpu_count(),
-        "processes": options.processes,
-    }
     found = judge_all(records, options.size, options.given)
     text = report(records, options.size, about, found, paper=options.paper)
     try:
