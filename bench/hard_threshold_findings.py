@@ -383,7 +383,7 @@ def _introspection(benchmark: Benchmark, top: Sequence[Record], hard: Sequence[R
         Finding(
             where, "large accumulation of top-k's error in the beginning", data,
             f"top-k's error is largest after {_texts(peaks, '.0%')} of the run",
-            "within the first half, for every seed", max(peaks) <= 1 / 2,
+            "within the first third, for every seed", max(peaks) <= 1 / 3,
         ),
     ]  # fmt: skip
 
