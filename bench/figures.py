@@ -761,8 +761,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _is_bandwidth(path: Path) -> bool:
+    """Of `ring.bench`; `bench.shaped_busbw` also has rows of implementations, on hosts."""
     rows = read_object(path).get("rows")
-    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "implementation" in rows[0]
+    if not (isinstance(rows, list) and rows and isinstance(rows[0], dict)):
+        return False
+    return "implementation" in rows[0] and "hosts" not in rows[0]
 
 
 def _is_recording(path: Path) -> bool:

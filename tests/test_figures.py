@@ -470,3 +470,8 @@ def test_damaged_records(tmp_path, capsys, monkeypatch, name, text):
     if name not in ("busbw.json", "gradients.npz"):
         assert not list(run.glob("*.png"))
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_bandwidth_between_hosts_is_no_figure_of_the_ring_alone(tmp_path) -> None:
+    (tmp_path / "busbw.json").write_text(json.dumps({"rows": [{"implementation": "ring", "hosts": 2}]}))
+    assert figures.draw_all(tmp_path) == ([], [])
