@@ -157,14 +157,7 @@ class Windows(CodecStrategy):
         window = self._log[-1]
         window["ratio"] = payload_ratio(self._fitted, self._layout.length + CONTROLS)
         for basis in self._bases:
-            compressed = basis.name in self._codecs
-            window["layers"][basis.name] = {
-                "d": [len(one.components_) for one in basis.bases],
-                "slice_size": basis.slice_size,
-                "ratio": basis.ratio if compressed else 1.0,
-                "in_sample_loss": basis.in_sample_loss if compressed else 0.0,
-                "held_out_loss": None,
-            }
+            window["layers"][basis.name] = layer_entry(basis, basis.name in self._codecs)
 
     def _use(self, bases: list[LayerBasis]) -> None:
         self._bases = bases
@@ -236,6 +229,17 @@ class Windows(CodecStrategy):
         self._watch.first = state["first_loss"]
         self.vote = state["vote"]
         self._log = copy.deepcopy(state["log"])
+
+
+def layer_entry(basis: LayerBasis, compressed: bool) -> dict[str, Any]:
+    """A layer's line in a window's log; one that isn't made shorter goes uncompressed."""
+    return {
+        "d": [len(one.components_) for one in basis.bases],
+        "slice_size": basis.slice_size,
+        "ratio": basis.ratio if compressed else 1.0,
+        "in_sample_loss": basis.in_sample_loss if compressed else 0.0,
+        "held_out_loss": None,
+    }
 
 
 def basis_state(basis: LayerBasis) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from gradiveq.methods import GradiVeQ
 from gradiveq.pca import Float64, LayerBasis, PCASampler, is_stable
 from gradiveq.report import FitError, listed
 from gradiveq.schedule import LossWatch, Schedule, majority
-from gradiveq.windows import basis_from, basis_state
+from gradiveq.windows import basis_from, basis_state, layer_entry
 from ring.algorithm import owned_segment
 
 
@@ -216,14 +216,7 @@ class WindowsScheme(Scheme):
         left = sum(4 * layer.length for name, layer in self._layers.items() if name not in self._bases)
         window["ratio"] = 4 * len(self._vector) / (sent + left)
         for basis in bases:
-            used = basis.name in self._bases
-            window["layers"][basis.name] = {
-                "d": [len(one.components_) for one in basis.bases],
-                "slice_size": basis.slice_size,
-                "ratio": basis.ratio if used else 1.0,
-                "in_sample_loss": basis.in_sample_loss if used else 0.0,
-                "held_out_loss": None,
-            }
+            window["layers"][basis.name] = layer_entry(basis, basis.name in self._bases)
 
     def _compare(self, bases: Sequence[LayerBasis]) -> None:
         digests = np.array([int(basis.digest, 16) - 2**63 for basis in bases], np.int64)
