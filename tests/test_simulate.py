@@ -132,8 +132,10 @@ def test_gathered_compressors_train_as_over_a_ring_to_the_last_bit(spec: str):
     optimiser = "sgd" if spec.endswith("update") else "nesterov"
     train(here, aggregation, iterations=iterations, optimiser=optimiser, seed=3)
 
+    replicas = [network(batch_norm=True) for _ in range(workers)]  # not by the threads: they share torch's generator
+
     def work(ring: Ring) -> Tensor:
-        model = network(batch_norm=True)
+        model = replicas[ring.rank]
         batches = Batches(dataset(), 5, ring.rank, ring.size, seed=3)
         aggregator = Aggregator(model, ring, method, seed=3)
         steps = make_optimiser(model.parameters(), optimiser, weight_decay=1e-3)
