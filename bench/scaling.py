@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -46,6 +46,26 @@ PAYS = 1.05
 PRECISION = 1e-3
 SHOWN_NODES = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16_384, 100_000)
 SHOWN_GBPS = (0.01, 0.1, 1, 10, 100, 400)
+
+
+class Placed(Protocol):
+    """What is found at one place of a sweep."""
+
+    @property
+    def x(self) -> float: ...
+
+
+P = TypeVar("P", bound=Placed)
+FoundP = TypeVar("FoundP", bound=Placed, covariant=True)
+
+
+class Swept(Protocol[FoundP]):
+    """What `stretches` looks through: `whole` says whether x is a whole number of nodes, or else Gbit/s."""
+
+    @property
+    def whole(self) -> bool: ...
+
+    def at(self, x: float) -> FoundP: ...
 
 
 @dataclass(frozen=True)
@@ -119,7 +139,7 @@ def _spaced(least: float, most: float) -> list[float]:
 
 
 def stretches(
-    points: Sequence[Point], sweep: Sweep, holds: Callable[[Point], bool]
+    points: Sequence[P], sweep: Swept[P], holds: Callable[[P], bool]
 ) -> list[tuple[float | None, float | None]]:
     """Where something holds: first and last x, None where it does so to the end of the sweep.
 
@@ -162,14 +182,14 @@ def crossings(points: Sequence[Point], sweep: Sweep) -> dict[str, Any]:
 # --- words and tables ------------------------------------------------------------------------------------------------
 
 
-def shown(sweep: Sweep, x: float) -> str:
+def shown(sweep: Swept[Placed], x: float) -> str:
     if sweep.whole:
         return f"{x:,.0f} node{'' if x == 1 else 's'}"
     unit, value = ("Gbit/s", x) if x >= 1 else ("Mbit/s", 1e3 * x)
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
-def _stretch(sweep: Sweep, ends: tuple[float | None, float | None]) -> str:
+def stretch_text(sweep: Swept[Placed], ends: tuple[float | None, float | None]) -> str:
     low, high = ends
     if low is None and high is None:
         return "everywhere"
@@ -182,8 +202,8 @@ def _stretch(sweep: Sweep, ends: tuple[float | None, float | None]) -> str:
 def words(sweep: Sweep, found: Mapping[str, Any]) -> list[str]:
     lines = []
     for method, where in found.items():
-        pays = ", ".join(_stretch(sweep, ends) for ends in where["pays"]) or "nowhere"
-        slower = ", ".join(_stretch(sweep, ends) for ends in where["slower"]) or "nowhere"
+        pays = ", ".join(stretch_text(sweep, ends) for ends in where["pays"]) or "nowhere"
+        slower = ", ".join(stretch_text(sweep, ends) for ends in where["slower"]) or "nowhere"
         most = where["most"]
         lines.append(
             f"{figures.METHOD_LABELS[method]} pays (an iteration {PAYS - 1:.0%} faster or more) {pays}; "

@@ -1,0 +1,181 @@
+"""What `bench.advise_validation` runs on every shaped host: DDP training over Gloo, timed, and what predictions need.
+
+    mpirun … python -m bench.advise_ranks PLAN.json FOUND.pickle
+
+First what an iteration computes and what methods cost (`bench.advise_model`, `bench.advise_costs`), on all hosts at the
+same time, without communication. Then collectives alone, which the described cluster is fitted to. Then training, plain
+DDP and with the hook: every repeat goes through all methods, from another one on each time. A time is that of the
+slowest rank, per iteration.
+
+Rank 0 leaves a pickled `Found`. DDP runs with `broadcast_buffers=False`: what batch norm's buffers take is not
+predicted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradiveq.ddp
+from bench.advise_costs import PLAIN, Measured, Sent, measure
+from bench.advise_model import Task, language_task, tensor_task
+from bench.models import lstm, resnet18, resnet32
+from gradiveq.methods import GradiVeQ, Method, Plain
+from gradiveq.specs import parse
+
+PORT = 29_610
+TIMEOUT_S = 120
+#: Compared with plain DDP: two sums, two gathers, two rounds, and PCA.
+METHODS: dict[str, Method] = {
+    "half": parse("half"),
+    "topk:0.01+ef": parse("topk:0.01+ef"),
+    "qsgd-gather": parse("qsgd-gather"),
+    "powersgd:4": parse("powersgd:4"),
+    # Few samples, and so small slices: only compressed iterations are timed.
+    "gradiveq": GradiVeQ(
+        warmup=0, sample=12, compress=10_000, slice_size=256, ratio=16, fit_slices="all", sampling=Plain(),
+        holdout_every=0,
+    ),
+}  # fmt: skip
+#: By name: how it is made, and examples per rank.
+MODELS: dict[str, tuple[Callable[[], Task], int]] = {
+    "resnet32": (lambda: tensor_task("resnet32", resnet32(100, seed=0), (3, 32, 32)), 8),
+    "resnet18/2": (lambda: tensor_task("resnet18/2", resnet18(100, width=0.5, seed=0), (3, 32, 32)), 4),
+    "lstm-200": (lambda: language_task("lstm-200", lstm(2000, units=200, num_layers=2, seed=0)), 4),
+}
+#: Iterations before anything is timed: DDP rebuilds its buckets, the hook begins.
+WARM_UP = 4
+
+
+@dataclass
+class Found:
+    """By rank 0.
+
+    Attributes:
+        collectives: (what, seconds per call by repeat, seconds of processor time per call).
+        times_s: by model and method, per iteration by repeat.
+    """
+
+    models: dict[str, Measured] = field(default_factory=dict)
+    collectives: list[tuple[Sent, list[float], float]] = field(default_factory=list)
+    times_s: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+
+def slowest(seconds: float) -> float:
+    """Of all ranks; collective."""
+    value = torch.tensor([seconds], dtype=torch.float64)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return float(value)
+
+
+def collectives(plan: Mapping[str, Any]) -> list[tuple[Sent, list[float], float]]:
+    """All-reduces and all-gathers of some sizes, nothing else."""
+    found = []
+    for num_bytes in plan["collective_bytes"]:
+        for what in ("all_reduce", "all_gather"):
+            share = num_bytes if what == "all_reduce" else num_bytes // dist.get_world_size()
+            tensor = torch.zeros(share // 4)
+            gathered = [torch.zeros(share // 4) for _ in range(dist.get_world_size())]
+
+            def once(what: str = what, tensor: torch.Tensor = tensor, gathered: Any = gathered) -> None:
+                dist.all_reduce(tensor) if what == "all_reduce" else dist.all_gather(gathered, tensor)
+
+            begin_s = time.perf_counter()
+            once()
+            first_s = slowest(time.perf_counter() - begin_s)
+            calls = max(1, min(50, int(plan["collective_s"] / first_s)))
+            times, cpu_s = [], 0.0
+            for _ in range(plan["repeats"]):
+                dist.barrier()
+                once()  # which empties the links' token buckets
+                begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
+                for _ in range(calls):
+                    once()
+                spent_s = time.perf_counter() - begin_s
+                cpu_s += (time.process_time() - begin_cpu_s) / calls / plan["repeats"]
+                times.append(slowest(spent_s) / calls)
+            found.append((Sent(what, share), times, cpu_s))
+    return found
+
+
+def trainer(task: Task, method: Method | None, batch_size: int, bucket_mb: float) -> Callable[[], None]:
+    """One training iteration of a model of its own, warmed up; collective."""
+    model: nn.Module = DistributedDataParallel(task.model, bucket_cap_mb=bucket_mb, broadcast_buffers=False)
+    iterations = WARM_UP
+    if method is not None:
+        state = gradiveq.ddp.State(model, method)  # type: ignore[arg-type]
+        model.register_comm_hook(state, gradiveq.ddp.hook)  # type: ignore[operator]
+        iterations += method.sample if isinstance(method, GradiVeQ) and isinstance(method.sample, int) else 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def once() -> None:
+        optimizer.zero_grad()
+        task.loss(model, batch_size).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    for _ in range(iterations):
+        once()
+    return once
+
+
+def train(plan: Mapping[str, Any], name: str, refused: Mapping[str, str]) -> dict[str, list[float]]:
+    """Seconds per iteration, by method and repeat."""
+    make, batch_size = MODELS[name]
+    steps = {PLAIN: trainer(make(), None, batch_size, plan["bucket_mb"])}
+    for method in plan["methods"]:
+        if method not in refused:
+            steps[method] = trainer(make(), METHODS[method], batch_size, plan["bucket_mb"])
+    times: dict[str, list[float]] = {method: [] for method in steps}
+    order = list(steps)
+    for repeat in range(plan["repeats"]):
+        for method in order[repeat % len(order) :] + order[: repeat % len(order)]:
+            dist.barrier()
+            begin_s = time.perf_counter()
+            for _ in range(plan["iterations"]):
+                steps[method]()
+            times[method].append(slowest((time.perf_counter() - begin_s) / plan["iterations"]))
+    return times
+
+
+def main() -> int:
+    plan, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    os.environ["GLOO_SOCKET_IFNAME"] = plan["device"]
+    # What MPICH's launcher tells its processes; MPI itself isn't needed.
+    rank, size = int(os.environ["PMI_RANK"]), int(os.environ["PMI_SIZE"])
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://{plan['address']}:{PORT}", rank=rank, world_size=size,
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )  # fmt: skip
+    found = Found()
+    for name in plan["models"]:
+        make, batch_size = MODELS[name]
+        dist.barrier()
+        methods = {method: METHODS[method] for method in plan["methods"]}
+        found.models[name] = measure(make(), methods, batch_size, plan["bucket_mb"])
+    found.collectives = collectives(plan)
+    for name in plan["models"]:
+        found.times_s[name] = train(plan, name, found.models[name].refused)
+    if rank == 0:
+        out.write_bytes(pickle.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""What `bench.advise` has to say: plain words, one table, one figure, and the record of all of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from tabulate import tabulate
+
+from bench import figures
+from bench.advise_costs import PLAIN, Measured
+from bench.advise_predict import Against, Compared, Prediction, Situation
+from bench.advise_risk import Elsewhere, Probed
+from bench.scaling import PAYS, shown, stretch_text
+from ring.cluster import as_table
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is known of a model whatever the cluster.
+
+    Attributes:
+        probed: by method.
+        probe: what was probed, or why nothing was.
+    """
+
+    task: str
+    measured: Measured
+    probed: Mapping[str, Probed]
+    probe: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that is said about a model on a cluster.
+
+    Attributes:
+        computing: where the seconds of computing come from.
+        predictions: by method, PLAIN first.
+        gains: by method, the bandwidths at which it is faster than plain DDP; pays: by PAYS or more.
+        sweep: by method, over the bandwidths.
+        elsewhere: by method.
+    """
+
+    asked: Asked
+    situation: Situation
+    batch_size: int
+    computing: str
+    predictions: Mapping[str, Prediction]
+    gains: Mapping[str, list[tuple[float | None, float | None]]]
+    pays: Mapping[str, list[tuple[float | None, float | None]]]
+    sweep: Mapping[str, Sequence[Compared]]
+    elsewhere: Mapping[str, Sequence[Elsewhere]]
+
+    @property
+    def gbps(self) -> float:
+        return self.situation.cluster.link.bandwidth_gbps
+
+    def speedup(self, method: str) -> float:
+        return self.predictions[PLAIN].time_s / self.predictions[method].time_s
+
+    @property
+    def by_speed(self) -> list[str]:
+        """Methods, the fastest first."""
+        return sorted((name for name in self.predictions if name != PLAIN), key=self.speedup, reverse=True)
+
+
+# --- words and the table ---------------------------------------------------------------------------------------------
+
+
+def bytes_text(num_bytes: float) -> str:
+    """Of 10^6 bytes and the like: "1.88 MB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}" if num_bytes < 999.5 * size else f"{num_bytes / size:.0f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _where(found: Answer, method: str, stretched: Sequence[tuple[float | None, float | None]]) -> str:
+    against = Against(found.situation, method)
+    return ", ".join(stretch_text(against, ends) for ends in stretched) or "nowhere"
+
+
+def risk_text(found: Answer, method: str) -> str:
+    """For the table: what is known in few words."""
+    seen = found.asked.probed.get(method)
+    here = f"loss {seen.loss:.2g} at ratio {seen.ratio:.3g}" if seen is not None and seen.loss is not None else ""
+    others = found.elsewhere[method][:1]
+    there = f"{others[0].setting}: {others[0].result}" if others else ""
+    return "; ".join(text for text in (here, there) if text) or "unknown"
+
+
+def table(found: Answer, form: str = "simple") -> str:
+    """One row per method."""
+    rows = []
+    for name in (PLAIN, *found.by_speed):
+        prediction, cost = found.predictions[name], found.asked.measured.costs[name]
+        rows.append(
+            [
+                name, seconds_text(prediction.time_s), f"{found.speedup(name):.2f}", bytes_text(prediction.bytes_sent),
+                bytes_text(max(cost.memory_bytes, cost.sampling_bytes)),
+                "-" if name == PLAIN else _where(found, name, found.gains[name]),
+                "none" if name == PLAIN else risk_text(found, name),
+            ]
+        )  # fmt: skip
+    rows += [
+        [name, "-", "-", "-", "-", "-", f"not possible: {why}"] for name, why in found.asked.measured.refused.items()
+    ]
+    heads = ["method", "iteration", "speed-up", "bytes sent", "extra memory", "gains", "accuracy risk"]
+    align = ("left", "right", "right", "right", "right", "left", "left")
+    widths = [None] * 5 + ([26, 60] if form == "simple" else [None, None])
+    return str(tabulate(rows, heads, tablefmt=form, disable_numparse=True, colalign=align, maxcolwidths=widths))
+
+
+def words(found: Answer) -> list[str]:
+    """The answer, then what it rests on; a sentence or some per line."""
+    cluster, asked, measured = found.situation.cluster, found.asked, found.asked.measured
+    plainly = found.predictions[PLAIN]
+    computing_s = found.situation.computing_s
+    limit = plainly.time_s / computing_s
+    exposed_s = plainly.time_s - computing_s
+    lines = [_verdict(found, limit)]
+    lines.append(
+        f"Plain DDP takes {seconds_text(plainly.time_s)} per iteration, of which {seconds_text(computing_s)} are "
+        f"computing. The network is busy for {seconds_text(plainly.compressed.network_s)}; "
+        f"{seconds_text(exposed_s)} of an iteration ({exposed_s / plainly.time_s:.0%}) are not hidden behind backward. "
+        f"So no method can make it more than {limit:.2f} times as fast."
+    )
+    lines.append(
+        f"{asked.task}: {sum(measured.lengths):,} parameters, {bytes_text(4 * sum(measured.lengths))} of gradient in "
+        f"{len(measured.lengths)} bucket{'s' if len(measured.lengths) > 1 else ''}, {found.batch_size} "
+        f"examples per node. {cluster.name}: {cluster.nodes} nodes, {shown(_any(found), found.gbps)}, latency "
+        f"{cluster.link.latency_us:g} us ({cluster.source or 'no source given'})."
+    )
+    lines.append(f"Computing: {found.computing}.")
+    slower = [name for name in found.by_speed if found.speedup(name) < 1]
+    if slower:
+        texts = [f"{name} ({found.speedup(name):.2f})" for name in slower]
+        lines.append(f"Slower than plain DDP here: {', '.join(texts)}.")
+    lines.append(f"Accuracy: the probe was {asked.probe}." if not asked.probed else
+                 f"Accuracy: losses are ||g' - g||^2 / ||g||^2 without error feedback, of {asked.probe}.")  # fmt: skip
+    failed = {name: one.why_not for name, one in asked.probed.items() if one.loss is None}
+    lines += [f"Not probed: {name}, as {why}." for name, why in failed.items()]
+    unknown = [name for name in found.by_speed if risk_text(found, name) == "unknown"]
+    if unknown:
+        lines.append(f"What these do to accuracy is unknown: {', '.join(unknown)}.")
+    sources = sorted({one.source for ones in found.elsewhere.values() for one in ones[:1]})
+    if sources:
+        lines.append(
+            f"What other models came to is from {', '.join(f'results/{one}' for one in sources)}: small sizes, and not "
+            "your model."
+        )
+    if any(cost.fit_bytes for cost in measured.costs.values()):
+        window = next(iter(found.situation.windows.values()), None)
+        if window is not None:
+            lines.append(
+                f"GradiVeQ's iteration is the mean over a window of {window.sample} uncompressed and {window.compress} "
+                "compressed ones; its fits, on a thread of their own, are not counted."
+            )
+    rates = "for plain copies and PCA the cluster's own rates" if found.situation.rated else ""
+    lines.append(
+        f"Encoding and decoding: measured on this machine's processor{', ' + rates if rates else ''}; not counted are "
+        "copies between a GPU and its host."
+    )
+    return lines
+
+
+def _verdict(found: Answer, limit: float) -> str:
+    best = found.by_speed[0] if found.by_speed else None
+    if best is None:
+        return "No: none of these methods fits this model."
+    if found.speedup(best) < PAYS:
+        why = (
+            f"plain DDP loses only {1 - 1 / limit:.1%} of an iteration to communication"
+            if limit < PAYS
+            else "what they save on the network they lose by encoding and decoding"
+        )
+        below = [ends[1] for name in found.pays for ends in found.pays[name] if ends[1] is not None]
+        begins = f" Compression would begin to pay below {shown(_any(found), max(below))}." if below else ""
+        return (
+            f"No: nothing pays here (an iteration {PAYS - 1:.0%} faster or more). The best, {best}, is "
+            f"{found.speedup(best):.2f} times as fast, as {why}.{begins}"
+        )
+    paying = [name for name in found.by_speed if found.speedup(name) >= PAYS]
+    losses = {name: one.loss for name, one in found.asked.probed.items() if one.loss is not None and name in paying}
+    text = (
+        f"Yes: {best} makes an iteration {found.speedup(best):.2f} times as fast, and pays "
+        f"{_where(found, best, found.pays[best])}. Of {len(found.by_speed)} methods {len(paying)} pay here: "
+        f"{', '.join(f'{name} {found.speedup(name):.2f}' for name in paying)}."
+    )
+    if losses:
+        gentle = min(losses, key=losses.__getitem__)
+        text += (
+            f" The least is lost by {gentle} (held-out loss {losses[gentle]:.2g}), {found.speedup(gentle):.2f} times "
+            "as fast."
+        )
+    elif "half" in paying:
+        text += f" half rounds and leaves nothing out: {found.speedup('half'):.2f} times as fast."
+    return text
+
+
+def _any(found: Answer) -> Against:
+    return Against(found.situation, PLAIN)
+
+
+# --- figure and record -----------------------------------------------------------------------------------------------
+
+
+def draw(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> Figure:
+    """Seconds per iteration against bandwidth, the cluster's marked."""
+    cluster, names = found.situation.cluster, list(found.sweep)
+    caption = [
+        lines[0],
+        figures.sentences(
+            [
+                f"{found.batch_size} examples per node; computing: {found.computing}",
+                f"cluster: {cluster.source or 'no source given'}; {cluster.nodes} nodes, latency "
+                f"{cluster.link.latency_us:g} us",
+                f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+                f"command: {about['command']}",
+            ]
+        ),
+    ]
+    title = f"Time per iteration under DDP against bandwidth: {found.asked.task} on {cluster.name}"
+    with figures.figure_style():
+        figure = figures.new_figure(9.5, 4.8, title, "\n".join(caption))
+        axis = figure.subplots()
+        if names:
+            xs = [point.x for point in found.sweep[names[0]]]
+            style = figures.method_style("rar") | {"label": PLAIN, "linewidth": 2.6}
+            axis.plot(xs, [point.plain_s for point in found.sweep[names[0]]], **style)
+        for name in names:
+            axis.plot(xs, [point.time_s for point in found.sweep[name]], **figures.method_style(name, names))
+        computing_s = found.situation.computing_s
+        axis.axhline(computing_s, color="#888888", linestyle=":", linewidth=1.2, label="computing alone")
+        axis.axvline(found.gbps, color="#BBBBBB", linewidth=1.2, zorder=0.5)
+        axis.annotate(
+            f" {cluster.name}", (found.gbps, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8.5,
+            color="#666666",
+        )  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel="bandwidth of a link", ylabel="seconds per iteration")
+        decades = math.log10(axis.get_ylim()[1] / axis.get_ylim()[0])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: shown(_any(found), float(x))))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        figures.add_legend(axis)
+    return figure
+
+
+def record(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
+    """For record.json."""
+    asked, measured = found.asked, found.asked.measured
+
+    def of(name: str) -> dict[str, Any]:
+        prediction, cost = found.predictions[name], measured.costs[name]
+        entry = {
+            "iteration_s": prediction.time_s, "speedup": found.speedup(name), "bytes_sent": prediction.bytes_sent,
+            "compressed_iteration_s": prediction.compressed.time_s, "waiting_s": prediction.compressed.exposed_s,
+            "network_s": prediction.compressed.network_s, "exchanges_s": prediction.compressed.exchanges,
+            "memory_bytes": cost.memory_bytes, "sampling_bytes": cost.sampling_bytes, "fit_bytes": cost.fit_bytes,
+            "encode_s": [[one.compute_s for one in bucket.rounds] for bucket in cost.buckets],
+            "decode_s": [bucket.decoding_s(found.situation.cluster.nodes) for bucket in cost.buckets],
+            "payload_bytes": cost.payload_bytes,
+        }  # fmt: skip
+        if name != PLAIN:
+            probed = asked.probed.get(name)
+            entry |= {
+                "gains_gbps": found.gains[name], "pays_gbps": found.pays[name],
+                "probed": None if probed is None else probed._asdict(),
+                "elsewhere": [one._asdict() for one in found.elsewhere[name]],
+                "by_bandwidth": [{"gbps": point.x, "iteration_s": point.time_s} for point in found.sweep[name]],
+            }  # fmt: skip
+        return entry
+
+    profiled = found.situation.profile
+    return {
+        "environment": about, "words": lines, "model": asked.task, "batch_size": found.batch_size,
+        "parameters": sum(measured.lengths), "bucket_bytes": [4 * length for length in measured.lengths],
+        "cluster": as_table(found.situation.cluster), "computing": found.computing,
+        "forward_s": profiled.forward_s, "backward_s": profiled.backward_s, "update_s": profiled.update_s,
+        "ready_s": found.situation.ready_s, "measured": {
+            "batch_size": measured.profile.batch_size, "forward_s": measured.profile.forward_s,
+            "backward_s": measured.profile.backward_s, "update_s": measured.profile.update_s,
+            "flops": measured.profile.flops, "threads": torch.get_num_threads(),
+        },
+        "refused": measured.refused, "probe": asked.probe, "methods": {name: of(name) for name in found.predictions},
+    }  # fmt: skip
