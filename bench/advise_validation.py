@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from bench import figures
 from bench.advise_costs import PLAIN, local_rates
+from bench.advise_plan import METHODS, MODELS, Found
 from bench.advise_predict import Network, Situation
-from bench.advise_ranks import METHODS, MODELS, Found
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from bench.options import Parser, UsageError
 from bench.record import environment, write_atomically, write_json

@@ -16,8 +16,8 @@ from torch import nn
 from bench import advise, advise_validation
 from bench.advise_costs import FEW, PLAIN, BucketCost, Measured, MethodCost, RoundCost, Sent, cost_of, measure
 from bench.advise_model import Profile, Task, assign_buckets, build, profile, tensor_task
+from bench.advise_plan import Found
 from bench.advise_predict import Against, Situation, Window
-from bench.advise_ranks import Found
 from bench.advise_report import Answer, Asked, table, words
 from bench.advise_risk import Elsewhere, Probed, closest, recorded
 from bench.advise_validation import Fit, Job, compare, judge
