@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "nonfinite": "fail",
     "cluster": None,
     "device": "cpu",
+    "gpu_aware": False,
     "threads": None,
     "chunk_bytes": None,
     "timeout": 300.0,
@@ -218,7 +219,12 @@ def make_parser() -> Parser:
     )  # fmt: skip
 
     machine = parser.add_argument_group("the machine")
-    add(machine, "--device", "where models are trained", choices=("cpu", "cuda"))
+    add(machine, "--device", "where models are trained, and gradients encoded and decoded", choices=("cpu", "cuda"))
+    add(
+        machine, "--gpu-aware",
+        "MPI can read and write the GPU's memory, and adds what is sent by its own all-reduce; with --device cuda",
+        action="store_true",
+    )  # fmt: skip
     add(
         machine, "--threads",
         "of each rank (default: cores / ranks of this machine; 1 where all ranks are in one process)",
@@ -286,6 +292,10 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
     if not 0 < options["timeout"] < float("inf"):
         raise UsageError(f"--timeout must be a positive number of seconds, got {options['timeout']:g}")
+    if options["gpu_aware"] and options["device"] != "cuda":
+        raise UsageError(f"--gpu-aware is for --device cuda, got --device {options['device']}")
+    if options["gpu_aware"] and options["cluster"] != NO_CLUSTER:
+        raise UsageError(f"--gpu-aware: MPI's own all-reduce can't be emulated, add --cluster {NO_CLUSTER}")
     methods = options["methods"]
     if len(set(methods)) != len(methods):
         raise UsageError(f"--methods names a method twice: {','.join(methods)}")

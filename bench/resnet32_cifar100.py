@@ -98,6 +98,8 @@ def run_processes(arguments: list[str] | None, workers: Processes, stop: StopReq
     cluster = workers.gather(
         workers.attempt(lambda: choose(options["cluster"], recorded, workers.size), ClusterError, here=workers.lead)
     )[0]
+    if options["gpu_aware"]:
+        workers.attempt(check_gpu_aware, ValueError)
     ring = MPIRing(workers.comm, timeout_s=options["timeout"], chunk_bytes=options["chunk_bytes"] or CHUNK_BYTES)
     return Run(workers, ring, options, recorded, cluster, stop).run()
 
@@ -123,6 +125,14 @@ def run_threads(options: dict[str, Any], recorded: Mapping[str, Any]) -> int:
         lambda workers, ring, stop: Run(workers, ring, copy.deepcopy(options), recorded, cluster, stop).run(),
         cluster.nodes, timeout_s=options["timeout"], chunk_bytes=options["chunk_bytes"] or CHUNK_BYTES,
     )  # fmt: skip
+
+
+def check_gpu_aware() -> None:
+    """Raises ValueError if MPI says that it can't use a GPU's memory."""
+    from ring.mpi import gpu_support
+
+    if gpu_support() is False:
+        raise ValueError("--gpu-aware: this MPI says that it isn't; without the option, host memory is used")
 
 
 def set_up_torch(threads: int) -> None:
@@ -220,7 +230,8 @@ class Run:
         model = resnet_cifar(8, classes, seed=seed) if name == "resnet8" else MODELS[name](classes, seed=seed)
         return Trainer(
             self.ring, model, self.dataset, method, self.configuration.settings,
-            nonfinite=self.options["nonfinite"], device=device, cluster=self.cluster, trace=self.options["trace"],
+            nonfinite=self.options["nonfinite"], device=device, gpu_aware=self.options["gpu_aware"],
+            cluster=self.cluster, trace=self.options["trace"],
         )  # fmt: skip
 
     # --- with a folder

@@ -183,7 +183,8 @@ class Trainer:
         method: how gradients are aggregated.
         nonfinite: "fail", or "skip" to leave out a step to which some rank has no finite gradient: then weights and
             batch norm's statistics are as before it on all ranks.
-        device: where the model is.
+        device: where the model is; if it is a GPU, gradients are encoded and decoded there (`gradiveq.device`).
+        gpu_aware: MPI reads and writes the GPU's memory itself.
         trace: keep what happened in the last iteration of the phase in `TRACED` in the timeline, for `ring.trace`.
         cluster: of as many nodes as there are ranks; its clock runs beside this machine's, within `step` only. What is
             computed doesn't depend on it.
@@ -204,6 +205,7 @@ class Trainer:
         *,
         nonfinite: str = "fail",
         device: str | torch.device = "cpu",
+        gpu_aware: bool = False,
         cluster: Cluster | None = None,
         trace: bool = False,
     ) -> None:
@@ -219,8 +221,9 @@ class Trainer:
             self._cluster_state = self.virtual.state_dict()
             self.timeline = Timeline(self._wall_clock(), virtual=Timeline(self.virtual.clock))
         self.aggregator = Aggregator(
-            self.model, self.training_ring, method, seed=settings.seed, nonfinite=nonfinite, timeline=self.timeline
-        )
+            self.model, self.training_ring, method, seed=settings.seed, nonfinite=nonfinite, timeline=self.timeline,
+            device=None if self.device.type == "cpu" else self.device, gpu_aware=gpu_aware,
+        )  # fmt: skip
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=settings.lr, momentum=optimizer_momentum(method, settings),
             weight_decay=settings.weight_decay,

@@ -22,9 +22,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gradiveq.compressed import CompressedStrategy
+from gradiveq.device import Mirror
 from gradiveq.flatten import Block, Layout, Vector
 from gradiveq.lowrank import PowerSGDStrategy
 from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Method, Plain, QSGDRing, applied
@@ -41,17 +43,22 @@ from ring.timeline import Timeline
 __all__ = ["CONTROLS", "Aggregator", "FitError", "NonFiniteGradient", "Report"]
 
 
-def make_strategy(method: Method, layout: Layout, ring: Ring, seed: int, chunk_bytes: int) -> Strategy:
+def make_strategy(
+    method: Method, layout: Layout, ring: Ring, seed: int, chunk_bytes: int, mirror: Mirror | None = None
+) -> Strategy:
     """What carries a method out.
+
+    Args:
+        mirror: where gradients are, if they are on a device.
 
     Raises:
         TypeError: it is no method.
     """
     match method:
         case Plain() | QSGDRing():
-            return Direct(method, ring, layout.length, seed, chunk_bytes)
+            return Direct(method, ring, layout.length, seed, chunk_bytes, mirror)
         case GradiVeQ():
-            return Windows(method, ring, layout, seed, chunk_bytes)
+            return Windows(method, ring, layout, seed, chunk_bytes, mirror)
         case Compressed():
             return CompressedStrategy(method, ring, layout, seed, chunk_bytes)
         case PowerSGD():
@@ -80,6 +87,9 @@ class Aggregator:
             feedback as they were.
         chunk_bytes: the most payload in a message; None for the ring's.
         timeline: gets the same seconds as the reports.
+        device: where to keep gradients and to encode and decode them, if the method can (`gradiveq.device`): the
+            parameters' GPU. None for the host's path, which takes gradients of any device, one by one.
+        gpu_aware: MPI reads the device's memory itself. It has to be an `ring.mpi.MPIRing` whose MPI can.
     Raises:
         TypeError, ValueError: an argument is invalid, or nothing in the model can be compressed as `method` asks.
     Memory: a vector as long as the gradient; with GradiVeQ what sampling holds (below), or while compressing twice the
@@ -121,11 +131,15 @@ class Aggregator:
         nonfinite: str = "fail",
         chunk_bytes: int | None = None,
         timeline: Timeline | None = None,
+        device: torch.device | None = None,
+        gpu_aware: bool = False,
     ) -> None:
         if nonfinite not in ("fail", "skip"):
             raise ValueError(f"`nonfinite` must be 'fail' or 'skip', got {nonfinite!r}")
         if chunk_bytes is not None and chunk_bytes < 1:
             raise ValueError(f"`chunk_bytes` must be at least 1, got {chunk_bytes}")
+        if gpu_aware and device is None:
+            raise ValueError("`gpu_aware` is for gradients on a device, got no `device`")
         compressing = applied(method)
         self.layout = Layout(model, () if compressing is None else compressing.groups)
         if not self.layout.blocks:
@@ -135,13 +149,21 @@ class Aggregator:
         self._compared = True  # the iteration with other ranks'; without a state it is 0 everywhere
         self._ring, self._timeline = ring, Timeline() if timeline is None else timeline
         self._chunk_bytes = chunk_bytes or ring.chunk_bytes
-        self._vector: Vector = ring.empty(self.layout.length + CONTROLS)
-        self._gradient = self._vector[: self.layout.length]
+        length = self.layout.length
+        self._mirror: Mirror | None = None
+        if device is None:
+            self._vector: Vector = ring.empty(length + CONTROLS)
+        else:
+            self._mirror = Mirror(length + CONTROLS, device, direct=gpu_aware)
+            self._vector = self._mirror.host
+        self._gradient = self._vector[:length]
+        #: What is packed, and in the end unpacked.
+        self._packed: Vector | Tensor = self._gradient if self._mirror is None else self._mirror.values[:length]
         plain = Planner(ring.rank, ring.size).plan(
             "all_reduce", self._vector, Identity(), "mean", self._chunk_bytes, None
         )  # fmt: skip
         self._dense_bytes = plain.stats.bytes_sent
-        self._strategy = make_strategy(method, self.layout, ring, seed, self._chunk_bytes)
+        self._strategy = make_strategy(method, self.layout, ring, seed, self._chunk_bytes, self._mirror)
 
     @property
     def window_log(self) -> list[dict[str, Any]]:
@@ -172,18 +194,23 @@ class Aggregator:
         phase = self.phase
         now = Ongoing(self.iteration, lr, self._timeline.fork())
         with now.timeline.span("pack"):
-            self.layout.pack(self._gradient)
-            flawed = nonfinite_blocks(self._gradient, self.layout.blocks)
+            self.layout.pack(self._packed)
+            flawed = nonfinite_blocks(self._packed, self.layout.blocks)
             if flawed:
-                self._gradient.fill(0)
+                self._packed[:] = 0
+        by_host = self._mirror is not None and not self._strategy.on_device
+        if by_host:
+            self._copy(now, to_host=True)
         any_flawed = self._strategy.exchange(self._vector, bool(flawed), now)
+        if by_host:
+            self._copy(now, to_host=False)
         skipped = self._agree_on_flaws(flawed, any_flawed, now)
         if skipped:
-            self._gradient.fill(0)
+            self._packed[:] = 0
         else:
             self._strategy.accept(self._gradient, now)
         with now.timeline.span("pack"):
-            self.layout.unpack(self._gradient)
+            self.layout.unpack(self._packed)
         self.iteration += 1
 
         self._timeline.absorb(now.timeline)
@@ -201,6 +228,15 @@ class Aggregator:
             losses=now.losses or None,
             measures=now.measures,
         )
+
+    def _copy(self, now: Ongoing, *, to_host: bool) -> None:
+        """All of the vector, for a strategy that works on the host."""
+        assert self._mirror is not None
+        with now.timeline.span("pack"):
+            if to_host:
+                self._mirror.to_host()
+            else:
+                self._mirror.to_device()
 
     def _compare_iterations(self) -> None:
         """Refuse to go on from different iterations: QSGD's random numbers, or phases, would differ unnoticed."""
@@ -230,7 +266,7 @@ class Aggregator:
             where = "; ".join(f"{listed(flaws)} on rank {rank}" for rank, flaws in found if flaws)
             story = f"non-finite gradient {iteration}: {where}"
         else:
-            flawed = nonfinite_blocks(self._gradient, blocks)  # the same bits, so the same finding on every rank
+            flawed = nonfinite_blocks(self._packed, blocks)  # the same bits, so the same finding on every rank
             if not flawed:
                 return False
             where = listed([blocks[i].name for i in flawed])
@@ -283,8 +319,13 @@ class Aggregator:
         }
 
 
-def nonfinite_blocks(gradient: Vector, blocks: Sequence[Block]) -> list[int]:
-    """Indices of the blocks with an infinity or a NaN. Cost: one pass, a dot product, unless there is something."""
+def nonfinite_blocks(gradient: Vector | Tensor, blocks: Sequence[Block]) -> list[int]:
+    """Indices of the blocks with an infinity or a NaN. Cost: one pass, a dot product, unless there is something; of a
+    gradient on a device, waiting for that."""
+    if isinstance(gradient, Tensor):
+        if math.isfinite(torch.dot(gradient, gradient)):
+            return []
+        return [i for i, block in enumerate(blocks) if not gradient[block.offset : block.stop].isfinite().all()]
     with np.errstate(over="ignore", invalid="ignore"):
         if math.isfinite(np.dot(gradient, gradient)):
             return []

@@ -153,26 +153,26 @@ class Layout:
         self.blocks = tuple(blocks)
         self.length = offset
         self._parameters = tuple(p for _, p in ordered)
-        self._last: tuple[Vector, list[Tensor]] | None = None
+        self._last: tuple[Vector | Tensor, list[Tensor]] | None = None
 
-    def _views(self, vector: Vector) -> list[Tensor]:
+    def _views(self, vector: Vector | Tensor) -> list[Tensor]:
         """Each block in its parameter's shape. The last vector's are kept: making them takes as long as copying."""
         if self._last is not None and self._last[0] is vector:
             return self._last[1]
-        if vector.dtype != np.float32 or vector.shape != (self.length,) or not vector.flags.c_contiguous:
+        flat = torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector
+        if flat.dtype != torch.float32 or flat.shape != (self.length,) or not flat.is_contiguous():
             raise ValueError(
                 f"the vector must be contiguous float32 of shape ({self.length},), got {vector.dtype} {vector.shape}"
             )
-        flat = torch.from_numpy(vector)
         self._last = vector, [block.view(flat) for block in self.blocks]
         return self._last[1]
 
     @torch.no_grad()
-    def pack(self, vector: Vector) -> None:
+    def pack(self, vector: Vector | Tensor) -> None:
         """Copy each `.grad` into the vector, whatever its device, memory format or floating-point type.
 
         Args:
-            vector: float32 of shape (length,); overwritten.
+            vector: float32 of shape (length,), an array, or a tensor on any device; overwritten.
         Cost: one strided copy per parameter.
         """
         targets, sources = [], []
@@ -188,7 +188,7 @@ class Layout:
             torch._foreach_copy_(targets, sources)
 
     @torch.no_grad()
-    def unpack(self, vector: Vector) -> None:
+    def unpack(self, vector: Vector | Tensor) -> None:
         """Copy the vector back into each `.grad`. A `.grad` that is None is made (see the class).
 
         Args:

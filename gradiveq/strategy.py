@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gradiveq.device import Mirror, Staged, staged_plain
 from gradiveq.flatten import Vector
 from gradiveq.methods import Plain, QSGDRing
 from gradiveq.report import Ongoing
@@ -43,13 +44,20 @@ class Strategy(ABC):
         """For `Aggregator.window_log`."""
         return []
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the next exchange is of the gradient in the mirror (`gradiveq.device`), on the device, and leaves the
+        mean there; by default the aggregator copies the gradient to the host, and the mean back."""
+        return False
+
     @abstractmethod
     def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
         """Replace this worker's gradient by the mean over the workers; collective.
 
         Args:
             vector: the gradient and `CONTROLS` elements behind it, which are the strategy's. The gradient is finite,
-                zeros if it was not. Overwritten, on all ranks with the same bits.
+                zeros if it was not. Overwritten, on all ranks with the same bits. If the exchange is `on_device`, the
+                mirror's host memory, with nothing in it.
             flawed: whether this worker's gradient was not finite.
             now: gets what is sent, measured and found.
         Returns:
@@ -60,7 +68,8 @@ class Strategy(ABC):
         """The iteration counts: it was not skipped. Collective.
 
         Args:
-            mean: what `exchange` has left in the gradient's part of the vector; finite. Not modified.
+            mean: what `exchange` has left in the gradient's part of the vector; finite. Not modified. If the exchange
+                was `on_device`, the mean is in the mirror.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,14 +86,17 @@ class CodecStrategy(Strategy):
     Args:
         length: of the gradient.
         seed: of QSGD's random numbers.
+        mirror: where the gradient is on a device; None where it is on the host.
 
     Attributes:
         vote: what this worker says in the element VOTE.
     """
 
-    def __init__(self, ring: Ring, length: int, seed: int, chunk_bytes: int) -> None:
+    def __init__(self, ring: Ring, length: int, seed: int, chunk_bytes: int, mirror: Mirror | None = None) -> None:
         self.ring, self.length, self.seed, self.chunk_bytes = ring, length, seed, chunk_bytes
+        self.mirror = mirror
         self.vote = False
+        self._plain = Identity() if mirror is None else staged_plain(mirror, length, chunk_bytes)
 
     @abstractmethod
     def codec(self, iteration: int) -> tuple[Codec, int]:
@@ -92,7 +104,7 @@ class CodecStrategy(Strategy):
 
     def codec_of(self, method: Plain | QSGDRing, iteration: int) -> tuple[Codec, int]:
         if isinstance(method, Plain):
-            return Identity(), self.chunk_bytes
+            return self._plain, self.chunk_bytes
         quantised = method.codec(self.seed, iteration)
         return (
             Composite([(self.length, quantised), (CONTROLS, Identity())]),
@@ -100,26 +112,44 @@ class CodecStrategy(Strategy):
         )
 
     def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
+        """As in the base class; in the end the elements behind the gradient have what they came to."""
         codec, chunk_bytes = self.codec(now.iteration)
         controls = vector[self.length :]
-        controls[FLAG], controls[VOTE] = flawed, self.vote
-        with np.errstate(over="ignore", invalid="ignore"):  # looked for by the aggregator, on all ranks alike
-            stats = self.ring.all_reduce(vector, codec, op="mean", chunk_bytes=chunk_bytes, timeline=now.timeline)
+        if isinstance(codec, Staged):
+            said = [float(flawed), float(self.vote)]
+            stats, controls[:] = codec.mean_over(self.ring, said, chunk_bytes, now.timeline)
+            now.ratio = len(vector) / len(codec.vector)
+        else:
+            controls[FLAG], controls[VOTE] = flawed, self.vote
+            with np.errstate(over="ignore", invalid="ignore"):  # looked for by the aggregator, on all ranks alike
+                stats = self.ring.all_reduce(vector, codec, op="mean", chunk_bytes=chunk_bytes, timeline=now.timeline)
+            now.ratio = payload_ratio(codec, len(vector))
         now.bytes_sent += stats.bytes_sent
-        now.ratio = payload_ratio(codec, len(vector))
         return bool(controls[FLAG] > 0)
 
 
 class Direct(CodecStrategy):
     """The same codec in every iteration."""
 
-    def __init__(self, method: Plain | QSGDRing, ring: Ring, length: int, seed: int, chunk_bytes: int) -> None:
-        super().__init__(ring, length, seed, chunk_bytes)
+    def __init__(
+        self,
+        method: Plain | QSGDRing,
+        ring: Ring,
+        length: int,
+        seed: int,
+        chunk_bytes: int,
+        mirror: Mirror | None = None,
+    ) -> None:
+        super().__init__(ring, length, seed, chunk_bytes, mirror)
         self._method = method
 
     @property
     def phase(self) -> str:
         return "plain" if isinstance(self._method, Plain) else "qsgd"
+
+    @property
+    def on_device(self) -> bool:
+        return self.mirror is not None and isinstance(self._method, Plain)
 
     def codec(self, iteration: int) -> tuple[Codec, int]:
         return self.codec_of(self._method, iteration)

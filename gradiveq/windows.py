@@ -8,28 +8,41 @@ Everything is a mean over the workers, not a sum: gradients, samples, and µ, wh
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gradiveq.codec import PCACodec, gradient_codec
+from gradiveq.device import Mirror, Piece, Staged, StagedLayers
 from gradiveq.flatten import Layout, Vector, slice_sizes
 from gradiveq.loss import Loss
 from gradiveq.methods import GradiVeQ, Plain
 from gradiveq.pca import Basis, Float64, Group, LayerBasis, PCASampler, is_stable
+from gradiveq.projection import squares
 from gradiveq.report import FitError, Ongoing, listed
 from gradiveq.schedule import LossWatch, Schedule, majority
-from gradiveq.strategy import CONTROLS, VOTE, CodecStrategy, payload_ratio
+from gradiveq.strategy import CONTROLS, FLOAT32, VOTE, CodecStrategy, payload_ratio
 from ring.codec import Codec, Composite
 from ring.handle import Ring
+from ring.timeline import Timeline
 
 
 class Windows(CodecStrategy):
     """Where in which window, samples, bases, losses."""
 
-    def __init__(self, method: GradiVeQ, ring: Ring, layout: Layout, seed: int, chunk_bytes: int) -> None:
-        super().__init__(ring, layout.length, seed, chunk_bytes)
+    def __init__(
+        self,
+        method: GradiVeQ,
+        ring: Ring,
+        layout: Layout,
+        seed: int,
+        chunk_bytes: int,
+        mirror: Mirror | None = None,
+    ) -> None:
+        super().__init__(ring, layout.length, seed, chunk_bytes, mirror)
         self.method = method
         self.schedule = Schedule(method.warmup, method.sample, method.compress, method.max_sample)
         self._log: list[dict[str, Any]] = []
@@ -43,9 +56,10 @@ class Windows(CodecStrategy):
         self._bases: list[LayerBasis] = []
         self._codec: Composite | None = None
         self._codecs: dict[str, PCACodec] = {}
+        self._staged: StagedLayers | None = None  # in the place of the codec, with a mirror
         self._watch = LossWatch(method.stop_multiple)
         # Of the iteration under way: this worker's gradient if its loss is measured, and the votes.
-        self._own: Vector | None = None
+        self._own: Vector | Tensor | None = None
         self._votes = 0
 
     @property
@@ -67,9 +81,14 @@ class Windows(CodecStrategy):
         assert self._codec is not None
         return self._codec
 
+    @property
+    def on_device(self) -> bool:
+        by_host = self.schedule.phase == "sample" and not isinstance(self.method.sampling, Plain)
+        return self.mirror is not None and not by_host
+
     def codec(self, iteration: int) -> tuple[Codec, int]:
         if self.schedule.phase == "compress":
-            return self._fitted, self.chunk_bytes
+            return self._fitted if self._staged is None else self._staged.staged, self.chunk_bytes
         return self.codec_of(Plain() if self.schedule.phase == "warm-up" else self.method.sampling, iteration)
 
     @property
@@ -77,15 +96,23 @@ class Windows(CodecStrategy):
         every = self.method.holdout_every
         return self.schedule.phase == "compress" and every > 0 and self.schedule.done % every == 0
 
+    @property
+    def _encoding(self) -> Sequence[PCACodec | StagedLayers]:
+        """What encodes, and measures Eq. 7 while it does."""
+        return list(self._codecs.values()) if self._staged is None else [self._staged]
+
     def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
         due = self._measure_due
-        for codec in self._codecs.values():
-            codec.monitor = due or self.method.compress == "auto"
-            codec.take_local_loss()  # of an iteration that was skipped
+        for one in self._encoding:
+            one.monitor = due or self.method.compress == "auto"
+            one.take_local_loss()  # of an iteration that was skipped
         self._own = None
         if due:
             with now.timeline.span("measure"):
-                self._own = vector[: self.length].copy()
+                if self.mirror is None:
+                    self._own = vector[: self.length].copy()
+                else:
+                    self._own = self.mirror.values[: self.length].clone()
         any_flawed = super().exchange(vector, flawed, now)
         self._votes = round(float(vector[self.length + VOTE]) * self.ring.size)
         return any_flawed
@@ -100,11 +127,14 @@ class Windows(CodecStrategy):
 
     def _after_sample(self, mean: Vector, now: Ongoing) -> None:
         timeline = now.timeline
+        if self.on_device and self.mirror is not None and self.mirror.direct:
+            with timeline.span("pack"):
+                self.mirror.to_host()  # the memory of `mean`, by which nothing has passed
         if self._sampler is None:
             if self._codec is not None:
                 with timeline.span("measure"):
                     self._evaluate_old_bases(mean, now)
-                self._codec, self._codecs, self._bases = None, {}, []
+                self._codec, self._codecs, self._staged, self._bases = None, {}, None, []
             self._sampler = self._new_sampler()
             self._log.append(
                 {
@@ -162,6 +192,11 @@ class Windows(CodecStrategy):
     def _use(self, bases: list[LayerBasis]) -> None:
         self._bases = bases
         self._codec, self._codecs = gradient_codec(self._layout.blocks, bases, CONTROLS)
+        if self.mirror is not None:
+            compressed = {basis.name: basis for basis in bases if basis.name in self._codecs}
+            self._staged = StagedLayers(
+                self.mirror, self._layout.blocks, compressed, CONTROLS, self.chunk_bytes, self._codec.describe(FLOAT32)
+            )
 
     def _count(self, num_bytes: int, now: Ongoing) -> None:
         now.bytes_sent += num_bytes
@@ -173,9 +208,7 @@ class Windows(CodecStrategy):
         window["compress"] += 1
         if own is not None:
             with now.timeline.span("measure"):
-                now.measure_bytes += self.ring.all_reduce(own, op="mean").bytes_sent
-                parts = {block.name: slice(block.offset, block.stop) for block in self._layers}
-                self._record({name: Loss.between(mean[part], own[part]) for name, part in parts.items()}, now)
+                self._record(self._held_out(mean, own, now), now)
                 window["held_out"].append({"iteration": now.iteration, **now.losses})
                 for name, layer in window["layers"].items():
                     losses = [record["layers"][name] for record in window["held_out"]]
@@ -183,13 +216,25 @@ class Windows(CodecStrategy):
         stop = majority(self._votes, self.ring.size)
         self.vote = False
         if self.method.compress == "auto" or own is not None:
-            local = sum((codec.take_local_loss() for codec in self._codecs.values()), Loss())
+            local = sum((one.take_local_loss() for one in self._encoding), Loss())
             now.losses["local"] = local.relative
             if self.method.compress == "auto":
                 self.vote = self._watch.votes_to_stop(now.losses["local"])
         if self.schedule.advance(stop=stop):
             window["ended_by"] = "vote" if self.method.compress == "auto" else "count"
             self.vote = False
+
+    def _held_out(self, mean: Vector, own: Vector | Tensor, now: Ongoing) -> dict[str, Loss]:
+        """By layer, after the exact all-reduce of the same gradients."""
+        parts = {block.name: slice(block.offset, block.stop) for block in self._layers}
+        if isinstance(own, np.ndarray):
+            now.measure_bytes += self.ring.all_reduce(own, op="mean").bytes_sent
+            return {name: Loss.between(mean[part], own[part]) for name, part in parts.items()}
+        assert self.mirror is not None
+        exact = Staged(self.mirror, own, [Piece(0, self.length)], "identity")
+        now.measure_bytes += exact.mean_over(self.ring, (), None, Timeline())[0].bytes_sent
+        pairs = torch.stack([squares(self.mirror.values[part], own[part]) for part in parts.values()]).tolist()
+        return {name: Loss(*pair) for name, pair in zip(parts, pairs, strict=True)}
 
     def _evaluate_old_bases(self, mean: Vector, now: Ongoing) -> None:
         """The held-out loss of the bases that are about to go, on the first gradient that isn't compressed by them."""
@@ -222,7 +267,7 @@ class Windows(CodecStrategy):
         if state["sampler"] is not None:
             self._sampler = self._new_sampler()
             self._sampler.load_state_dict(state["sampler"])
-        self._bases, self._codec, self._codecs = [], None, {}
+        self._bases, self._codec, self._codecs, self._staged = [], None, {}, None
         if state["bases"]:
             self._use([basis_from(part) for part in state["bases"]])
         self._watch = LossWatch(self.method.stop_multiple)

@@ -131,6 +131,7 @@ def ring(
     posted: deque[tuple[Payload, Request]] = deque()
     sent: dict[Chunk, tuple[Request, Work]] = {}
 
+    coded = codec.staged or not codec.in_place
     for item in work:
         # Keep as many receives posted as there are rows in the inbox.
         while next_receive < len(work) and len(posted) < len(inbox):
@@ -156,7 +157,7 @@ def ring(
         values = vector[chunk.start : chunk.stop]
         wire = payload[chunk.first_byte : chunk.last_byte]
 
-        if not codec.in_place and (step == first or (step < size and codec.linear)):
+        if coded and (step == first or (step < size and codec.linear)):
             port.compute("encode", item, codec.encode, values, chunk.start, wire, hop)
         if step > first:
             buffer, request = posted.popleft()
@@ -172,9 +173,9 @@ def ring(
             port.compute("add", item, np.divide, values, size, values)
         if step < last:
             sent[chunk] = port.send(wire, item), item
-        if not codec.in_place and step >= size - 1:
+        if coded and step >= size - 1:
             port.compute("decode", item, codec.decode, wire, chunk.start, values, size if first == 0 else 1)
-            if mean:
+            if mean and not codec.in_place:
                 port.compute("decode", item, np.divide, values, size, values)
 
     for request, sending in sent.values():

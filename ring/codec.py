@@ -49,6 +49,9 @@ class Codec(ABC):
     linear: bool
     #: True if the payload *is* the vector's memory, so that nothing has to be encoded or decoded.
     in_place: bool = False
+    #: True if the vector is filled from elsewhere while the ring runs, and wanted there again: then `encode` is called
+    #: before a chunk is first used, and `decode` when it is finished, also of what is in place.
+    staged: bool = False
 
     @abstractmethod
     def describe(self, dtype: np.dtype[Any]) -> str:

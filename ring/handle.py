@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +103,10 @@ class Ring(ABC):
         """
         plan = self._plan("all_gather", vector, codec, "sum", chunk_bytes, bounds)
         return self._run(plan, codec, vector, timeline)
+
+    def all_reduce_directly(self, buffer: Any, *, timeline: Timeline | None = None) -> Stats:
+        """Sum a buffer that is no NumPy vector, such as one in a GPU's memory, where the driver can: `ring.mpi`."""
+        raise TypeError(f"{type(self).__name__} sums NumPy vectors; a ring over MPI gives other buffers to MPI")
 
     def barrier(self) -> None:
         """Wait until every worker is here."""

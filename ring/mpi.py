@@ -22,6 +22,7 @@ all raise `RingError` with the same story. An exception that nobody catches ends
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import os
@@ -98,6 +99,7 @@ class _Greeting:
             comm.size == 2
             and plan.operation == "all_reduce"
             and plan.payload is None
+            and not plan.staged
             and plan.num_bytes <= GREETING_BYTES
         )
         inline = plan.num_bytes if self.carries_vector else first_sent if self.leaves_with_chunk else 0
@@ -208,6 +210,22 @@ def _free_requests(listening: MPI.Prequest, greetings: dict[str, _Greeting]) -> 
             greeting.free()
 
 
+def gpu_support() -> bool | None:
+    """Whether MPI says that it takes pointers to a CUDA device's memory; None if it doesn't say.
+
+    MPICH and Open MPI have `MPIX_Query_cuda_support` for it. Others say it in the environment at best (Cray MPICH:
+    MPICH_GPU_SUPPORT_ENABLED=1, MVAPICH2: MV2_USE_CUDA=1).
+    """
+    for name in ("MPICH_GPU_SUPPORT_ENABLED", "MV2_USE_CUDA"):
+        if name in os.environ:
+            return os.environ[name] == "1"
+    try:
+        query = ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support  # found in the MPI that the module is linked with
+    except (OSError, AttributeError):
+        return None
+    return bool(query())
+
+
 class MPIRing(Ring):
     """This process's place in a ring of all ranks of a communicator.
 
@@ -260,6 +278,26 @@ class MPIRing(Ring):
         )
         vector: Array = self.windows[-1].own.view(dtype)
         return vector
+
+    def all_reduce_directly(self, buffer: Any, *, timeline: Timeline | None = None) -> Stats:
+        """Sum a float32 buffer over all ranks, in place, by MPI's own all-reduce.
+
+        Args:
+            buffer: contiguous, of the same length on all ranks, and anything that mpi4py takes: what has DLPack or the
+                CUDA array interface may be in a GPU's memory, if MPI is GPU-aware (`gpu_support`). All that is to
+                write or read it has to be done.
+            timeline: gets "wait".
+        Returns:
+            The bytes that a ring would send; what MPI sends is its own business.
+        Blocks without a deadline: Open MPI, for one, has non-blocking reductions for host memory only. A rank that dies
+        takes the job with it (`ring.abort`).
+        """
+        start_s = 0.0 if timeline is None else timeline.clock()
+        self.comm.Allreduce(MPI.IN_PLACE, buffer)
+        if timeline is not None:
+            timeline.record("wait", start_s, timeline.clock())
+        num_bytes = 2 * (self.size - 1) * buffer.nbytes // self.size
+        return Stats(num_bytes, int(self.size > 1))
 
     def _place(self, plan: Plan, vector: Array) -> tuple[int, int]:
         """The window that the successor can read `vector` in, and where in it; (-1, 0) if there is none."""

@@ -45,6 +45,7 @@ class Plan:
         num_bytes: the whole vector's payload.
         inbox: memory for chunks that arrive, shape (posted receives, largest chunk).
         payload: memory for the payload; None if that is the vector's.
+        staged: as the codec's.
     """
 
     operation: str
@@ -60,6 +61,7 @@ class Plan:
     num_bytes: int
     inbox: Sequence[Payload]
     payload: Payload | None
+    staged: bool
 
     @property
     def greeting_work(self) -> Work:
@@ -162,4 +164,5 @@ class Planner:
             num_bytes=num_bytes,
             inbox=list(np.empty((POSTED_RECEIVES, max((c.num_bytes for c in chunks), default=0)), np.uint8)),
             payload=None if codec.in_place else np.empty(num_bytes, np.uint8),
+            staged=codec.staged,
         )

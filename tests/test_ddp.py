@@ -26,10 +26,10 @@ from gradiveq.compressors.base import Draw
 from gradiveq.ddp.bucket import Place, Plan
 from gradiveq.ddp.flaws import NOT_FINITE, REPLACED, UNKNOWN, Codes, any_flaw, flaw, is_hard, story, votes
 from gradiveq.ddp.memory import Memory, summed
-from gradiveq.ddp.projection import Projection, loss_between
 from gradiveq.ddp.wire import pack, unpack
 from gradiveq.flatten import Block
 from gradiveq.pca import PCAConfig, PCASampler
+from gradiveq.projection import Projection, loss_between
 from ring.codec import Hop
 
 TORCHRUN = Path(sys.executable).parent / "torchrun"

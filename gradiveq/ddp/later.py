@@ -18,7 +18,8 @@ class Later:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            # The copy's stream, by name: a backend's thread may have another device as its current one.
+            self._event.record(torch.cuda.current_stream(tensor.device))
 
     @property
     def value(self) -> Tensor:

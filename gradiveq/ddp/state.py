@@ -64,7 +64,8 @@ class State:
         also: names, or patterns of names, of parameters that GradiVeQ is to compress besides convolutions
             (`gradiveq.ddp.layers.compressible_layers`).
         loss_scale: gives the factor by which the loss is multiplied, as a number or a tensor: `scaler.get_scale` with
-            a GradScaler. Memories, µ and samples are kept in units without it, so that it may change. None for 1.
+            a GradScaler (on a GPU that waits for what has been computed until then, which a tensor need not). Memories,
+            µ and samples are kept in units without it, so that it may change. None for 1.
     Raises:
         TypeError, ValueError: an argument is invalid, or nothing in the model can be compressed as asked.
 
@@ -234,10 +235,13 @@ class State:
 
     def _flaw_on_device(self, work: Work) -> Tensor:
         """The code of the last parameter with a non-finite gradient, or 0; nothing waits for it."""
-        views = [place.view(work.buffer) for place in work.plan.places]
+        places = [place for place in work.plan.places if place.stop > place.start]  # nothing has no largest element
+        if not places:
+            return torch.zeros((), dtype=torch.int64, device=work.buffer.device)
+        views = [place.view(work.buffer) for place in places]
         codes = self._codes_on_device.get(work.plan)
         if codes is None:
-            numbers = [flaws.flaw(flaws.NOT_FINITE, place.index) for place in work.plan.places]
+            numbers = [flaws.flaw(flaws.NOT_FINITE, place.index) for place in places]
             codes = self._codes_on_device[work.plan] = torch.tensor(numbers, device=work.buffer.device)
         norms = torch.stack(torch._foreach_norm(views, torch.inf))
         return torch.where(norms.isfinite(), 0, codes).amax()

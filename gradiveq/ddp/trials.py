@@ -13,12 +13,12 @@ import torch
 
 from gradiveq.compressors.base import Draw, Float32
 from gradiveq.ddp.group import Group
-from gradiveq.ddp.projection import Projection
 from gradiveq.flatten import Block, slice_sizes
 from gradiveq.loss import Loss
 from gradiveq.methods import Compressed, GradiVeQ
 from gradiveq.pca import PCASampler
 from gradiveq.powersgd import PowerSGD, PowerSGDWorker
+from gradiveq.projection import Projection
 
 
 @dataclass(frozen=True)

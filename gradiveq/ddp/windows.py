@@ -29,12 +29,12 @@ from gradiveq.ddp.bucket import Place
 from gradiveq.ddp.group import Group
 from gradiveq.ddp.later import Later
 from gradiveq.ddp.memory import Memories
-from gradiveq.ddp.projection import Projection, loss_between
 from gradiveq.ddp.scheme import Round, Rounds, Scheme, Traffic, Work, plain_rounds
 from gradiveq.flatten import Block, slice_sizes
 from gradiveq.loss import Loss
 from gradiveq.methods import GradiVeQ
 from gradiveq.pca import Float64, LayerBasis, PCASampler, is_stable
+from gradiveq.projection import Projection, squares
 from gradiveq.report import FitError, listed
 from gradiveq.schedule import LossWatch, Schedule, majority
 from gradiveq.windows import basis_from, basis_state, layer_entry
@@ -73,9 +73,10 @@ class WindowsScheme(Scheme):
         self._iteration = 0
         # Of the iteration under way.
         self._samples: dict[str, Later] = {}
-        self._held_out: dict[str, Loss] = {}
-        self._local: dict[str, Loss] = {}
-        self._votes = 0
+        # Looked at when it is over: on a GPU nothing waits for them in between.
+        self._held_out: dict[str, Later] = {}
+        self._local: dict[str, Later] = {}
+        self._votes: Later | None = None
         # What follows a sample: on its thread, and whether the bases are due in the next iteration.
         self._thread = ThreadPoolExecutor(1, "gradiveq-fit")
         self._job: Future[Float64 | None] | None = None
@@ -95,7 +96,7 @@ class WindowsScheme(Scheme):
     def begin(self, iteration: int, traffic: Traffic) -> None:
         dims = None if self._job is None else self._job.result()  # which reads what is set below
         self._job, self._iteration = None, iteration
-        self._samples, self._held_out, self._local, self._votes = {}, {}, {}, 0
+        self._samples, self._held_out, self._local, self._votes = {}, {}, {}, None
         if not self._fit_due:
             return
         assert self._sampler is not None
@@ -260,7 +261,7 @@ class WindowsScheme(Scheme):
             own = self._ordered(place, values)
             projection.encode(own, part)
             if measure or self.method.compress == "auto":
-                self._local[place.name] = loss_between(projection.decode(part), own)
+                self._local[place.name] = Later(squares(projection.decode(part), own))
             if measure:
                 exact.append(own.div_(work.group.size))
                 work.kept.append(own)
@@ -278,13 +279,13 @@ class WindowsScheme(Scheme):
         work.hear(message, length)
         if self.method.compress == "auto":
             assert work.heard is not None
-            self._votes = flaws.votes(work.heard)
+            self._votes = Later(work.heard)
         total = work.from_wire(message[:length]) if work.half else message[:length]
         mean = total / work.group.size
         for i, (place, projection, part) in enumerate(zip(layers, projections, _cut(mean, projections), strict=True)):
             estimate = projection.decode(part)
             if measure:
-                self._held_out[place.name] = loss_between(estimate, exact[i])
+                self._held_out[place.name] = Later(squares(estimate, exact[i]))
             work.write(self._blocks[place.name].view(estimate), place.view(work.buffer))
         start = coded_length
         for where in rest:
@@ -308,14 +309,14 @@ class WindowsScheme(Scheme):
         window = self._log[-1]
         window["compress"] += 1
         if self._held_out:
-            window["held_out"].append(self._record(self._held_out))
+            window["held_out"].append(self._record(_losses(self._held_out)))
             for name, layer in window["layers"].items():
                 losses = [record["layers"].get(name, 0.0) for record in window["held_out"]]
                 layer["held_out_loss"] = sum(losses) / len(losses)
-        stop = majority(self._votes, self.group.size)
+        stop = self._votes is not None and majority(flaws.votes(self._votes.value), self.group.size)
         self.vote = False
         if self.method.compress == "auto":
-            self.vote = self._watch.votes_to_stop(sum(self._local.values(), Loss()).relative)
+            self.vote = self._watch.votes_to_stop(sum(_losses(self._local).values(), Loss()).relative)
         if self.schedule.advance(stop=stop):
             window["ended_by"] = "vote" if self.method.compress == "auto" else "count"
             self.vote = False
@@ -388,6 +389,10 @@ def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
 def _arrays(tree: Any) -> Any:
     """Of a state with tensors, that with NumPy arrays."""
     return _converted(tree, Tensor, lambda tensor: tensor.numpy())
+
+
+def _losses(seen: Mapping[str, Later]) -> dict[str, Loss]:
+    return {name: Loss(*later.value.tolist()) for name, later in seen.items()}
 
 
 def _between(layers: Sequence[Place], length: int) -> list[slice]:

@@ -1,7 +1,8 @@
 """GradiVeQ's projection of a layer as torch products, on the gradient's device: Eq. 3-5 of Yu et al. 2018.
 
-The ring's codec (`gradiveq.codec`) meets a few slices at a time and cuts its products accordingly; a bucket has a
-layer's slices all at once, which one product per basis takes.
+The ring's codec on the host (`gradiveq.codec`) meets a few slices at a time and cuts its products accordingly; a bucket
+of the hook, or a device that has the whole gradient (`gradiveq.device`), has a layer's slices all at once, which one
+product per basis takes. (The product subtracts Uᵀµ as well, so there is no second pass that a fused kernel could save.)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ class Projection:
 
     Attributes:
         length: floats on the wire.
+        multiplications: of encoding, and of decoding.
     """
 
     def __init__(self, basis: LayerBasis, device: torch.device) -> None:
@@ -32,6 +34,7 @@ class Projection:
             offsets = self._slices(self._mean[elements], num) @ components.T
             self._groups.append((elements, num, components, offsets))
             self.length += offsets.numel()
+        self.multiplications = self.length * basis.slice_size
 
     def encode(self, gradient: Tensor, out: Tensor) -> None:
         """out = Uᵀ(g - µ) of all slices, the last one of a group padded after centring.
@@ -46,9 +49,13 @@ class Projection:
             torch.addmm(offsets, self._slices(gradient[elements], num), components.T, beta=-1, out=coded)
             place += offsets.numel()
 
-    def decode(self, coded: Tensor) -> Tensor:
-        """U g' + µ, float32 of shape (num_elements,), of one worker's g' or of the mean of all."""
-        out = torch.empty_like(self._mean)
+    def decode(self, coded: Tensor, out: Tensor | None = None) -> Tensor:
+        """U g' + µ, float32 of shape (num_elements,), of one worker's g' or of the mean of all.
+
+        Args:
+            out: overwritten and returned, instead of a new tensor.
+        """
+        out = torch.empty_like(self._mean) if out is None else out
         place = 0
         for elements, _, components, offsets in self._groups:
             slices = coded[place : place + offsets.numel()].view(offsets.shape) @ components
@@ -61,7 +68,12 @@ class Projection:
         return (F.pad(values, (0, missing)) if missing else values).view(num, self._k)
 
 
-def loss_between(estimate: Tensor, exact: Tensor) -> Loss:
-    """‖ĝ - g‖² and ‖g‖² of float32 vectors."""
+def squares(estimate: Tensor, exact: Tensor) -> Tensor:
+    """‖ĝ - g‖² and ‖g‖² of float32 vectors: shape (2,), on their device, so that nothing waits for them."""
     difference = estimate - exact
-    return Loss(float(difference @ difference), float(exact @ exact))
+    return torch.stack([difference @ difference, exact @ exact])
+
+
+def loss_between(estimate: Tensor, exact: Tensor) -> Loss:
+    """The same, looked at."""
+    return Loss(*squares(estimate, exact).tolist())
