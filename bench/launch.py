@@ -118,6 +118,8 @@ def run_as_threads(
     def work(ring: LockstepRing) -> int:
         try:
             return main(Threads(meeting, ring.rank), ring, stop)
+        except Failure:  # all have it, or will; some may still be on their way out of the last meeting
+            raise
         except BaseException:
             meeting.barrier.abort()
             raise

@@ -240,6 +240,26 @@ def test_how_threads_end(tmp_path: Path, how: str, status: int, message: str) ->
     assert how == "unexpected" or errors.count("\n") == 1
 
 
+ALIKE = """\
+import sys
+from bench.launch import run_as_threads
+from bench.workers import Failure
+def main(workers, ring, stop):
+    workers.gather(None)
+    sys.stdout.write(f"{workers.rank}\\n")
+    raise Failure("nothing fits", 3)
+sys.exit(run_as_threads(main, 8, timeout_s=30, chunk_bytes=4096))
+"""
+
+
+def test_a_failure_that_all_threads_have_keeps_none_of_them_from_tidying_up(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", ALIKE], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert (process.returncode, process.stderr) == (3, "error: nothing fits\n")
+    assert sorted(process.stdout.split()) == [str(rank) for rank in range(8)]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     ("cluster", "message"),
