@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -106,6 +106,8 @@ class Aggregator:
     Attributes:
         layout: where each gradient is in the vector.
         iteration: of the next `aggregate()`.
+        watch: None, or called with each gradient of this worker before it is exchanged (its time is "measure"): float32
+            of shape (layout.length,), not to be modified; zeros if it is not finite. For `gradiveq.running_noise`.
         window_log: GradiVeQ's windows, one dict each, of plain numbers, strings, lists and dicts:
             "window", "iteration": its number and first iteration;
             "sample", "compress": Lt and Lc, so far;
@@ -146,6 +148,7 @@ class Aggregator:
             raise ValueError("`model` has no parameter that requires a gradient")
         self.method, self.seed, self.nonfinite = method, seed, nonfinite
         self.iteration = 0
+        self.watch: Callable[[Vector], None] | None = None
         self._compared = True  # the iteration with other ranks'; without a state it is 0 everywhere
         self._ring, self._timeline = ring, Timeline() if timeline is None else timeline
         self._chunk_bytes = chunk_bytes or ring.chunk_bytes
@@ -198,6 +201,11 @@ class Aggregator:
             flawed = nonfinite_blocks(self._packed, self.layout.blocks)
             if flawed:
                 self._packed[:] = 0
+        if self.watch is not None:
+            with now.timeline.span("measure"):
+                if self._mirror is not None:
+                    self._mirror.to_host()
+                self.watch(self._gradient)
         by_host = self._mirror is not None and not self._strategy.on_device
         if by_host:
             self._copy(now, to_host=True)

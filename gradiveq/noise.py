@@ -24,6 +24,8 @@ They assume that minibatches are independent between workers and iterations, and
 iterations and ∇f_i for B. With one worker ζ = 0, and V is the variance of g_t itself within a block, to which
 the drift of ∇f within the block adds. These are what the noise *was* at the iterates seen, not a bound for all of
 them, as the assumptions have it.
+
+`NoiseWindow` estimates once, at the end of uncompressed iterations; `gradiveq.running_noise` along all of training.
 """
 
 from __future__ import annotations
@@ -129,7 +131,7 @@ class NoiseWindow:
         if self.done % self.block == 0:
             sums = self._block if self.size > 1 else self._own
             self._points += [
-                _variance(self._block_squares, sums, self.block),
+                variance(self._block_squares, float(np.dot(sums, sums)), self.block),
                 float(np.dot(self._own, self._own)) / self.block**2,
             ]
             self._own.fill(0)
@@ -140,8 +142,9 @@ class NoiseWindow:
         """What the other workers need of this one's full window: 2 + 2·(T // B) numbers."""
         if not self.full:
             raise ValueError(f"the window has {self.done} of its {self.iterations} iterations")
-        variance = _variance(self._all_squares, self._all, self.iterations) if self.size > 1 else 0.0
-        return [float(np.dot(self._all, self._all)) / self.iterations**2, variance, *self._points]
+        square = float(np.dot(self._all, self._all))
+        spread = variance(self._all_squares, square, self.iterations) if self.size > 1 else 0.0
+        return [square / self.iterations**2, spread, *self._points]
 
     def estimate(self, rows: Float64) -> NoiseEstimate:
         """The estimates, the same bits for the same rows.
@@ -149,15 +152,7 @@ class NoiseWindow:
         Args:
             rows: (size, 2 + 2·(T // B)), every worker's `row`.
         """
-        means = np.asarray(rows, np.float64).mean(axis=0)
-        heterogeneity = max(0.0, float(means[0] - means[1] / self.iterations))
-        unshared = self.size / (self.size - 1) if self.size > 1 else 1.0
-        noises = means[2::2] * unshared
-        gradients = np.maximum(means[3::2] - noises / self.block, 0.0)
-        multiple, noise, error = _regress(gradients, noises)
-        return NoiseEstimate(
-            multiple, noise, heterogeneity, error, float(noises.mean()), float(gradients.mean())
-        )  # fmt: skip
+        return estimate_of(np.asarray(rows, np.float64).mean(axis=0), self.size, self.iterations, self.block)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs; differs by rank. Copies."""
@@ -185,6 +180,22 @@ class NoiseWindow:
             a[:] = b
         self.done, self._points = state["done"], list(state["points"])
         self._all_squares, self._block_squares = state["all_squares"], state["block_squares"]
+
+
+def estimate_of(means: Float64, size: int, iterations: int, block: int) -> NoiseEstimate:
+    """The estimates, from what `NoiseWindow.row` has of each worker, averaged over the workers.
+
+    Args:
+        means: (2 + 2·(T // B),): ‖mean of x_t‖² and the variance of x_t over T, then by block the variance of x_t (of
+            g_t with one worker) and ‖mean of g_t‖².
+        size, iterations, block: n, T and B.
+    """
+    heterogeneity = max(0.0, float(means[0] - means[1] / iterations))
+    unshared = size / (size - 1) if size > 1 else 1.0
+    noises = means[2::2] * unshared
+    gradients = np.maximum(means[3::2] - noises / block, 0.0)
+    multiple, noise, error = _regress(gradients, noises)
+    return NoiseEstimate(multiple, noise, heterogeneity, error, float(noises.mean()), float(gradients.mean()))
 
 
 def auto_threshold(num_kept: int, length: int, estimate: NoiseEstimate) -> float:
@@ -220,9 +231,9 @@ def _check_count(num_kept: int, length: int) -> None:
         raise ValueError(f"`num_kept` must be from 1 to {length} (the vector's length), got {num_kept}")
 
 
-def _variance(squares: float, sums: Float64, num: int) -> float:
-    """Unbiased, summed over the elements, of `num` vectors with this sum and this sum of squares."""
-    return max(0.0, (squares - float(np.dot(sums, sums)) / num) / (num - 1))
+def variance(squares: float, square: float, num: int) -> float:
+    """Unbiased, summed over the elements, of `num` vectors: from the sum of their squares and their sum's square."""
+    return max(0.0, (squares - square / num) / (num - 1))
 
 
 def _regress(gradients: Float64, noises: Float64) -> tuple[float, float, float | None]:
