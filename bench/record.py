@@ -10,8 +10,8 @@
         checkpoint/              what `--resume` needs; `bench.checkpoint`
 
 All numbers are JSON numbers, `null` where there is none or it is not finite. Times are seconds; `time_s` is training
-time only: evaluations, checkpoints, start-up and the measuring of held-out losses are not in it. A resumed run goes on
-counting where it was stopped.
+time only: evaluations, checkpoints, start-up and the measuring of held-out losses and noise are not in it. A resumed
+run goes on counting where it was stopped.
 
 Two clocks: `time_s` and `seconds` are this machine's. `virtual_s`, `virtual_seconds` and what is in "virtual" are those
 of an emulated cluster (`ring.virtual`): the same iterations, if they had run there. This machine's clock stands still
@@ -24,7 +24,8 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
      "skipped": false,
      "seconds": {"data": …, "forward": …, "backward": …, "pack": …, "encode": …, "add": …, "recode": …, "decode": …,
                  "wait": …, "fit": …, "update": …, "control": …, "measure": …, "other": …},
-     "iteration_s": 0.41, "time_s": 7.2, "virtual_seconds": {…}, "virtual_s": 12.3, "losses": …, "compression": {…}}
+     "iteration_s": 0.41, "time_s": 7.2, "noise": {…}, "virtual_seconds": {…}, "virtual_s": 12.3, "losses": …,
+     "compression": {…}}
     {"type": "evaluation", "iteration": 40, "epoch": 0.65, "time_s": 16.3, "virtual_s": 28.1, "test_accuracy": 0.71,
      "test_loss": 0.83, "evaluation_s": 2.9}
     {"type": "window", "iteration": 40, "time_s": 16.3, "virtual_s": 28.1, "window": {…}}
@@ -34,11 +35,15 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
 * `loss` is the mean over all ranks' batches; everything else in an iteration's line is rank 0's own.
 * `bytes_sent` is payload that the rank sent to aggregate the gradient, `fit_bytes` (to agree on bases) included;
   `dense_bytes` what plain ring all-reduce sends; `ratio` that of the gradients' payload alone. `measure_bytes` were
-  sent to measure a held-out loss and are in none of them.
+  sent to measure a held-out loss or the noise and are in none of them.
 * `seconds` lists only kinds that occurred, and adds up to `iteration_s`: "other" is what no kind accounts for. "wait"
   is exposed communication; "recode" is decoding, adding and encoding again at a hop; "pack" copies gradients to and
   from the flat vector; "control" is the exchange of the mean loss (and of whether somebody asked to stop); "measure" is
-  the exact all-reduce that a held-out loss is measured with, which is in `iteration_s` but not in `time_s`.
+  the exact all-reduce that a held-out loss is measured with, and what the noise takes, which are in `iteration_s` but
+  not in `time_s`.
+* `noise` is the running estimate of M ("multiple"), ζ² ("heterogeneity") and σ² ("noise") over the last 100 iterations
+  at most (`gradiveq.running_noise`, `gradiveq.noise.NoiseEstimate`), the same on all ranks; null in the first 10. Of a
+  resumed run it goes on. Skipped iterations are not in it.
 * `virtual_seconds` are an iteration's on the cluster, "measure" likewise not in `virtual_s`. "overhead" is processor
   time of messages, which only clusters have.
 * `losses` is there in iterations in which the aggregator measured any (`gradiveq.aggregator.Report.losses`).
@@ -65,6 +70,7 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
         "threshold": what `gradiveq.switching.AutoThresholdStrategy` logs, or null,
         "compression": {"density", "relative_error", "compression_error", "error", "payload_bytes"} or null: means over
         the iterations that weren't skipped, and over the ranks,
+        "noise": the last iteration's, or null,
         "virtual": {"time_s", "seconds", "groups"} on the cluster,
         "phases": {"compress": {"iterations", "bytes_per_iteration", "ratio", "time_s", "seconds", "groups", "virtual"},
         …}}, …}}

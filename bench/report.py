@@ -148,10 +148,6 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
                 f"{name}: everybody's payloads go to everybody, which with {summary['ranks']} ranks sends more than "
                 "plain ring all-reduce does."
             )
-        measured = {clock.name: clock.times(method)["groups"]["measure"] for clock in clocks(summary)}
-        if max(measured.values()) > 0.05:
-            took = " and ".join(f"{seconds:.1f} s on {where}" for where, seconds in measured.items())
-            lines.append(f"{name}: measuring held-out losses took {took}; it is in no total, as it isn't training.")
         found = method.get("threshold")
         if found:
             lines.append(f"{name}: {threshold_text(found)}.")
@@ -163,6 +159,14 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
             if held_out:
                 text += f", held-out loss {_span(held_out)}"
             lines.append(f"{text}, ratio {_span([x['ratio'] for x in layers])} over {len(layers)} layers.")
+    for clock in clocks(summary):
+        seconds = {name: clock.times(method)["groups"]["measure"] for name, method in methods.items()}
+        took = [f"{name} {value:.1f} s" for name, value in seconds.items() if value > 0.05]
+        if took:
+            lines.append(
+                f"Measuring held-out losses and the gradients' noise took on {clock.name}: {', '.join(took)}; that is "
+                "in no total, as it isn't training."
+            )
     return lines
 
 

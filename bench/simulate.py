@@ -39,10 +39,13 @@ from bench.record import write_atomically
 from gradiveq.compressors.base import Float32
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
 from gradiveq.flatten import Layout
+from gradiveq.running_noise import RunningNoise, estimate_here
 
 EVALUATION_BATCH = 250
+#: Of `gradiveq.noise.NoiseEstimate`, what the threshold's formula needs: M, ζ² and σ².
+NOISE = ("multiple", "heterogeneity", "noise")
 #: Of these columns a record has the last step's value, of all others the mean over its steps.
-RUNNING_TOTALS = ("total_error",)
+RUNNING = ("total_error", *NOISE)
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -299,8 +302,9 @@ def simulate(
         checkpoint_every: steps; 0 for none.
     Returns:
         JSON values:
-        "steps": columns {"iteration": steps done, "loss", "lr", what the aggregation and the observers measured}, None
-            where there is no value; "loss" is the mean over the workers' batches.
+        "steps": columns {"iteration": steps done, "loss", "lr", what the aggregation and the observers measured, and
+            M, ζ² and σ² as "multiple", "heterogeneity" and "noise" (`gradiveq.running_noise`: from the 10th step on, of
+            the last 100 at most)}, None where there is no value; "loss" is the mean over the workers' batches.
         "evaluations": [{"iteration": steps done, "epoch", and what the task evaluates}].
         "diverged": None, or the iteration whose loss or gradient, or its sum with a memory, wasn't finite. The run
             ends there, and is evaluated.
@@ -349,6 +353,7 @@ class _Run:
         self.layout = Layout(task.model)
         self.gradients = [np.zeros(self.layout.length, np.float32) for _ in range(workers)]
         self.mean = np.zeros(self.layout.length, np.float32)
+        self.noises = [RunningNoise(workers, seed=seed) for _ in range(workers)]
         self.statistics = [buffer for buffer in task.model.buffers() if buffer.is_floating_point()]
         self.cuda = [parameter.device for parameter in task.model.parameters() if parameter.is_cuda][:1]
         self.iteration = 0
@@ -372,6 +377,9 @@ class _Run:
         except OverflowError:  # of gradient and memory together
             self.diverged = iteration
             return
+        estimate = estimate_here(self.noises, self.gradients)
+        if estimate is not None:
+            columns.update({name: getattr(estimate, name) for name in NOISE})
         step = Step(
             iteration, iteration / self.task.iterations_per_epoch, lr, loss, self.gradients, self.mean, self.aggregation
         )
@@ -424,6 +432,8 @@ class _Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.task.load_state_dict(state["task"])
         self.aggregation.load_state_dict(state["aggregation"])
+        for noise, part in zip(self.noises, state["noises"], strict=True):
+            noise.load_state_dict(part)
         for observer, part in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(part)
         for name in ("iteration", "diverged", "payload_bytes", "records", "recent", "evaluations"):
@@ -462,7 +472,7 @@ class _Run:
         record: dict[str, float] = {"iteration": self.iteration}
         for name in names:
             values = [step[name] for step in self.recent if name in step]
-            record[name] = values[-1] if name in RUNNING_TOTALS else fmean(values)
+            record[name] = values[-1] if name in RUNNING else fmean(values)
         self.records.append(record)
         self.recent = []
 
@@ -482,5 +492,6 @@ class _Run:
             "optimiser": self.optimiser.state_dict(),
             "task": self.task.state_dict(),
             "aggregation": self.aggregation.state_dict(),
+            "noises": [noise.state_dict() for noise in self.noises],
             "observers": [observer.state_dict() for observer in self.observers],
         }

@@ -28,7 +28,9 @@ from bench.data import Batches, Dataset, evaluation_batches
 from bench.record import KINDS, grouped
 from gradiveq.aggregator import Aggregator
 from gradiveq.exchange import Measures
+from gradiveq.flatten import Vector
 from gradiveq.methods import Method, applied
+from gradiveq.running_noise import RunningNoise
 from ring.cluster import Cluster
 from ring.handle import Ring
 from ring.timeline import Timeline
@@ -132,7 +134,7 @@ class Stopwatch:
 
 
 def training_s(seconds: Mapping[str, float]) -> float:
-    """Of an iteration's seconds, those that training takes: measuring held-out losses is no part of it."""
+    """Of an iteration's seconds, those that training takes: measuring (held-out losses, noise) is no part of it."""
     return sum(seconds.values()) - seconds.get("measure", 0.0)
 
 
@@ -191,7 +193,7 @@ class Trainer:
 
     Attributes:
         iteration: how many are done.
-        time_s: seconds that they took on this rank, less those spent to measure held-out losses.
+        time_s: seconds that they took on this rank, less those spent to measure held-out losses and noise.
         virtual_s: the same on the cluster.
     """
 
@@ -224,6 +226,8 @@ class Trainer:
             self.model, self.training_ring, method, seed=settings.seed, nonfinite=nonfinite, timeline=self.timeline,
             device=None if self.device.type == "cpu" else self.device, gpu_aware=gpu_aware,
         )  # fmt: skip
+        self.noise = RunningNoise(ring.size, seed=settings.seed)
+        self.aggregator.watch = self._see
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=settings.lr, momentum=optimizer_momentum(method, settings),
             weight_decay=settings.weight_decay,
@@ -300,6 +304,8 @@ class Trainer:
             said = np.array([local_loss, stop], np.float64)
             self.training_ring.all_reduce(said)
         mean_loss = float(said[0]) / self.ring.size
+        with span("measure"), self._unheard():
+            noise_bytes = 0 if report.skipped else self._estimate_noise()
 
         seconds, *virtual_seconds = [watch.stop() for watch in watches]
         self.time_s += training_s(seconds)
@@ -314,11 +320,12 @@ class Trainer:
             "dense_bytes": report.dense_bytes,
             "ratio": report.ratio,
             "fit_bytes": report.fit_bytes,
-            "measure_bytes": report.measure_bytes,
+            "measure_bytes": report.measure_bytes + noise_bytes,
             "skipped": report.skipped,
             "seconds": seconds,
             "iteration_s": sum(seconds.values()),
             "time_s": self.time_s,
+            "noise": None if self.noise.estimate is None else self.noise.estimate.as_dict(),
         }
         if self.virtual is not None:
             self._cluster_state = self.virtual.state_dict()
@@ -338,6 +345,19 @@ class Trainer:
             self.late_iterations += 1
         self.iteration += 1
         return line, bool(said[1] > 0)
+
+    def _see(self, gradient: Vector) -> None:
+        with self._unheard():
+            self.noise.see(gradient)
+
+    def _estimate_noise(self) -> int:
+        """The iteration counts for the noise's estimates; how many bytes that has sent. Collective."""
+        message = self.noise.accept()
+        if message is None:
+            return 0
+        sent = self.ring.all_reduce(message, op="mean").bytes_sent
+        self.noise.take(message)
+        return sent
 
     def _wall_clock(self) -> Callable[[], float]:
         """This machine's, which stands still while the cluster is emulated; unless clocks of ranks are compared."""
@@ -360,6 +380,10 @@ class Trainer:
             return nullcontext()
         iteration_s = self.virtual.cluster.node_at(self.ring.rank).iteration_s
         return nullcontext() if iteration_s is None else self.virtual.taking(share * iteration_s)
+
+    def _unheard(self) -> AbstractContextManager[None]:
+        """What is computed within takes the cluster no time."""
+        return nullcontext() if self.virtual is None else self.virtual.taking(0.0)
 
     def _times(self) -> dict[str, float]:
         """For a line of the metrics: training until now."""
@@ -466,6 +490,7 @@ class Trainer:
             "last_window": self._last_window(),
             "threshold": next((entry for entry in self.aggregator.window_log if "threshold" in entry), None),
             "compression": compression,
+            "noise": None if self.noise.estimate is None else self.noise.estimate.as_dict(),
             "phases": by_phase,
         }
         if self.virtual is not None:
@@ -478,6 +503,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "aggregator": self.aggregator.state_dict(),
+            "noise": self.noise.state_dict(),
             "totals": {phase: dict(vars(total)) for phase, total in self.totals.items()},
             "cluster": None if self.virtual is None else self._cluster_state,
             **{name: getattr(self, name) for name in _COUNTERS},
@@ -487,6 +513,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.aggregator.load_state_dict(state["aggregator"])
+        self.noise.load_state_dict(state["noise"])
         self.totals.clear()
         for phase, total in state["totals"].items():
             vars(self.totals[phase]).update(total)

@@ -27,6 +27,7 @@ from gradiveq.compressors.terngrad import TernGrad
 from gradiveq.exchange import ErrorFeedback, Part
 from gradiveq.flatten import Layout
 from gradiveq.methods import Compressed
+from gradiveq.running_noise import RunningNoise, estimate_here
 from gradiveq.specs import parse
 from ring.handle import Ring
 from ring.lockstep import run
@@ -185,7 +186,7 @@ def compressed_run(seed: int = 0, **how: Any) -> tuple[dict[str, Any], Tensor]:
     """Everything that has a state: dropout, batch norm, Adam, random compressors with memories."""
     model = network(batch_norm=True, dropout=0.3, seed=seed)
     aggregation = bench.simulate.Compressed(parts(model, TernGrad()), 4, seed=seed, feedback=ErrorFeedback("gradient"))
-    result = train(model, aggregation, optimiser="adam", lr=0.01, seed=seed, iterations=10, record_every=3, **how)
+    result = train(model, aggregation, optimiser="adam", lr=0.01, seed=seed, iterations=12, record_every=3, **how)
     return result, torch.cat([weights(model), *(buffer.flatten().float() for buffer in model.buffers())])
 
 
@@ -284,6 +285,30 @@ def test_measures_are_means_over_the_workers_and_totals_go_on():
     np.testing.assert_allclose(every["steps"]["total_error"], totals, rtol=1e-6)
     np.testing.assert_allclose(result["steps"]["total_error"], totals[1::2], rtol=1e-6)
     assert np.mean([worker.measures.error for worker in aggregation.workers]) == every["steps"]["error"][-1]
+
+
+def test_noise_is_recorded_every_step_once_a_block_has_ended():
+    """M, ζ² and σ², as of the workers' own gradients; compression doesn't matter, and records have the last value."""
+    noises = [RunningNoise(4, seed=0) for _ in range(4)]
+    wanted: list[Any] = []
+
+    class Watch(Observer):
+        def __call__(self, step: Step) -> Mapping[str, float]:
+            wanted.append(estimate_here(noises, step.gradients))
+            return {}
+
+    def run_with(every: int, *observers: Observer) -> dict[str, Any]:
+        model = network()
+        aggregation = bench.simulate.Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
+        return train(model, aggregation, iterations=24, record_every=every, observers=observers)["steps"]
+
+    steps, thinned = run_with(1, Watch()), run_with(4)
+    for name in ("multiple", "heterogeneity", "noise"):
+        assert steps[name] == [None if one is None else getattr(one, name) for one in wanted]
+        assert steps[name][:9] == [None] * 9
+        assert None not in steps[name][9:]
+        assert thinned[name] == steps[name][3::4]
+    assert min(steps["noise"][9:]) > 0
 
 
 def test_it_learns():

@@ -33,6 +33,7 @@ from bench.train import (
 )
 from gradiveq.aggregator import NonFiniteGradient
 from gradiveq.methods import GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.running_noise import RunningNoise, estimate_here
 from gradiveq.specs import parse
 from ring.cluster import Cluster, Link, Node
 from ring.handle import Ring
@@ -106,6 +107,47 @@ def test_loss_falls_and_all_ranks_have_the_same_weights(dataset: Dataset, method
         assert [line.get("loss") for line in other] == [line.get("loss") for line in lines]
         assert other_result == result
     assert (25 * evaluations[-1]["test_accuracy"]) == pytest.approx(round(25 * evaluations[-1]["test_accuracy"]))
+
+
+@EVERY_METHOD
+def test_noise_is_in_every_line(dataset: Dataset, method: Method) -> None:
+    """The same on all ranks, from the gradients that each had, whatever the method makes of them."""
+    iterations = 21
+
+    def work(ring: Ring) -> tuple[list[Any], list[Any], str, str]:
+        job = trainer(ring, dataset, method, settings(iterations))
+        seen: list[Any] = []
+        watch = job.aggregator.watch
+        assert watch is not None
+
+        def remember(gradient: Any) -> None:
+            seen.append(gradient.copy())
+            watch(gradient)
+
+        job.aggregator.watch = remember
+        lines = [line for line in all_of(job) if line["type"] == "iteration"]
+        # 10 sketches of 509 and three squares, by halves and there and back
+        assert [line["measure_bytes"] >= 8 * (10 * 509 + 3) for line in lines[9::10]] == [True] * 2
+        unwatched = trainer(ring, dataset, method, settings(iterations))
+        unwatched.aggregator.watch = None
+        unwatched.noise.accept = lambda: None  # type: ignore[method-assign]
+        all_of(unwatched)
+        assert job.result()["noise"] == lines[-1]["noise"]
+        return [line["noise"] for line in lines], seen, weights_digest(job.model), weights_digest(unwatched.model)
+
+    results = run(2, work)
+    noises = [RunningNoise(2, seed=7) for _ in range(2)]
+    for iteration in range(iterations):
+        estimate = estimate_here(noises, [seen[iteration] for _, seen, _, _ in results])
+        for said, _, _, _ in results:
+            if iteration < 9:
+                assert said[iteration] is None
+            else:
+                assert estimate is not None
+                known = {name: value for name, value in estimate.as_dict().items() if value is not None}
+                assert {name: said[iteration][name] for name in known} == pytest.approx(known, rel=1e-9)
+    assert results[0][0] == results[1][0]
+    assert len({digest for result in results for digest in result[2:]}) == 1
 
 
 @EVERY_METHOD
