@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bench.models.initial import build, check_classes, pytorch_default, scaled
+from bench.models.initial import build_classifier, scaled
 
 LOGITS_SCALE = 0.125
 
@@ -58,17 +58,11 @@ def resnet9(num_classes: int, *, width: float = 1.0, seed: int = 0) -> Classifie
 
         64 | 128, halved, residual | 256, halved | 512, halved, residual | largest of 4x4 | linear
 
-    Args:
-        num_classes: at least 1.
-        width: factor of all channels, for small runs.
-        seed: of the initial weights.
-    Raises:
-        ValueError: if num_classes or width is outside its bounds.
+    Arguments and errors are those of `initial.build_classifier`.
     """
-    check_classes(num_classes)
-    prep, first, second, third = (scaled(channels, width) for channels in (64, 128, 256, 512))
 
-    def make() -> Classifier:
+    def make(num_classes: int, width: float) -> Classifier:
+        prep, first, second, third = (scaled(channels, width) for channels in (64, 128, 256, 512))
         features = nn.Sequential(
             conv_bn(3, prep),
             nn.Sequential(conv_bn(prep, first), nn.MaxPool2d(2), Residual(first)),
@@ -78,7 +72,7 @@ def resnet9(num_classes: int, *, width: float = 1.0, seed: int = 0) -> Classifie
         )
         return Classifier(features, third, num_classes)
 
-    return build(make, pytorch_default, seed)
+    return build_classifier(make, num_classes, width, seed)
 
 
 def alexnet(num_classes: int, *, width: float = 1.0, seed: int = 0) -> Classifier:
@@ -86,12 +80,11 @@ def alexnet(num_classes: int, *, width: float = 1.0, seed: int = 0) -> Classifie
 
         64, stride 2, halved | 192, halved | 384 | 256 | 256, halved | largest of 2x2 | linear
 
-    Arguments and errors are those of `resnet9`.
+    Arguments and errors are those of `initial.build_classifier`.
     """
-    check_classes(num_classes)
-    channels = [scaled(count, width) for count in (64, 192, 384, 256, 256)]
 
-    def make() -> Classifier:
+    def make(num_classes: int, width: float) -> Classifier:
+        channels = [scaled(count, width) for count in (64, 192, 384, 256, 256)]
         features = nn.Sequential(
             nn.Sequential(conv_bn(3, channels[0], stride=2), nn.MaxPool2d(2)),
             nn.Sequential(conv_bn(channels[0], channels[1]), nn.MaxPool2d(2)),
@@ -102,7 +95,7 @@ def alexnet(num_classes: int, *, width: float = 1.0, seed: int = 0) -> Classifie
         )
         return Classifier(features, channels[4], num_classes)
 
-    return build(make, pytorch_default, seed)
+    return build_classifier(make, num_classes, width, seed)
 
 
 def alexnet_fc(num_classes: int, *, width: float = 1.0, seed: int = 0) -> nn.Sequential:
@@ -110,14 +103,14 @@ def alexnet_fc(num_classes: int, *, width: float = 1.0, seed: int = 0) -> nn.Seq
 
     Nine tenths of the parameters are in the first two linear layers, which says much about entire-model compression.
     The paper doesn't say which of the two it means. From float32 images of shape (n, 3, 32, 32) to logits of shape
-    (n, num_classes). Arguments and errors are those of `resnet9`; `width` counts for the hidden layers as well.
+    (n, num_classes). Arguments and errors are those of `initial.build_classifier`; `width` counts for the hidden layers
+    as well.
     """
-    check_classes(num_classes)
-    channels = [3, *(scaled(count, width) for count in (64, 192, 384, 256, 256))]
-    hidden = scaled(4096, width)
     halved = {1, 2, 5}  # the convolutions, from 1, that a maximum over 2x2 follows
 
-    def make() -> nn.Sequential:
+    def make(num_classes: int, width: float) -> nn.Sequential:
+        channels = [3, *(scaled(count, width) for count in (64, 192, 384, 256, 256))]
+        hidden = scaled(4096, width)
         layers: list[nn.Module] = []
         for i in range(1, 6):
             layers += [nn.Conv2d(channels[i - 1], channels[i], 3, 2 if i == 1 else 1, padding=1), nn.ReLU()]
@@ -127,4 +120,4 @@ def alexnet_fc(num_classes: int, *, width: float = 1.0, seed: int = 0) -> nn.Seq
         layers += [nn.Dropout(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)]
         return nn.Sequential(*layers)
 
-    return build(make, pytorch_default, seed)
+    return build_classifier(make, num_classes, width, seed)

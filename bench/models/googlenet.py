@@ -7,12 +7,10 @@ classifiers. The paper's λ = 1/(2·√k_min) of 6.37e-3 (CIFAR-10) and 6.32e-3 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 
-from bench.models.initial import build, check_classes, pytorch_default, scaled
+from bench.models.initial import build_classifier, scaled
 
 STEM = 192
 #: Channels of each module: 1x1 | before 3x3, 3x3 | before 5x5, 5x5 | after the maximum; by the size of the image.
@@ -82,12 +80,6 @@ class GoogLeNet(nn.Module):
 def googlenet(num_classes: int, *, width: float = 1.0, seed: int = 0) -> GoogLeNet:
     """GoogLeNet: 6,166,250 parameters for 10 classes, 6,258,500 for 100.
 
-    Args:
-        num_classes: at least 1.
-        width: factor of all channels, for small runs.
-        seed: of the initial weights, which are as PyTorch's constructors draw them.
-    Raises:
-        ValueError: if num_classes or width is outside its bounds.
+    Arguments and errors are those of `initial.build_classifier`.
     """
-    check_classes(num_classes)
-    return build(partial(GoogLeNet, num_classes, width), pytorch_default, seed)
+    return build_classifier(GoogLeNet, num_classes, width, seed)

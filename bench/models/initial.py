@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -31,6 +32,27 @@ def build(make: Callable[[], Model], initialise: Callable[[nn.Module, torch.Gene
             initialise(module, generator)
     assert all(parameter.isfinite().all() for parameter in model.parameters()), "a module was left without weights"
     return model
+
+
+def build_classifier(
+    make: Callable[[int, float], Model],
+    num_classes: int,
+    width: float,
+    seed: int,
+    initialise: Callable[[nn.Module, torch.Generator], None] | None = None,
+) -> Model:
+    """A model for images, as `build` makes it.
+
+    Args:
+        make: constructs it from the next two.
+        num_classes: at least 1.
+        width: factor of all channels, for small runs.
+        seed: of the initial weights, which are as PyTorch's constructors draw them, or as `initialise` does.
+    Raises:
+        ValueError: num_classes or width is outside its bounds.
+    """
+    check_classes(num_classes)
+    return build(partial(make, num_classes, width), initialise or pytorch_default, seed)
 
 
 def pytorch_default(module: nn.Module, generator: torch.Generator) -> None:

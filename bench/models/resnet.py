@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bench.models.initial import build, check_classes, pytorch_default, scaled
+from bench.models.initial import build_classifier, pytorch_default, scaled
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -108,33 +108,23 @@ class WideResNet(nn.Module):
 def resnet18(num_classes: int, *, width: float = 1.0, seed: int = 0) -> WideResNet:
     """ResNet-18 for 32x32 images: 11,173,962 parameters for 10 classes, 11,220,132 for 100.
 
-    Args:
-        num_classes: at least 1.
-        width: factor of all channels, for small runs.
-        seed: of the initial weights.
-    Raises:
-        ValueError: if num_classes or width is outside its bounds.
+    Arguments and errors are those of `initial.build_classifier`.
     """
-    check_classes(num_classes)
-    make = partial(WideResNet, Basic, (2, 2, 2, 2), num_classes, width, imagenet=False)
-    return build(make, pytorch_default, seed)
+    make = partial(WideResNet, Basic, (2, 2, 2, 2), imagenet=False)
+    return build_classifier(make, num_classes, width, seed)
 
 
 def resnet50(num_classes: int, *, width: float = 1.0, imagenet: bool = False, seed: int = 0) -> WideResNet:
     """ResNet-50: 23,520,842 parameters for 10 classes at 32x32; 25,557,032 for ImageNet's 1,000.
 
     Args:
-        num_classes: at least 1.
-        width: factor of all channels, for small runs.
         imagenet: begin with a 7x7 convolution of stride 2 and a maximum over 3x3 of stride 2, for images of about 224
-            pixels a side; otherwise with a 3x3 convolution.
-        seed: of the initial weights.
-    Raises:
-        ValueError: if num_classes or width is outside its bounds.
+            pixels a side, and with weights as in He et al. 2015; otherwise with a 3x3 convolution.
+
+    Other arguments and errors are those of `initial.build_classifier`.
     """
-    check_classes(num_classes)
-    make = partial(WideResNet, Bottleneck, (3, 4, 6, 3), num_classes, width, imagenet=imagenet)
-    return build(make, _he if imagenet else pytorch_default, seed)
+    make = partial(WideResNet, Bottleneck, (3, 4, 6, 3), imagenet=imagenet)
+    return build_classifier(make, num_classes, width, seed, _he if imagenet else pytorch_default)
 
 
 def _he(module: nn.Module, generator: torch.Generator) -> None:

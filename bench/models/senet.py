@@ -10,13 +10,11 @@ parameters 4.71e-3.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 from torch.nn import functional
 
-from bench.models.initial import build, check_classes, pytorch_default, scaled
+from bench.models.initial import build_classifier, scaled
 
 WIDTHS = (64, 128, 256, 516)
 REDUCTION = 16  #: channels of a block for each that its gate has between its two linear layers
@@ -72,12 +70,6 @@ class SENet(nn.Module):
 def senet18(num_classes: int, *, width: float = 1.0, seed: int = 0) -> SENet:
     """SENet-18: 11,389,726 parameters for 10 classes, 11,436,256 for 100.
 
-    Args:
-        num_classes: at least 1.
-        width: factor of all channels, for small runs.
-        seed: of the initial weights, which are as PyTorch's constructors draw them.
-    Raises:
-        ValueError: if num_classes or width is outside its bounds.
+    Arguments and errors are those of `initial.build_classifier`.
     """
-    check_classes(num_classes)
-    return build(partial(SENet, num_classes, width), pytorch_default, seed)
+    return build_classifier(SENet, num_classes, width, seed)
