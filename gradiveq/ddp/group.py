@@ -41,7 +41,8 @@ class Group:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("this process isn't in `process_group`: only its members train the model")
-        on_cpu = "gloo" in dist.get_backend(group) or "mpi" in dist.get_backend(group)
+        # Such as "cpu:gloo,cuda:nccl", which is what `init_process_group()` without a backend makes.
+        on_cpu = any(backend.startswith("cpu:") for backend in dist.get_backend_config(group).split(","))
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
     def all_reduce(self, tensor: Tensor) -> Future[Any]:
