@@ -8,9 +8,8 @@ import time
 import traceback
 from types import TracebackType
 
-from mpi4py import MPI
-
 from ring.errors import RingError
+from ring.world import MPI
 
 #: How long a failing rank goes on trying to tell the others, and lets them speak.
 LAST_WORDS_S = 1.0

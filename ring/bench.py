@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
 from ring.abort import end_together
 from ring.codec import Array
 from ring.machine import processor, usable_cores
 from ring.mpi import MPIRing
 from ring.plan import CHUNK_BYTES
+from ring.world import MPI
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

@@ -42,7 +42,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from mpi4py import MPI
 
 from ring.abort import check_launcher, end_together
 from ring.bench import parse_bytes, positive
@@ -50,6 +49,7 @@ from ring.cluster import Cluster, Link, Node, write
 from ring.fit import Line, Samples, fit_line, flag, quartiles, relative_errors, rounded, table
 from ring.machine import core_quota, cores_allowed, processor
 from ring.probe import RATES, LinkTimes, Probe
+from ring.world import MPI
 
 MIB = 1 << 20
 #: Streams in both directions take so many times as long as one if the port has to be shared. Twice, but for noise.

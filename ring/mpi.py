@@ -33,7 +33,6 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
-from mpi4py import MPI
 
 from ring.abort import LAST_WORDS_S, check_launcher
 from ring.algorithm import Request, Wait, Work
@@ -43,6 +42,7 @@ from ring.handle import Ring
 from ring.machine import usable_cores
 from ring.plan import CHUNK_BYTES, Plan, Stats
 from ring.timeline import Timeline, compute_unmeasured
+from ring.world import MPI
 
 #: The greeting: the call's number and a digest of what it does; in which shared window the vector lies and where in it
 #: (or -1), 8 bytes each; then what the call does in words.

@@ -21,7 +21,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from mpi4py import MPI
 
 from ring.algorithm import Work
 from ring.codec import Array
@@ -30,6 +29,7 @@ from ring.fit import Floats, fit_line, quartiles
 from ring.mpi import MPIRing, yield_core
 from ring.plan import CHUNK_BYTES, POSTED_RECEIVES
 from ring.timeline import Timeline
+from ring.world import MPI
 
 TAG, TELL = 11, 12
 #: The share of its time that a stream must have waited for the link, for the link to be what limits it.

