@@ -14,7 +14,7 @@ JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
 
 DATA ?=
 
-.PHONY: run timing scaling layerwise hard-threshold throughput figures calibrate validate busbw shaped-busbw cifar100 test lint setup clean
+.PHONY: run methods timing scaling layerwise hard-threshold throughput figures calibrate validate busbw shaped-busbw cifar100 test lint docs setup clean
 
 run: setup
 	$(JOB) $(ARGS)
@@ -33,6 +33,11 @@ scaling: setup
 figures: setup
 	$(BIN)/python -m bench.figures results
 	for record in results/gantt/*.json; do case $$record in *.perfetto.json) ;; *) $(BIN)/python -m bench.gantt --draw $$record || exit;; esac; done
+
+# All kinds of methods on one cluster, in one table: trained for real, by the clocks of this machine and of the K80 nodes.
+METHODS := rar,qsgd,gradiveq,powersgd:4,topk:0.01+ef,threshold:auto:0.01:warmup=20+ef,sign:scaled+ef,terngrad,natural,half,randomk:0.1,adacomp+ef
+methods: setup
+	$(JOB) --methods '$(METHODS)' --cluster gradiveq-k80 --iterations 100 --eval-every 50 --out results/all-methods $(ARGS)
 
 # The experiments of two other papers, each within 10 minutes on 2 cores; ARGS="--paper" for their real size.
 layerwise: setup
@@ -81,12 +86,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What the docstrings say, as pages: build/docs/index.html. What pdoc can't resolve is an error.
+docs: setup
+	rm -rf build/docs
+	$(BIN)/python -W error::UserWarning:pdoc -m pdoc --docformat google --output-directory build/docs ring gradiveq bench
+
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; give another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpich,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpich,figures,experiments,docs,dev]'
 	touch $@
 
 clean:
