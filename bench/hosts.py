@@ -205,6 +205,10 @@ class Hosts:
     Raises:
         ValueError: an argument is out of its bounds.
         HostsError: the machine refuses; `why_not` says so beforehand.
+
+    Attributes:
+        addresses: of the hosts.
+        remote_shell: a program that stands for ssh: it is called with options, an address, and words for a shell there.
     """
 
     _serial = 0
@@ -252,17 +256,16 @@ class Hosts:
 
     def _build(self) -> None:
         self._folder.mkdir(mode=0o700)
-        # `mpirun` calls this as it would call ssh: options, a host, and words for a shell.
         cases = "\n".join(
             f"  {address}) name={name};;" for address, name in zip(self.addresses, self._names, strict=True)
         )
-        self._launcher = self._folder / "on-host"
-        self._launcher.write_text(
+        self.remote_shell = self._folder / "on-host"
+        self.remote_shell.write_text(
             f'#!/bin/sh\nwhile [ "${{1#-}}" != "$1" ]; do shift; done\ncase "$1" in\n{cases}\n'
             '  *) echo "there is no host $1" >&2; exit 255;;\nesac\nshift\n'
             'exec ip netns exec "$name" sh -c "$*"\n'
         )
-        self._launcher.chmod(0o700)
+        self.remote_shell.chmod(0o700)
         for name in (self._switch, *self._names):
             _run("ip", "netns", "add", name)
             _run("ip", "-n", name, "link", "set", "lo", "up")
@@ -341,7 +344,7 @@ class Hosts:
         if not 1 <= ranks <= self.number:
             raise ValueError(f"`ranks` must be 1 to {self.number}, one per host, got {ranks}")
         arguments = [
-            find_mpirun(), "-launcher", "ssh", "-launcher-exec", str(self._launcher),
+            find_mpirun(), "-launcher", "ssh", "-launcher-exec", str(self.remote_shell),
             "-localhost", SWITCH_ADDRESS, "-hosts", ",".join(self.addresses[:ranks]), "-ppn", "1", "-n", str(ranks),
             *command,
         ]  # fmt: skip
