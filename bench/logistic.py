@@ -33,8 +33,9 @@ import scipy.linalg
 from scipy.sparse.linalg import eigsh
 
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
-from gradiveq.exchange import LENGTH_BYTES, ErrorFeedback, Part, Worker, exchange_here
+from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
 from gradiveq.jit import jit
+from gradiveq.message import LENGTH_BYTES
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

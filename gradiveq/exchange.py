@@ -27,7 +27,6 @@ and sends it back through a compressor Q_M of its own, here `Master`. With the i
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -36,11 +35,10 @@ import numpy as np
 
 from gradiveq.compressors.base import Array, Collective, Compressor, Draw, Float32
 from gradiveq.compressors.reductions import sum_of_squares
+from gradiveq.message import pack, unpack
 
 Form = Literal["scaled", "gradient", "update"]
 FORMS: tuple[Form, ...] = ("scaled", "gradient", "update")
-#: Of the length, as uint32, that stands before a payload whose length isn't known.
-LENGTH_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -189,12 +187,10 @@ class Worker:
                 self._reduced.append((payload.dtype.name, len(payload)))
                 reduced.setdefault(payload.dtype.name, []).append(payload)
             else:
-                if not compressor.fixed_size:
-                    gathered.append(_length_of(payload))
                 gathered.append(payload)
         outgoing = Outgoing(
             {dtype: np.concatenate(payloads) for dtype, payloads in reduced.items()},
-            np.concatenate(gathered) if gathered else np.empty(0, np.uint8),
+            pack(gathered, [part for _, part in self._parts("all_gather")]),
         )
         num_bytes = sum(vector.nbytes for vector in outgoing.reduced.values()) + outgoing.gathered.nbytes
         error = np.subtract(corrected, own, out=own if self._next_memory is None else self._next_memory)
@@ -232,7 +228,8 @@ class Worker:
         gathering = list(self._parts("all_gather"))
         if gathering:
             for rank, message in enumerate(gathered):
-                for (index, part), payload in zip(gathering, _cut(gathering, message, rank), strict=True):
+                payloads = unpack(message, [part for _, part in gathering], rank)
+                for (index, part), payload in zip(gathering, payloads, strict=True):
                     where = slice(part.start, part.stop)
                     draw = Draw(self.seed, call, rank, index)
                     part.compressor.add_to(payload, out[where], draw, self._scratch[where])
@@ -326,14 +323,11 @@ class Master:
         Args:
             mean: finite float32 of shape (length,). Not modified.
         """
-        message: list[Array] = []
+        payloads: list[Array] = []
         for index, part in enumerate(self.parts):
             values = mean[part.start : part.stop]
-            payload = part.compressor.compress(values, self._draw(call, index), values).view(np.uint8)
-            if not part.compressor.fixed_size:
-                message.append(_length_of(payload))
-            message.append(payload)
-        return np.concatenate(message) if message else np.empty(0, np.uint8)
+            payloads.append(part.compressor.compress(values, self._draw(call, index), values).view(np.uint8))
+        return pack(payloads, self.parts)
 
     def receive(self, message: Array, out: Float32, call: int) -> None:
         """What the message says; the same bits on every worker.
@@ -341,8 +335,7 @@ class Master:
         Raises:
             ValueError: it can't be a message; names the part.
         """
-        parts = list(enumerate(self.parts))
-        for (index, part), payload in zip(parts, _cut(parts, message, 0), strict=True):
+        for index, (part, payload) in enumerate(zip(self.parts, unpack(message, self.parts, 0), strict=True)):
             typed = np.frombuffer(payload.tobytes(), self._dtypes[index])
             part.compressor.decompress(typed, out[part.start : part.stop], self._draw(call, index))
 
@@ -358,34 +351,6 @@ def _check_parts(parts: Sequence[Part], length: int) -> None:
         place = part.stop
     if place != length:
         raise ValueError(f"the parts must cover {length} elements, got {place}")
-
-
-def _length_of(payload: Array) -> Array:
-    """What stands before a payload whose length isn't known."""
-    return np.array([len(payload)], np.uint32).view(np.uint8)
-
-
-def _cut(parts: Sequence[tuple[int, Part]], message: Array, rank: int) -> Iterator[Array]:
-    """The payload of each part in a message."""
-    place = 0
-    for _, part in parts:
-        num_bytes = part.compressor.payload_bytes(part.length)
-        if not part.compressor.fixed_size:
-            most = num_bytes
-            num_bytes = int.from_bytes(message[place : place + LENGTH_BYTES].tobytes(), sys.byteorder)
-            place += LENGTH_BYTES
-            if num_bytes > most:
-                raise ValueError(
-                    f"rank {rank} sent {num_bytes} bytes for {part.name}, of which there are at most {most}"
-                )
-        if place + num_bytes > len(message):
-            raise ValueError(
-                f"rank {rank} sent {len(message)} bytes, which end within {part.name}, {place + num_bytes} are due"
-            )
-        yield message[place : place + num_bytes]
-        place += num_bytes
-    if place != len(message):
-        raise ValueError(f"rank {rank} sent {len(message)} bytes, {len(message) - place} more than its parts have")
 
 
 def exchange_here(

@@ -21,15 +21,12 @@ from conftest import ROOT
 from ddp_harness import CHECKS
 
 from gradiveq.codec import PCACodec
-from gradiveq.compressors import COMPRESSORS
-from gradiveq.compressors.base import Draw
 from gradiveq.ddp.bucket import Place, Plan
 from gradiveq.ddp.flaws import NOT_FINITE, REPLACED, UNKNOWN, Codes, any_flaw, flaw, is_hard, story, votes
 from gradiveq.ddp.memory import Memory, summed
-from gradiveq.ddp.wire import pack, unpack
+from gradiveq.projection import Projection, loss_between
 from gradiveq.flatten import Block
 from gradiveq.pca import PCAConfig, PCASampler
-from gradiveq.projection import Projection, loss_between
 from ring.codec import Hop
 
 TORCHRUN = Path(sys.executable).parent / "torchrun"
@@ -157,26 +154,6 @@ def test_projection_is_the_codecs(fit_slices: Any, reuse: int | None) -> None:
     np.testing.assert_allclose(decoded.numpy(), estimate, rtol=1e-4, atol=1e-5)
     loss = loss_between(decoded, torch.from_numpy(gradient))
     np.testing.assert_allclose(loss.relative, codec.loss(gradient).relative, rtol=1e-3)
-
-
-@pytest.mark.parametrize("names", [("topk",), ("adacomp", "natural"), ("sign", "threshold", "qsgd-gather"), ()])
-def test_gathered_messages(names: tuple[str, ...]) -> None:
-    generator = np.random.default_rng(2)
-    compressors = [COMPRESSORS[name]() for name in names]
-    lengths = [100 + 7 * i for i in range(len(names))]
-    payloads = [
-        compressor.compress(generator.standard_normal(length).astype(np.float32), Draw(0, 0, 0, 0))
-        for compressor, length in zip(compressors, lengths, strict=True)
-    ]
-    message = pack(payloads, compressors)
-    parts = list(zip(compressors, lengths, strict=True))
-    for payload, one in zip(payloads, unpack(message, parts, 0), strict=True):
-        np.testing.assert_array_equal(one, payload)
-    with pytest.raises(ValueError, match=r"rank 3 sent .* more than its parts have"):
-        list(unpack(np.append(message, np.uint8(0)), parts, 3))
-    if names:
-        with pytest.raises(ValueError, match="rank 3 sent"):
-            list(unpack(message[:-1], parts, 3))
 
 
 def test_memories_of_other_workers() -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from torch import nn
 
-from gradiveq.compressors import Compressor, Constants, Draw
+from gradiveq.compressors import COMPRESSORS, Compressor, Constants, Draw
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.randomk import RandomK
@@ -22,6 +22,7 @@ from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
 from gradiveq.exchange import ErrorFeedback, Master, Part, Worker, exchange_here
 from gradiveq.flatten import Layout
+from gradiveq.message import LENGTH_BYTES, pack, unpack
 from gradiveq.parts import group_parts, layer_parts, model_parts
 
 Vector = npt.NDArray[np.float32]
@@ -391,3 +392,23 @@ def test_payloads_that_can_not_be() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             group[0].receive({}, [sent[0], wrong, sent[2]], out, 0)
+
+
+@pytest.mark.parametrize("names", [("topk",), ("adacomp", "natural"), ("sign", "threshold", "qsgd-gather"), ()])
+def test_messages(names: tuple[str, ...]) -> None:
+    generator = np.random.default_rng(2)
+    parts = [Part(name, 0, 100 + 7 * i, COMPRESSORS[name]()) for i, name in enumerate(names)]
+    payloads = [
+        part.compressor.compress(generator.standard_normal(part.length).astype(np.float32), Draw(0, 0, 0, 0))
+        for part in parts
+    ]
+    message = pack(payloads, parts)
+    varying = sum(not part.compressor.fixed_size for part in parts)
+    assert len(message) == sum(len(payload) for payload in payloads) + LENGTH_BYTES * varying
+    for payload, one in zip(payloads, unpack(message, parts, 0), strict=True):
+        np.testing.assert_array_equal(one, payload)
+    with pytest.raises(ValueError, match=r"rank 3 sent .* 1 more than its parts have"):
+        list(unpack(np.append(message, np.uint8(0)), parts, 3))
+    if names:
+        with pytest.raises(ValueError, match=f"rank 3 sent .* end within {names[-1]}"):
+            list(unpack(message[:-1], parts, 3))

@@ -28,7 +28,8 @@ from gradiveq.ddp.flaws import OVERFLOWED, any_flaw, flaw
 from gradiveq.ddp.memory import Memories, Memory, summed
 from gradiveq.ddp.native import is_native
 from gradiveq.ddp.scheme import Round, Rounds, Scheme, Traffic, Work
-from gradiveq.ddp.wire import from_wire, pack, seen, to_wire, unpack, wire_dtype
+from gradiveq.ddp.wire import from_wire, seen, to_wire, wire_dtype
+from gradiveq.message import pack, unpack
 from gradiveq.methods import Compressed
 
 _CODE_BYTES = 8
@@ -150,7 +151,7 @@ class CompressorScheme(Scheme):
 
         gathering = [i for i, part in enumerate(parts) if part.compressor.collective == "all_gather"]
         compressors = [parts[i].compressor for i in gathering]
-        own = pack([payloads[i] for i in gathering], compressors)
+        own = pack([payloads[i] for i in gathering], [parts[i] for i in gathering])
         rows: list[Array] = []
         if not gathering:
             yield Round(futures, last=True)
@@ -239,9 +240,8 @@ class CompressorScheme(Scheme):
 
     def _add_gathered(self, work: Work, parts: Sequence[BucketPart], rows: Sequence[Array], out: Float32) -> None:
         scratch = np.empty(max((part.length for part in parts), default=0), np.float32)
-        shapes = [(part.compressor, part.length) for part in parts]
         for rank, message in enumerate(rows):
-            for part, payload in zip(parts, unpack(message, shapes, rank), strict=True):
+            for part, payload in zip(parts, unpack(message, parts, rank), strict=True):
                 draw = self._draw(part, work.iteration, rank)
                 part.compressor.add_to(payload, out[part.where], draw, scratch[: part.length])
 

@@ -3,22 +3,19 @@
 Sums: NumPy's types become torch's, int16 becomes int32 (no backend adds int16), and where the bucket itself has 16 bits
 (a half-precision model, or the fp16/bf16 wrappers) float32 payloads are sent in its type.
 
-Gathers: | lengths, uint32, of payloads whose size depends on the data | payloads |
+What is gathered travels as in `gradiveq.message`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradiveq.compressors.base import Array, Compressor
+from gradiveq.compressors.base import Array
 from gradiveq.ddp.scheme import Work
-
-_LENGTH_BYTES = 4
 
 
 def wire_dtype(payload: Array, work: Work) -> torch.dtype:
@@ -54,35 +51,3 @@ def seen(payload: Array, work: Work) -> Array:
     if not work.half or payload.dtype != np.float32:
         return payload
     return from_wire(to_wire(payload, work), payload.dtype, work)
-
-
-def pack(payloads: Sequence[Array], compressors: Sequence[Compressor]) -> Array:
-    """One rank's message, uint8."""
-    pairs = zip(payloads, compressors, strict=True)
-    lengths = np.array([len(payload) for payload, compressor in pairs if not compressor.fixed_size], np.uint32)
-    return np.concatenate([lengths.view(np.uint8), *payloads])
-
-
-def unpack(message: Array, parts: Sequence[tuple[Compressor, int]], rank: int) -> Iterator[Array]:
-    """The payload of each part in a message.
-
-    Args:
-        parts: compressor and number of elements of each.
-    Raises:
-        ValueError: it can't be that rank's message.
-    """
-    varying = [compressor for compressor, _ in parts if not compressor.fixed_size]
-    place = _LENGTH_BYTES * len(varying)
-    lengths = iter(np.frombuffer(message[:place].tobytes(), np.uint32).tolist())
-    for compressor, num_elements in parts:
-        most = compressor.payload_bytes(num_elements)
-        length = most if compressor.fixed_size else next(lengths)
-        if length > most or place + length > len(message):
-            raise ValueError(
-                f"rank {rank} sent {len(message)} bytes, {length} of them from byte {place} on for {num_elements} "
-                f"elements by {compressor.name}, which take at most {most}"
-            )
-        yield message[place : place + length]
-        place += length
-    if place != len(message):
-        raise ValueError(f"rank {rank} sent {len(message)} bytes, {len(message) - place} more than its parts have")
