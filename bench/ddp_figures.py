@@ -1,0 +1,45 @@
+"""The figure of `bench.ddp`: accuracy, and time per iteration, against bytes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from bench import figures
+from bench.ddp_findings import Row
+
+
+def draw(rows: Sequence[Row], title: str, caption: str) -> Figure:
+    """A panel of accuracies, and one of times for each way in which ranks are joined."""
+    places = list(dict.fromkeys(where for row in rows for where in row.times))
+    names = [row.method for row in rows]
+    figure = figures.new_figure(4.6 + 3.6 * len(places) + 3, max(4.2, 0.6 + 0.27 * len(rows)), title, caption)
+    panels: list[Axes] = list(figure.subplots(1, 1 + len(places), squeeze=False)[0])
+    for row in rows:
+        style = {**figures.method_style(row.method, names), "marker": figures.method_marker(row.method, names)}
+        style |= {"linestyle": "none", "capsize": 2.5, "elinewidth": 1}
+        percent = [100 * value for value in row.accuracies]
+        middle = statistics.fmean(percent)
+        bars = [[middle - min(percent)], [max(percent) - middle]]
+        panels[0].errorbar([1 / row.share], [middle], bars, **style)
+        for axis, where in zip(panels[1:], places, strict=True):
+            if where in row.times:
+                time = row.times[where]
+                sent = [[time.median - time.low], [time.high - time.median]]
+                axis.errorbar([1 / row.share], [time.median], sent, **style)
+    panels[0].set(ylabel="test accuracy at the end (%)", title="mean and range over the seeds")
+    for axis, where in zip(panels[1:], places, strict=True):
+        axis.set(ylabel="time per iteration, plain DDP = 1", title=f"{where}: median and quartiles of rounds")
+        axis.axhline(1, color=figures.GREY, linestyle=":", linewidth=1)
+        axis.set_ylim(bottom=0)
+    for axis in panels:
+        axis.set(xlabel="times fewer bytes over the run", xscale="log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xticks([1, 2, 5, 10, 20, 50], minor=False)
+    figures.add_legend(panels[0], panels[-1])
+    return figure
