@@ -8,10 +8,11 @@ itself: encode, copy to the host, a ring of one, copy back, decode.
     limit of products  a large square product in float32, without TF32
 
 Both are measured in the same run, in every repeat. "of the limit" is the time that an operation's bytes and flops would
-take at these two rates, whichever is longer, over the time that it took; of a copy between host and device and of an
-exchange only bytes count, so that it says how much slower the way to the host is than the device's memory. Each cell is
-the median over the repeats and, after ±, half the distance between the quartiles. On the CPU the host's memory is the
-device's, and all of its threads take part unless OMP_NUM_THREADS says otherwise.
+take at these two rates, whichever is longer, over the time that it took. Of an exchange they are those of encoding and
+of decoding (of a plain one: of a copy), so that it says what the way over the host costs; of a copy between host and
+device those of the vector, once. Each cell is the median over the repeats and, after ±, half the distance between the
+quartiles. On the CPU the host's memory is the device's, and all of its threads take part unless OMP_NUM_THREADS says
+otherwise.
 
 Written are `device.json` and `table.md`, by default into results/device-NAME with the device's name.
 """
@@ -120,7 +121,7 @@ def _projection(
     return [
         Operation(f"encode, {title}", encoded, flops, lambda: projection.encode(gradient, coded)),
         Operation(f"decode, {title}", decoded, flops, lambda: projection.decode(coded, out)),
-        Operation(f"exchange, {title}", 8 * projection.length, 0, _exchange(layers.staged, ring)),
+        Operation(f"exchange, {title}", encoded + decoded, 2 * flops, _exchange(layers.staged, ring)),
     ]
 
 

@@ -225,6 +225,7 @@ class Run:
         device = self.options["device"]
         if device == "cuda":
             device = f"cuda:{self.workers.local_rank % torch.cuda.device_count()}"
+            torch.cuda.set_device(device)  # or every rank would have a context on the first
         classes, seed = self.dataset.num_classes, self.configuration.settings.seed
         name = self.options["model"]
         model = resnet_cifar(8, classes, seed=seed) if name == "resnet8" else MODELS[name](classes, seed=seed)
