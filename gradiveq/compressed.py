@@ -24,7 +24,7 @@ With a master (rank 0), 3 to 5 are replaced by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -35,7 +35,7 @@ from gradiveq.exchange import Master, Outgoing, Part, Worker
 from gradiveq.flatten import Layout, Vector
 from gradiveq.methods import Compressed
 from gradiveq.report import Ongoing
-from gradiveq.strategy import FLOAT32, Strategy
+from gradiveq.strategy import FLOAT32, WorkerStrategy
 from ring.algorithm import owned_segment
 from ring.handle import Ring
 
@@ -45,7 +45,7 @@ MASTER = 0
 NOT_FINITE = 2**32 - 1
 
 
-class CompressedStrategy(Strategy):
+class CompressedStrategy(WorkerStrategy):
     """An exchange of payloads, with a memory of what they lack.
 
     Raises:
@@ -55,6 +55,8 @@ class CompressedStrategy(Strategy):
         worker: this rank's side. Its `parts` may be replaced between calls by parts with the same boundaries.
         master: on every rank, as all decode what it sends; None without one.
     """
+
+    worker: Worker
 
     def __init__(self, method: Compressed, ring: Ring, layout: Layout, seed: int, chunk_bytes: int) -> None:
         self.ring, self.length, self.chunk_bytes = ring, layout.length, chunk_bytes
@@ -66,10 +68,6 @@ class CompressedStrategy(Strategy):
         self.master: Master | None = None
         if method.master is not None:
             self.master = Master(method.master_parts(layout.blocks), self.length, seed=seed)
-
-    @property
-    def phase(self) -> str:
-        return "compressed"
 
     def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
         gradient = vector[: self.length]
@@ -91,16 +89,6 @@ class CompressedStrategy(Strategy):
                 master_bytes = self._through(self.master, outgoing, lengths, gradient, now)
                 now.ratio = _ratio(2 * self.length, mean_bytes + master_bytes)
         return False
-
-    def accept(self, mean: Vector, now: Ongoing) -> None:
-        self.worker.accept()
-        now.measures = self.worker.measures
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.worker.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.worker.load_state_dict(state)
 
     def _encode(self, gradient: Vector, now: Ongoing) -> Outgoing | None:
         """What this worker sends; None if gradient and memory together overflow."""

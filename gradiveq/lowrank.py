@@ -8,33 +8,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from gradiveq.compressors.base import Float32
 from gradiveq.flatten import Layout, Vector
 from gradiveq.powersgd import PowerSGD, PowerSGDWorker
 from gradiveq.report import Ongoing
-from gradiveq.strategy import FLOAT32, Strategy
+from gradiveq.strategy import FLOAT32, WorkerStrategy
 from ring.handle import Ring
 
 
-class PowerSGDStrategy(Strategy):
-    """Two all-reduces an iteration, each 2(N - 1) steps of the ring.
+class PowerSGDStrategy(WorkerStrategy):
+    """Two all-reduces an iteration, each 2(N - 1) steps of the ring."""
 
-    Attributes:
-        worker: this rank's side.
-    """
+    worker: PowerSGDWorker
 
     def __init__(self, method: PowerSGD, ring: Ring, layout: Layout, seed: int, chunk_bytes: int) -> None:
         self.ring, self.length, self.chunk_bytes = ring, layout.length, chunk_bytes
         self.worker = PowerSGDWorker(layout.blocks, method, seed=seed, num_extra=1)
-
-    @property
-    def phase(self) -> str:
-        return "compressed"
 
     def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
         gradient = vector[: self.length]
@@ -55,16 +46,6 @@ class PowerSGDStrategy(Strategy):
         payload_bytes = self.worker.payload_bytes
         now.ratio = FLOAT32.itemsize * self.length / payload_bytes if payload_bytes else 1.0
         return False
-
-    def accept(self, mean: Vector, now: Ongoing) -> None:
-        self.worker.accept()
-        now.measures = self.worker.measures
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.worker.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.worker.load_state_dict(state)
 
     def _all_reduce(self, message: Float32, now: Ongoing) -> None:
         with np.errstate(over="ignore", invalid="ignore"):  # looked for by the aggregator, on all ranks alike

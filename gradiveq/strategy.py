@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from gradiveq.device import Mirror, Staged, staged_plain
+from gradiveq.exchange import Worker
 from gradiveq.flatten import Vector
 from gradiveq.methods import Plain, QSGDRing
+from gradiveq.powersgd import PowerSGDWorker
 from gradiveq.report import Ongoing
 from ring.codec import Codec, Composite, Identity
 from ring.handle import Ring
@@ -78,6 +80,30 @@ class Strategy(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Go on from there."""
+
+
+class WorkerStrategy(Strategy):
+    """Compressed in every iteration; all that it keeps is kept by this rank's side.
+
+    Attributes:
+        worker: this rank's side.
+    """
+
+    worker: Worker | PowerSGDWorker
+
+    @property
+    def phase(self) -> str:
+        return "compressed"
+
+    def accept(self, mean: Vector, now: Ongoing) -> None:
+        self.worker.accept()
+        now.measures = self.worker.measures
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.worker.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.worker.load_state_dict(state)
 
 
 class CodecStrategy(Strategy):
