@@ -7,12 +7,16 @@
     4. all-gather      the other payloads, those of a worker in one message
     5. decode          everybody's payloads, and take the mean: the same bits on all
 
+Step 2 is left out where no length depends on the data. Then a worker whose gradient is not finite sends zeros, and says
+so in one more element of the first vector of step 3, in which all others have 0 (as many fit in its type as payloads
+may be added), or where nothing is added, in one more byte of its message in step 4.
+
 Steps 2 and 4 take N - 1 steps of the ring each, step 3 takes 2(N - 1) for each dtype. What is gathered is sent N - 1
 times, once by each worker that it passes, so a payload of p bytes a worker costs each (N - 1)p on average, where an
 all-reduce costs 2(N - 1)/N times the vector: with many workers a moderate compression sends more than none at all.
 `gradiveq.compressors.sparse` says when a sparse sum in the ring would send less.
 
-With a master (rank 0), 3 to 5 are replaced by
+With a master (rank 0) step 2 is always there, as the others don't hear what comes of step 3, and 3 to 5 are replaced by
 
     3. reduce          what can be added, hop by hop to the master: a reduce-scatter of which all is its segment
     4. all-gather      as above, as the ring has no cheaper way to one worker; the others don't decode
@@ -71,30 +75,59 @@ class CompressedStrategy(WorkerStrategy):
 
     def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
         gradient = vector[: self.length]
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for by the aggregator, on all ranks alike
+            if self.master is not None or any(_varies(part) for part in self.worker.parts):
+                return self._exchange_after_lengths(gradient, flawed, now)
+            return self._exchange_at_once(gradient, flawed, now)
+
+    def _exchange_after_lengths(self, gradient: Vector, flawed: bool, now: Ongoing) -> bool:
+        """Steps 2 to 5, or with a master 2 to 8."""
         outgoing = None if flawed else self._encode(gradient, now)
         lengths = self._gather_numbers(NOT_FINITE if outgoing is None else len(outgoing.gathered), now)
         if outgoing is None or NOT_FINITE in lengths:
             return True
         reduced_bytes = sum(payload.nbytes for payload in outgoing.reduced.values())
         mean_bytes = reduced_bytes + sum(lengths) / self.ring.size
-        with np.errstate(over="ignore", invalid="ignore"):  # looked for by the aggregator, on all ranks alike
-            if self.master is None:
-                for payload in outgoing.reduced.values():
-                    self._count(self.ring.all_reduce, payload, None, now)
-                messages = self._gather(outgoing.gathered, lengths, now)
-                with now.timeline.span("decode"):
-                    self.worker.receive(outgoing.reduced, messages, gradient, now.iteration)
-                now.ratio = _ratio(self.length, mean_bytes)
-            else:
-                master_bytes = self._through(self.master, outgoing, lengths, gradient, now)
-                now.ratio = _ratio(2 * self.length, mean_bytes + master_bytes)
+        if self.master is None:
+            for payload in outgoing.reduced.values():
+                self._count(self.ring.all_reduce, payload, None, now)
+            messages = self._gather(outgoing.gathered, lengths, now)
+            self._decode(outgoing, messages, gradient, now)
+            now.ratio = _ratio(self.length, mean_bytes)
+        else:
+            master_bytes = self._through(self.master, outgoing, lengths, gradient, now)
+            now.ratio = _ratio(2 * self.length, mean_bytes + master_bytes)
         return False
 
-    def _encode(self, gradient: Vector, now: Ongoing) -> Outgoing | None:
+    def _exchange_at_once(self, gradient: Vector, flawed: bool, now: Ongoing) -> bool:
+        """Steps 3 to 5; what all send is as long."""
+        outgoing = None if flawed else self._encode(gradient, now, room=True)
+        if outgoing is None:
+            with now.timeline.span("encode"):
+                outgoing = self.worker.send_nothing(now.iteration)
+        for payload in outgoing.reduced.values():
+            self._count(self.ring.all_reduce, payload, None, now)
+        if outgoing.reduced and outgoing.room[0]:
+            return True
+        messages = self._gather(outgoing.gathered, [len(outgoing.gathered)] * self.ring.size, now)
+        if not outgoing.reduced:
+            if any(message[-1] for message in messages):
+                return True
+            messages = [message[:-1] for message in messages]
+        self._decode(outgoing, messages, gradient, now)
+        assert self.worker.measures is not None
+        now.ratio = _ratio(self.length, self.worker.measures.payload_bytes)
+        return False
+
+    def _decode(self, outgoing: Outgoing, messages: Sequence[Array], gradient: Vector, now: Ongoing) -> None:
+        with now.timeline.span("decode"):
+            self.worker.receive(outgoing.reduced, messages, gradient, now.iteration)
+
+    def _encode(self, gradient: Vector, now: Ongoing, *, room: bool = False) -> Outgoing | None:
         """What this worker sends; None if gradient and memory together overflow."""
         with now.timeline.span("encode"):
             try:
-                return self.worker.send(gradient, now.iteration, now.lr)
+                return self.worker.send(gradient, now.iteration, now.lr, room=room)
             except OverflowError:
                 now.overflowed = True
                 return None
@@ -109,8 +142,7 @@ class CompressedStrategy(WorkerStrategy):
         message: Array = np.empty(0, np.uint8)
         num_bytes = 0
         if self.ring.rank == MASTER:
-            with now.timeline.span("decode"):
-                self.worker.receive(outgoing.reduced, messages, gradient, now.iteration)
+            self._decode(outgoing, messages, gradient, now)
             if np.isfinite(gradient).all():
                 with now.timeline.span("encode"):
                     message = master.send(gradient, now.iteration)
@@ -170,6 +202,11 @@ def check_size(parts: Sequence[Part], size: int) -> None:
     one, draw = np.zeros(1, np.float32), Draw(0, 0, 0, 0)
     for compressor in {part.compressor for part in parts if part.compressor.collective == "all_reduce"}:
         compressor.decompress(compressor.compress(one, draw, one), one.copy(), draw, size)
+
+
+def _varies(part: Part) -> bool:
+    """Whether the length of what is gathered of a part depends on the data."""
+    return part.compressor.collective == "all_gather" and not part.compressor.fixed_size
 
 
 def _ratio(length: int, num_bytes: float) -> float:

@@ -87,6 +87,11 @@ class Outgoing:
     reduced: dict[str, Array]
     gathered: Array
 
+    @property
+    def room(self) -> Array:
+        """The last element of the first vector to be summed, or of the message: the caller's, where it asked for it."""
+        return next(iter(self.reduced.values()), self.gathered)[-1:]
+
 
 @dataclass(frozen=True)
 class Measures:
@@ -157,13 +162,15 @@ class Worker:
     def _pair(self, needed: bool) -> tuple[Float32 | None, Float32 | None]:
         return (np.zeros(self.length, np.float32), np.empty(self.length, np.float32)) if needed else (None, None)
 
-    def send(self, gradient: Float32, call: int, lr: float = 1.0) -> Outgoing:
+    def send(self, gradient: Float32, call: int, lr: float = 1.0, *, room: bool = False) -> Outgoing:
         """Compress this worker's gradient. What was sent before and not accepted is forgotten.
 
         Args:
             gradient: finite float32 of shape (length,). Not modified.
             call: the number of the aggregation, from 0 on; the same on every worker.
             lr: γ, for error feedback of the form "scaled".
+            room: leave a 0 for the caller: an element at the end of the first vector of `reduced`, or where there is
+                none, a byte at the end of `gathered`. The measures know nothing of it.
         Raises:
             OverflowError: the gradient is finite, but together with the memory it isn't.
         """
@@ -171,9 +178,7 @@ class Worker:
         norm = float(sum_of_squares(corrected))
         if not math.isfinite(norm):
             raise OverflowError(f"gradient and memory of rank {self.rank} together overflow float32 in call {call}")
-        reduced: dict[str, list[Array]] = {}
-        gathered: list[Array] = []
-        self._reduced = []
+        payloads: list[Array] = []
         num_sent = 0
         own = self._scratch
         for index, part in enumerate(self.parts):
@@ -183,16 +188,8 @@ class Worker:
             payload = compressor.compress(corrected[where], draw, latest[where] if compressor.uses_latest else None)
             compressor.decompress(payload, own[where], draw)
             num_sent += compressor.num_sent(payload, part.length)
-            if compressor.collective == "all_reduce":
-                self._reduced.append((payload.dtype.name, len(payload)))
-                reduced.setdefault(payload.dtype.name, []).append(payload)
-            else:
-                gathered.append(payload)
-        outgoing = Outgoing(
-            {dtype: np.concatenate(payloads) for dtype, payloads in reduced.items()},
-            pack(gathered, [part for _, part in self._parts("all_gather")]),
-        )
-        num_bytes = sum(vector.nbytes for vector in outgoing.reduced.values()) + outgoing.gathered.nbytes
+            payloads.append(payload)
+        outgoing, num_bytes = self._outgoing(payloads, room)
         error = np.subtract(corrected, own, out=own if self._next_memory is None else self._next_memory)
         compression_error = float(sum_of_squares(error))
         remembered = 0.0
@@ -207,6 +204,41 @@ class Worker:
         )  # fmt: skip
         self._pending = True
         return outgoing
+
+    def send_nothing(self, call: int) -> Outgoing:
+        """What has the shape of what the others send, with a 1 where `room` leaves a 0: this call is of no use.
+
+        Only where all payloads that are gathered have a fixed size.
+        """
+        payloads = []
+        for index, part in enumerate(self.parts):
+            zeros = np.zeros(part.length, np.float32)
+            payloads.append(part.compressor.compress(zeros, Draw(self.seed, call, self.rank, index), zeros))
+        self._pending = False
+        outgoing, _ = self._outgoing(payloads, room=True)
+        outgoing.room[:] = 1
+        return outgoing
+
+    def _outgoing(self, payloads: Sequence[Array], room: bool) -> tuple[Outgoing, int]:
+        """What is sent, and how many bytes it has but for the room."""
+        reduced: dict[str, list[Array]] = {}
+        gathered: list[Array] = []
+        self._reduced = []
+        for part, payload in zip(self.parts, payloads, strict=True):
+            if part.compressor.collective == "all_reduce":
+                self._reduced.append((payload.dtype.name, len(payload)))
+                reduced.setdefault(payload.dtype.name, []).append(payload)
+            else:
+                gathered.append(payload)
+        if room and reduced:
+            vectors = next(iter(reduced.values()))
+            vectors.append(np.zeros(1, vectors[0].dtype))
+        message = pack(gathered, [part for _, part in self._parts("all_gather")])
+        if room and not reduced:
+            message = np.append(message, np.uint8(0))
+        outgoing = Outgoing({dtype: np.concatenate(vectors) for dtype, vectors in reduced.items()}, message)
+        num_bytes = sum(vector.nbytes for vector in outgoing.reduced.values()) + message.nbytes
+        return outgoing, num_bytes - outgoing.room.nbytes if room else num_bytes
 
     def receive(self, reduced: Mapping[str, Array], gathered: Sequence[Array], out: Float32, call: int) -> None:
         """The mean over the workers, or whatever the compressors make of the sum: the same bits on every worker.

@@ -80,7 +80,16 @@ class Expected:
         gradients = [packed(self.method, noise, rank, call) for rank in range(self.size)]
         sent = [worker.send(gradient, call, lr) for worker, gradient in zip(self.alone, gradients, strict=True)]
         reduced = sum(vector.nbytes for vector in sent[0].reduced.values())
-        gathered = sum(4 + len(one.gathered) for one in sent)
+        gathered = sum(len(one.gathered) for one in sent)
+        if self.master is not None or any(
+            part.compressor.collective == "all_gather" and not part.compressor.fixed_size
+            for part in self.alone[0].parts
+        ):
+            gathered += 4 * self.size  # lengths first
+        elif sent[0].reduced:
+            reduced += next(iter(sent[0].reduced.values())).itemsize  # whose gradient isn't finite
+        else:
+            gathered += self.size
         mean = np.empty(self.layout.length, np.float32)
         exchange_here(self.alone, gradients, mean, call, lr)
         rounds = 2
@@ -297,9 +306,9 @@ def test_seconds_by_both_clocks() -> None:
         assert report.bytes_sent == other.bytes_sent
         return report, timeline
 
-    # N - 1 steps to gather lengths, and N - 1 to gather payloads or 2(N - 1) to add them; with a master N - 1 for the
-    # length of its message, and as many until the last rank has it
-    for spec, steps in (("topk:0.1", 4), ("half", 6), ("topk:0.1^half", 8)):
+    # N - 1 steps to gather lengths that depend on the data, and N - 1 to gather payloads or 2(N - 1) to add them; with
+    # a master always lengths, N - 1 for that of its message, and as many until the last rank has it
+    for spec, steps in (("threshold:1.0", 4), ("sign", 2), ("half", 4), ("topk:0.1^half", 8)):
         results = run(3, lambda ring, spec=spec: work(ring, spec))  # type: ignore[misc]
         latest_s = max(sum(report.virtual_seconds.values()) for report, _ in results)
         assert latest_s == pytest.approx(3600 * steps, rel=0.01)
