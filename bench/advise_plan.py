@@ -38,8 +38,10 @@ class Found:
     Attributes:
         collectives: (what, seconds per call by repeat, seconds of processor time per call).
         times_s: by model and method, per iteration by repeat.
+        cpu_s: likewise, processor time of one rank per iteration, the mean over ranks and repeats.
     """
 
     models: dict[str, Measured] = field(default_factory=dict)
     collectives: list[tuple[Sent, list[float], float]] = field(default_factory=list)
     times_s: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    cpu_s: dict[str, dict[str, float]] = field(default_factory=dict)

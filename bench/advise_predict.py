@@ -25,10 +25,14 @@ from ring.codec import Identity
 
 
 class Network:
-    """The collectives of one cluster; each size is emulated once."""
+    """The collectives of one cluster; each size is emulated once.
 
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+    Args:
+        gather_factor: an all-gather takes so many times as long as its bytes.
+    """
+
+    def __init__(self, cluster: Cluster, gather_factor: float = 1.0) -> None:
+        self.cluster, self._gather_factor = cluster, gather_factor
         self._gathering = dataclasses.replace(cluster, rates={**cluster.rates, "add": sys.float_info.max})
         self._loads: dict[Sent, Load] = {}
 
@@ -39,7 +43,8 @@ class Network:
             cluster, share = (self.cluster, 1.0) if reduce else (self._gathering, 0.5)
             found = dry.all_reduce(cluster, Identity(), -(-num_bytes // 4))
             busy_s = sum(seconds for kind, seconds in found.seconds.items() if kind != "wait")
-            self._loads[sent] = Load(share * found.time_s, share * busy_s)
+            longer = 1.0 if reduce else self._gather_factor
+            self._loads[sent] = Load(longer * share * found.time_s, share * busy_s)
         return self._loads[sent]
 
     def wire_bytes(self, sent: Sent) -> float:
@@ -82,6 +87,7 @@ class Situation:
         costs: by method, PLAIN among them.
         windows: of the methods that have them.
         rated: whether the cluster's own rates say what PCA and copying take; otherwise what was measured here does.
+        gather_factor: of `Network`.
     """
 
     cluster: Cluster
@@ -91,6 +97,7 @@ class Situation:
     costs: Mapping[str, MethodCost]
     windows: Mapping[str, Window] = field(default_factory=dict)
     rated: bool = False
+    gather_factor: float = 1.0
     _networks: dict[float, Network] = field(default_factory=dict, repr=False)
 
     @property
@@ -109,7 +116,8 @@ class Situation:
         if gbps not in self._networks:
             link = dataclasses.replace(self.cluster.link, bandwidth_gbps=gbps)
             same = gbps == self.cluster.link.bandwidth_gbps
-            self._networks[gbps] = Network(self.cluster if same else dataclasses.replace(self.cluster, link=link))
+            cluster = self.cluster if same else dataclasses.replace(self.cluster, link=link)
+            self._networks[gbps] = Network(cluster, self.gather_factor)
         return self._networks[gbps]
 
     @property
@@ -143,6 +151,15 @@ class Situation:
         total = window.sample * plain.bytes_sent + window.compress * sent + network.wire_bytes(bases)
         length = window.sample + window.compress
         return Prediction(total_s / length, compressed, total / length)
+
+    def processor_s(self, method: str) -> float:
+        """Processor time of one node in an iteration, on the cluster's own links."""
+        network, cost = self.network(self.cluster.link.bandwidth_gbps), self.costs[method]
+        total_s = self.slowdown * (self.profile.seconds + sum(self.copies_s))
+        for bucket in cost.buckets:
+            total_s += sum(self._host_s(one.compute_s) for one in bucket.rounds) + self._decoding_s(bucket, cost.native)
+            total_s += sum(network.load(sent).busy_s for one in bucket.rounds for sent in one.sent)
+        return total_s
 
     def _iteration(self, buckets: Sequence[Bucket]) -> Iteration:
         profile, slow = self.profile, self.slowdown

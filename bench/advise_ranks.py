@@ -40,10 +40,10 @@ TIMEOUT_S = 120
 WARM_UP = 4
 
 
-def slowest(seconds: float) -> float:
-    """Of all ranks; collective."""
+def of_all(seconds: float, operation: Any) -> float:
+    """The slowest rank's, or the sum; collective."""
     value = torch.tensor([seconds], dtype=torch.float64)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
+    dist.all_reduce(value, operation)
     return float(value)
 
 
@@ -61,7 +61,7 @@ def collectives(plan: Mapping[str, Any]) -> list[tuple[Sent, list[float], float]
 
             begin_s = time.perf_counter()
             once()
-            first_s = slowest(time.perf_counter() - begin_s)
+            first_s = of_all(time.perf_counter() - begin_s, dist.ReduceOp.MAX)
             calls = max(1, min(50, int(plan["collective_s"] / first_s)))
             times, cpu_s = [], 0.0
             for _ in range(plan["repeats"]):
@@ -72,7 +72,7 @@ def collectives(plan: Mapping[str, Any]) -> list[tuple[Sent, list[float], float]
                     once()
                 spent_s = time.perf_counter() - begin_s
                 cpu_s += (time.process_time() - begin_cpu_s) / calls / plan["repeats"]
-                times.append(slowest(spent_s) / calls)
+                times.append(of_all(spent_s, dist.ReduceOp.MAX) / calls)
             found.append((Sent(what, share), times, cpu_s))
     return found
 
@@ -97,23 +97,30 @@ def trainer(task: Task, method: Method | None, batch_size: int, bucket_mb: float
     return once
 
 
-def train(plan: Mapping[str, Any], name: str, refused: Mapping[str, str]) -> dict[str, list[float]]:
-    """Seconds per iteration, by method and repeat."""
+def train(
+    plan: Mapping[str, Any], name: str, refused: Mapping[str, str]
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """(seconds per iteration, by method and repeat; processor time, by method)."""
     make, batch_size = MODELS[name]
     steps = {PLAIN: trainer(make(), None, batch_size, plan["bucket_mb"])}
     for method in plan["methods"]:
         if method not in refused:
             steps[method] = trainer(make(), METHODS[method], batch_size, plan["bucket_mb"])
     times: dict[str, list[float]] = {method: [] for method in steps}
+    cpu_s = dict.fromkeys(steps, 0.0)
+    calls = plan["repeats"] * plan["iterations"] * dist.get_world_size()
     order = list(steps)
     for repeat in range(plan["repeats"]):
         for method in order[repeat % len(order) :] + order[: repeat % len(order)]:
+            steps[method]()  # not timed: another method was in the caches, and links had time to rest
             dist.barrier()
-            begin_s = time.perf_counter()
+            begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
             for _ in range(plan["iterations"]):
                 steps[method]()
-            times[method].append(slowest((time.perf_counter() - begin_s) / plan["iterations"]))
-    return times
+            spent_s, spent_cpu_s = time.perf_counter() - begin_s, time.process_time() - begin_cpu_s
+            times[method].append(of_all(spent_s, dist.ReduceOp.MAX) / plan["iterations"])
+            cpu_s[method] += of_all(spent_cpu_s, dist.ReduceOp.SUM) / calls
+    return times, cpu_s
 
 
 def main() -> int:
@@ -135,7 +142,7 @@ def main() -> int:
         found.models[name] = measure(make(), methods, batch_size, plan["bucket_mb"])
     found.collectives = collectives(plan)
     for name in plan["models"]:
-        found.times_s[name] = train(plan, name, found.models[name].refused)
+        found.times_s[name], found.cpu_s[name] = train(plan, name, found.models[name].refused)
     if rank == 0:
         out.write_bytes(pickle.dumps(found))
     dist.barrier()

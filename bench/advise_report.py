@@ -115,7 +115,7 @@ def table(found: Answer, form: str = "simple") -> str:
     rows += [
         [name, "-", "-", "-", "-", "-", f"not possible: {why}"] for name, why in found.asked.measured.refused.items()
     ]
-    heads = ["method", "iteration", "speed-up", "bytes sent", "extra memory", "gains", "accuracy risk"]
+    heads = ["method", "iteration", "speed-up", "bytes sent", "extra memory", "faster than plain", "accuracy risk"]
     align = ("left", "right", "right", "right", "right", "left", "left")
     widths = [None] * 5 + ([26, 60] if form == "simple" else [None, None])
     return str(tabulate(rows, heads, tablefmt=form, disable_numparse=True, colalign=align, maxcolwidths=widths))
@@ -166,11 +166,13 @@ def words(found: Answer) -> list[str]:
                 f"GradiVeQ's iteration is the mean over a window of {window.sample} uncompressed and {window.compress} "
                 "compressed ones; its fits, on a thread of their own, are not counted."
             )
-    rates = "for plain copies and PCA the cluster's own rates" if found.situation.rated else ""
-    lines.append(
-        f"Encoding and decoding: measured on this machine's processor{', ' + rates if rates else ''}; not counted are "
-        "copies between a GPU and its host."
-    )
+    text = "Encoding and decoding take what the hook takes on this machine's processor"
+    if found.situation.rated:
+        text += (
+            ", except GradiVeQ's, half's and random k's, which the cluster's own rates say (those for PCA are of the "
+            "ring, which projects few slices at a time: the hook's products are larger, and may be faster)"
+        )
+    lines.append(f"{text}. Copies between a GPU and its host are not counted.")
     return lines
 
 
@@ -193,16 +195,15 @@ def _verdict(found: Answer, limit: float) -> str:
     paying = [name for name in found.by_speed if found.speedup(name) >= PAYS]
     losses = {name: one.loss for name, one in found.asked.probed.items() if one.loss is not None and name in paying}
     text = (
-        f"Yes: {best} makes an iteration {found.speedup(best):.2f} times as fast, and pays "
+        f"Yes, as far as time goes: {best} makes an iteration {found.speedup(best):.2f} times as fast, and pays "
         f"{_where(found, best, found.pays[best])}. Of {len(found.by_speed)} methods {len(paying)} pay here: "
         f"{', '.join(f'{name} {found.speedup(name):.2f}' for name in paying)}."
     )
+    if best in losses:
+        text += f" {best} loses {losses[best]:.2g} of a gradient's squared norm before any error feedback."
     if losses:
         gentle = min(losses, key=losses.__getitem__)
-        text += (
-            f" The least is lost by {gentle} (held-out loss {losses[gentle]:.2g}), {found.speedup(gentle):.2f} times "
-            "as fast."
-        )
+        text += f" The least is lost by {gentle} ({losses[gentle]:.2g}), {found.speedup(gentle):.2f} times as fast."
     elif "half" in paying:
         text += f" half rounds and leaves nothing out: {found.speedup('half'):.2f} times as fast."
     return text

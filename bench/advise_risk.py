@@ -124,9 +124,12 @@ def recorded(results: Path) -> dict[str, list[Elsewhere]]:
 
 
 def closest(method: Method, spec: str, found: Mapping[str, list[Elsewhere]]) -> list[Elsewhere]:
-    """Of what was recorded of a method, that with its own setting, or else all of it."""
+    """Of what was recorded of a method: with its own setting, or else without error feedback, or else all of it."""
     ours = found.get(family(method), [])
-    return [one for one in ours if one.setting == spec] or ours
+    for setting in (spec, spec.removesuffix("+ef")):
+        if same := [one for one in ours if one.setting == setting]:
+            return same
+    return ours
 
 
 def _training_runs(results: Path) -> list[tuple[str, Elsewhere]]:

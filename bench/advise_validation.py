@@ -5,9 +5,10 @@ runs between them, without a hook and with `gradiveq.ddp.hook` (`bench.advise_ra
 proportions of computing to communication, one thread per rank.
 
 What predictions are made of: what an iteration computes and what methods cost, measured on the hosts without
-communication; and a described cluster, of which three numbers are fitted to *collectives alone* (all-reduces and
+communication; and a described cluster, of which few numbers are fitted to *collectives alone* (all-reduces and
 all-gathers of zeros of some sizes, by time and by processor time): the share of the rate that payload gets, processor
-time per collective, and per MiB. No training iteration is fitted. All hosts share this machine's cores.
+time per collective, and per MiB; and how many times as long as its bytes an all-gather takes, for each number of hosts
+(of two, Gloo's takes half as long again). No training iteration is fitted. All hosts share this machine's cores.
 
 GradiVeQ's cells are its compressed iterations. Buckets are of 1 MB, so that small models have several, and batch norm's
 buffers are not broadcast. A cell's error is predicted over measured, less 1; its spread the interquartile range of its
@@ -75,6 +76,7 @@ class Fit:
 
     Attributes:
         parameters: share of the rate, call_us, copy_us_per_mib.
+        gather_factors: by number of hosts.
     """
 
     NAMES = ("share of the rate", "call_us", "copy_us_per_mib")
@@ -82,6 +84,7 @@ class Fit:
     def __init__(self, rates: Mapping[str, float], cores: int) -> None:
         self._rates, self._cores = dict(rates), cores
         self.parameters: tuple[float, ...] = BEGIN
+        self.gather_factors: dict[int, float] = {}
 
     def cluster(self, hosts: int, rate_mbps: int) -> Cluster:
         share, call_us, copy_us = self.parameters
@@ -96,27 +99,14 @@ class Fit:
         )
 
     def fit(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """To the collectives of all jobs: least mean |log(predicted / measured)| of time, and half of processor time.
+        """To the collectives of all jobs.
+
+        First the parameters to all-reduces: least mean |log(predicted / measured)| of time, and half of that of
+        processor time. Then how much longer gathers take than that makes of them.
 
         Returns:
             A row for each collective.
         """
-
-        def rows() -> list[dict[str, Any]]:
-            made = []
-            for job in jobs:
-                network = Network(self.cluster(job.hosts, job.rate_mbps))
-                for sent, times_s, cpu_s in job.found.collectives:
-                    load = network.load(sent)
-                    made.append(
-                        {
-                            "hosts": job.hosts, "rate_mbps": job.rate_mbps, "collective": sent.collective,
-                            "payload_bytes": sent.num_bytes, "times_s": times_s,
-                            "measured_s": statistics.median(times_s), "cpu_s": cpu_s, "fitted_s": load.seconds,
-                            "fitted_cpu_s": load.busy_s,
-                        }
-                    )  # fmt: skip
-            return made
 
         def loss(logarithms: Any) -> float:
             self.parameters = tuple(np.exp(logarithms).tolist())
@@ -125,7 +115,7 @@ class Fit:
             off = [
                 abs(math.log(row["fitted_s"] / row["measured_s"]))
                 + abs(math.log(row["fitted_cpu_s"] / row["cpu_s"])) / 2
-                for row in rows()
+                for row in self._rows(jobs, "all_reduce")
             ]
             return statistics.mean(off)
 
@@ -133,7 +123,29 @@ class Fit:
             loss, np.log(BEGIN), method="Nelder-Mead", options={"maxfev": MOST_FITS, "xatol": 0.01, "fatol": 1e-4}
         )
         self.parameters = tuple(np.exp(found.x).tolist())
-        return rows()
+        for hosts in dict.fromkeys(job.hosts for job in jobs):
+            gathers = self._rows([job for job in jobs if job.hosts == hosts], "all_gather")
+            self.gather_factors[hosts] = statistics.geometric_mean(
+                [row["measured_s"] / row["fitted_s"] for row in gathers]
+            )
+        return [row for collective in ("all_reduce", "all_gather") for row in self._rows(jobs, collective)]
+
+    def _rows(self, jobs: Sequence[Job], collective: str) -> list[dict[str, Any]]:
+        rows = []
+        for job in jobs:
+            network = Network(self.cluster(job.hosts, job.rate_mbps), self.gather_factors.get(job.hosts, 1.0))
+            for sent, times_s, cpu_s in job.found.collectives:
+                if sent.collective == collective:
+                    load = network.load(sent)
+                    rows.append(
+                        {
+                            "hosts": job.hosts, "rate_mbps": job.rate_mbps, "collective": collective,
+                            "payload_bytes": sent.num_bytes, "times_s": times_s,
+                            "measured_s": statistics.median(times_s), "cpu_s": cpu_s, "fitted_s": load.seconds,
+                            "fitted_cpu_s": load.busy_s,
+                        }
+                    )  # fmt: skip
+        return rows
 
 
 def compare(jobs: Sequence[Job], fit: Fit) -> list[dict[str, Any]]:
@@ -143,7 +155,8 @@ def compare(jobs: Sequence[Job], fit: Fit) -> list[dict[str, Any]]:
         cluster = fit.cluster(job.hosts, job.rate_mbps)
         for model, measured in job.found.models.items():
             situation = Situation(
-                cluster, measured.profile, measured.ready_s, measured.copies_s, measured.costs
+                cluster, measured.profile, measured.ready_s, measured.copies_s, measured.costs,
+                gather_factor=fit.gather_factors[job.hosts],
             )  # fmt: skip
             computing_s = situation.computing_s
             plain_s = statistics.median(job.found.times_s[model][PLAIN])
@@ -156,6 +169,7 @@ def compare(jobs: Sequence[Job], fit: Fit) -> list[dict[str, Any]]:
                     {
                         "model": model, "hosts": job.hosts, "rate_mbps": job.rate_mbps, "method": method,
                         "times_s": times_s, "measured_s": middle, "spread": (high - low) / middle,
+                        "cpu_s": job.found.cpu_s[model][method], "predicted_cpu_s": situation.processor_s(method),
                         "computing_s": computing_s, "predicted_s": predicted_s, "error": predicted_s / middle - 1,
                         "speedup": speedup, "predicted_speedup": predicted,
                         "agrees": method == PLAIN or (speedup >= PAYS) == (predicted >= PAYS),
@@ -201,22 +215,24 @@ def report(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], fit: F
         [
             row["model"], row["hosts"], row["rate_mbps"], row["method"], f"{1e3 * row['computing_s']:.1f}",
             f"{1e3 * row['measured_s']:.1f}", f"{row['spread']:.0%}", f"{1e3 * row['predicted_s']:.1f}",
-            f"{row['error']:+.0%}", f"{row['speedup']:.2f}", f"{row['predicted_speedup']:.2f}",
+            f"{row['error']:+.0%}", f"{1e3 * row['cpu_s']:.1f}", f"{1e3 * row['predicted_cpu_s']:.1f}",
+            f"{row['speedup']:.2f}", f"{row['predicted_speedup']:.2f}",
             "" if row["agrees"] else "another verdict",
         ]
         for row in rows
     ]  # fmt: skip
     heads = [
         "model", "hosts", "Mbit/s", "method", "computing ms", "measured ms", "spread", "predicted ms", "error",
-        "speed-up", "predicted", "",
+        "processor ms", "predicted", "speed-up", "predicted", "",
     ]  # fmt: skip
-    align = ["left", "right", "right", "left"] + ["right"] * 7 + ["left"]
+    align = ["left", "right", "right", "left"] + ["right"] * 9 + ["left"]
     table = tabulate(lines, heads, tablefmt="github", disable_numparse=True, colalign=align)
     worst, costs = verdict["worst"], verdict["advised_costs"]
     by = {
         name: ", ".join(f"{key} {error:.0%}" for key, error in verdict[f"by_{name}"].items())
         for name in ("model", "method", "hosts", "rate")
     }
+    factors = " and ".join(f"{factor:.2f} ({hosts} hosts)" for hosts, factor in fit.gather_factors.items())
     parameters = ", ".join(f"{name} {value:.4g}" for name, value in zip(fit.NAMES, fit.parameters, strict=True))
     return (
         "# Predicted and measured time per iteration under DDP\n\n"
@@ -230,7 +246,8 @@ def report(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], fit: F
         f"{verdict['agreeing']} of {verdict['judged']} cells. The method that is predicted to be the fastest takes, in "
         f"the median of {len(costs)} settings, {statistics.median(costs):.1%} longer than the one that is; at most "
         f"{max(costs):.0%}.\n\n"
-        f"Fitted to collectives alone: {parameters}. Latency is not shaped, and so not validated.\n"
+        f"Fitted to collectives alone: {parameters}; all-gathers take {factors} times as long as their bytes. "
+        "Latency is not shaped, and so not validated.\n"
     )
 
 
@@ -371,6 +388,7 @@ def main(arguments: Sequence[str]) -> int:
             options.out / "record.json",
             {
                 "environment": about, "links": links, "parameters": dict(zip(fit.NAMES, fit.parameters, strict=True)),
+                "gather_factors": fit.gather_factors,
                 "cluster": as_table(fit.cluster(most, max(options.rates))), "collectives": collectives, "cells": rows,
                 "verdict": verdict,
             },

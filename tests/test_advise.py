@@ -345,9 +345,12 @@ def made_answer(gbps: float, probed: dict[str, Probed] | None = None) -> Answer:
 def test_words_where_it_pays() -> None:
     found = made_answer(0.1, {"half": Probed(1e-6, 2.0), "topk": Probed(0.9, 50.0)})
     lines = words(found)
-    assert lines[0].startswith("Yes: topk makes an iteration ")
+    assert lines[0].startswith("Yes, as far as time goes: topk makes an iteration ")
     assert "Of 2 methods 2 pay here" in lines[0]
-    assert "The least is lost by half (held-out loss 1e-06)" in lines[0]
+    assert (
+        "topk loses 0.9 of a gradient's squared norm before any error feedback. The least is lost by half (1e-06)"
+        in lines[0]
+    )
     rows = table(found, "github").splitlines()
     assert [row.split("|")[1].strip() for row in rows[2:]] == [PLAIN, "topk", "half", "qsgd"]
     assert "not possible: per hop" in rows[-1]
@@ -466,6 +469,7 @@ def test_a_validation_of_what_the_model_says_has_no_error() -> None:
             found.collectives.append((sent, [load.seconds] * 3, load.busy_s))
         measured = Measured(situation.profile, (ELEMENTS,), (0.02,), (0.0,), situation.costs, {})
         found.models["made"] = measured
+        found.cpu_s["made"] = {name: situation.processor_s(name) for name in situation.costs}
         found.times_s["made"] = {name: [situation.predict(name).time_s] * 3 for name in situation.costs}
         jobs.append(Job(hosts, rate_mbps, found))
     fit = Fit({"add": 1e10}, 2)
