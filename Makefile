@@ -14,7 +14,7 @@ JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
 
 DATA ?=
 
-.PHONY: run methods timing scaling layerwise hard-threshold throughput figures calibrate validate busbw shaped-busbw cifar100 test lint docs setup clean
+.PHONY: run methods timing scaling advise advise-validation layerwise hard-threshold throughput figures calibrate validate busbw shaped-busbw cifar100 test lint docs setup clean
 
 run: setup
 	$(JOB) $(ARGS)
@@ -38,6 +38,14 @@ figures: setup
 METHODS := rar,qsgd,gradiveq,powersgd:4,topk:0.01+ef,threshold:auto:0.01:warmup=20+ef,sign:scaled+ef,terngrad,natural,half,randomk:0.1,adacomp+ef
 methods: setup
 	$(JOB) --methods '$(METHODS)' --cluster gradiveq-k80 --iterations 100 --eval-every 50 --out results/all-methods $(ARGS)
+
+# Should I compress? Three models on two clusters, about 4 minutes; and how far such advice is off, by real training
+# between shaped hosts (Linux, as root; about 8 minutes). Own questions: python -m bench.advise --help
+advise: setup
+	$(BIN)/python -m bench.advise --examples $(ARGS)
+
+advise-validation: setup
+	$(BIN)/python -m bench.advise --validate $(ARGS)
 
 # The experiments of two other papers, each within 10 minutes on 2 cores; ARGS="--paper" for their real size.
 layerwise: setup
@@ -86,10 +94,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What the docstrings say, as pages: build/docs/index.html. What pdoc can't resolve is an error.
+# What the docstrings say, as pages: build/docs/index.html. What pdoc can't resolve is an error, but for the fields of
+# named tuples, whose annotations are texts without a module to it.
 docs: setup
 	rm -rf build/docs
-	$(BIN)/python -W error::UserWarning:pdoc -m pdoc --docformat google --output-directory build/docs ring gradiveq bench
+	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
+		-m pdoc --docformat google --output-directory build/docs ring gradiveq bench
 
 setup: $(VENV)/.installed
 
