@@ -29,7 +29,7 @@ from gradiveq.powersgd import PowerSGD
 HELD_OUT = 0.2
 #: Files of recorded results, and what they are called.
 RUNS = ("cifar100-6x16", "cifar100-6x16-all-slices-ratio-8")
-LAYERWISE, HARD_THRESHOLD = "layerwise/layerwise.json", "hard-threshold/table.md"
+LAYERWISE, HARD_THRESHOLD, DDP = "layerwise/layerwise.json", "hard-threshold/table.md", "ddp/ddp.json"
 
 
 class Probed(NamedTuple):
@@ -112,7 +112,7 @@ def recorded(results: Path) -> dict[str, list[Elsewhere]]:
         ValueError: a file isn't what it should be.
     """
     found: dict[str, list[Elsewhere]] = defaultdict(list)
-    for read in (_training_runs, _layerwise, _hard_threshold):
+    for read in (_hooks, _training_runs, _layerwise, _hard_threshold):
         try:
             for name, one in read(results):
                 found[name].append(one)
@@ -126,10 +126,18 @@ def recorded(results: Path) -> dict[str, list[Elsewhere]]:
 def closest(method: Method, spec: str, found: Mapping[str, list[Elsewhere]]) -> list[Elsewhere]:
     """Of what was recorded of a method: with its own setting, or else without error feedback, or else all of it."""
     ours = found.get(family(method), [])
-    for setting in (spec, spec.removesuffix("+ef")):
+    settings = [spec, spec.removesuffix("+ef")]
+    if isinstance(method, GradiVeQ):
+        settings.insert(0, _gradiveq_setting(method.loss_threshold, method.ratio, method.fit_slices))
+    for setting in settings:
         if same := [one for one in ours if one.setting == setting]:
             return same
     return ours
+
+
+def _gradiveq_setting(loss_threshold: float | None, ratio: float | None, fit_slices: str) -> str:
+    decided = f"λ = {loss_threshold or DEFAULT_LOSS_THRESHOLD:g}" if ratio is None else f"ratio {ratio:g}"
+    return f"gradiveq, {decided}, {fit_slices} slices"
 
 
 def _training_runs(results: Path) -> list[tuple[str, Elsewhere]]:
@@ -139,9 +147,7 @@ def _training_runs(results: Path) -> list[tuple[str, Elsewhere]]:
         summary = read_json(results / folder / "summary.json")
         entry = summary["methods"]["gradiveq"]
         options = read_json(results / folder / "environment.json")["options"]
-        threshold = options["loss_threshold"] or DEFAULT_LOSS_THRESHOLD
-        setting = f"λ = {threshold:g}" if options["ratio"] is None else f"ratio {options['ratio']:g}"
-        setting = f"gradiveq, {setting}, {options['fit_slices']} slices"
+        setting = _gradiveq_setting(options["loss_threshold"], options["ratio"], options["fit_slices"])
         text = (
             f"{100 * entry['test_accuracy']:.1f} % instead of {100 * plain:.1f} % ({summary['model']}, "
             f"{summary['data_source'].split(' (')[0]}, {summary['iterations']:,} iterations)"
@@ -189,4 +195,18 @@ def _hard_threshold(results: Path) -> list[tuple[str, Elsewhere]]:
                 ours, theirs = (one[measure].split(" ± ")[0] for one in (line, plain))
                 measured = f"{measure.removesuffix(' (%)')} {ours} instead of {theirs} (small {network})"
                 found.append((line["compressor"], Elsewhere(setting, measured, "hard-threshold")))
+    return found
+
+
+def _hooks(results: Path) -> list[tuple[str, Elsewhere]]:
+    """By the hook itself, as `bench.ddp` compares it with PyTorch's."""
+    record = read_json(results / DDP)
+    accuracies = {row["method"]: row["accuracies"] for row in record["rows"] if row["accuracies"]}
+    theirs = 100 * fmean(accuracies["torch:none"])
+    found = []
+    for method, ours in accuracies.items():
+        if not method.startswith("torch:"):
+            text = f"{100 * fmean(ours):.1f} % instead of {theirs:.1f} % ({record['options']['model']}"
+            seeds = f"{len(ours)} seed{'s' if len(ours) > 1 else ''}"
+            found.append((re.split(r"[:@+^/]", method)[0], Elsewhere(method, f"{text}, {seeds})", "ddp")))
     return found

@@ -311,7 +311,15 @@ def test_recorded_results_are_found_by_their_setting(tmp_path: Path) -> None:
         assert all("instead of" in one.result and (ROOT / "results" / one.source).is_dir() for one in found[name])
     assert closest(parse("topk:0.01+ef"), "topk:0.01+ef", found)[0].setting == "topk:0.01+ef"
     assert len(closest(parse("topk:0.7"), "topk:0.7", found)) == len(found["topk"])
-    assert closest(parse("powersgd:4"), "powersgd:4", found) == []
+    window = GradiVeQ(warmup=0, ratio=8, fit_slices="all")
+    (one,) = closest(window, "gradiveq", found)
+    assert one.setting == "gradiveq, ratio 8, all slices"
+    assert closest(parse("natural"), "natural", {}) == []
+    rows = [{"method": "torch:none", "accuracies": [0.5, 0.7]}, {"method": "topk:0.1+ef", "accuracies": [0.4, 0.5]}]
+    (tmp_path / "ddp").mkdir()
+    (tmp_path / "ddp" / "ddp.json").write_text(json.dumps({"rows": rows, "options": {"model": "alexnet"}}))
+    (one,) = closest(parse("topk:0.1"), "topk:0.1+ef", recorded(tmp_path))
+    assert one == Elsewhere("topk:0.1+ef", "45.0 % instead of 60.0 % (alexnet, 2 seeds)", "ddp")
     (tmp_path / "layerwise").mkdir()
     (tmp_path / "layerwise" / "layerwise.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
