@@ -346,7 +346,7 @@ class Trainer:
         self.iteration += 1
         return line, bool(said[1] > 0)
 
-    def _see(self, gradient: Vector) -> None:
+    def _see(self, gradient: Vector | torch.Tensor) -> None:
         with self._unheard():
             self.noise.see(gradient)
 

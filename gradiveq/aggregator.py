@@ -96,6 +96,9 @@ class Aggregator:
         bases; and one more vector in iterations whose held-out loss is measured. With a compressor what
         `gradiveq.exchange.Worker` takes, and everybody's payloads.
 
+        With `device` the vector is there and in pinned host memory. While GradiVeQ compresses, payload, bases and µ are
+        on the device besides those on the host, which tell the losses of bases at their end.
+
         While sampling, each rank holds 8 bytes per element of the convolutions for µ. Each group of slices costs the
         smaller of its S samples (4*S*K bytes) and their covariance (4*K*K bytes). With fit_slices="first", S = Lt and
         every rank holds the samples, as it makes the basis from them (a covariance only the group's owner holds). With
@@ -107,7 +110,8 @@ class Aggregator:
         layout: where each gradient is in the vector.
         iteration: of the next `aggregate()`.
         watch: None, or called with each gradient of this worker before it is exchanged (its time is "measure"): float32
-            of shape (layout.length,), not to be modified; zeros if it is not finite. For `gradiveq.running_noise`.
+            of shape (layout.length,), with `device` a tensor there; not to be modified; zeros if it is not finite. For
+            `gradiveq.running_noise`.
         window_log: GradiVeQ's windows, one dict each, of plain numbers, strings, lists and dicts:
             "window", "iteration": its number and first iteration;
             "sample", "compress": Lt and Lc, so far;
@@ -148,7 +152,7 @@ class Aggregator:
             raise ValueError("`model` has no parameter that requires a gradient")
         self.method, self.seed, self.nonfinite = method, seed, nonfinite
         self.iteration = 0
-        self.watch: Callable[[Vector], None] | None = None
+        self.watch: Callable[[Vector | Tensor], None] | None = None
         self._compared = True  # the iteration with other ranks'; without a state it is 0 everywhere
         self._ring, self._timeline = ring, Timeline() if timeline is None else timeline
         self._chunk_bytes = chunk_bytes or ring.chunk_bytes
@@ -203,9 +207,7 @@ class Aggregator:
                 self._packed[:] = 0
         if self.watch is not None:
             with now.timeline.span("measure"):
-                if self._mirror is not None:
-                    self._mirror.to_host()
-                self.watch(self._gradient)
+                self.watch(self._packed)
         by_host = self._mirror is not None and not self._strategy.on_device
         if by_host:
             self._copy(now, to_host=True)

@@ -28,7 +28,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numba import types
+from torch import Tensor
 
 from gradiveq.compressors.base import Float32
 from gradiveq.jit import FLOATS, jit
@@ -68,6 +70,7 @@ class RunningNoise:
         self.estimate: NoiseEstimate | None = None
         self._key = np.random.SeedSequence(seed).generate_state(1, np.uint32)[0]
         self._seen = np.zeros(width, np.float64)  # of the iteration under way
+        self._signs: Tensor | None = None  # of elements on a device, once there are any
         self._sketches = np.zeros((block, width), np.float64)  # of the block under way
         self._done = 0
         # Of each block: the sums over its iterations of this worker's sketches and of the workers' mean, Σ‖x_t‖² (0
@@ -76,14 +79,23 @@ class RunningNoise:
         self._mean: deque[Float64] = deque(maxlen=blocks)
         self._points: deque[tuple[float, float, float]] = deque(maxlen=blocks)
 
-    def see(self, gradient: Float32) -> None:
+    def see(self, gradient: Float32 | Tensor) -> None:
         """The gradient of this worker in the iteration under way.
 
         Args:
-            gradient: contiguous float32 of shape (length,). Not modified.
-        Cost: one pass.
+            gradient: contiguous float32 of shape (length,), an array or a tensor on any device. Not modified.
+        Cost: one pass; of a tensor three, there, and a copy of the sketch, and memory for the signs.
         """
-        _sketch(gradient, self._key, self._seen)
+        if isinstance(gradient, np.ndarray):
+            _sketch(gradient, self._key, self._seen)
+            return
+        if self._signs is None:
+            signs = np.empty(len(gradient))
+            _sketch(np.ones(len(gradient), np.float32), self._key, signs)  # as wide as the vector
+            self._signs = torch.from_numpy(signs).to(gradient.device, torch.int8)
+        rows = gradient.new_zeros(-(-len(gradient) // len(self._seen)), len(self._seen))
+        torch.mul(gradient, self._signs, out=rows.view(-1)[: len(gradient)])
+        self._seen[:] = rows.sum(0, dtype=torch.float64).cpu().numpy()
 
     def accept(self) -> Float64 | None:
         """The iteration counts.

@@ -23,6 +23,7 @@ from bench.options import parse as parse_options
 from gradiveq import Aggregator, GradiVeQ, NonFiniteGradient, Plain, QSGDRing, Report
 from gradiveq.device import Lane
 from gradiveq.powersgd import PowerSGD
+from gradiveq.running_noise import RunningNoise
 from gradiveq.specs import parse
 from ring.cluster import Cluster
 from ring.codec import Identity
@@ -34,6 +35,10 @@ from ring.virtual import VirtualRing
 CPU = torch.device("cpu")
 SIZE = 3
 PHASES = GradiVeQ(warmup=1, sample=5, compress=4, sampling=Plain(), holdout_every=2, n_components=3)
+
+
+def brief(method: Any) -> str:
+    return str(method).partition("(")[2][:24] if method.name == "compressed" else method.name
 
 
 class LateLane(Lane):
@@ -116,7 +121,7 @@ def test_plain_is_the_hosts_bit_by_bit(size: int, chunk_bytes: int | None) -> No
 
 
 @pytest.mark.usefixtures("lane")
-@pytest.mark.parametrize("method", [QSGDRing(), parse("topk:0.1+ef"), PowerSGD(2), parse("half")], ids=str)
+@pytest.mark.parametrize("method", [QSGDRing(), parse("topk:0.1+ef"), PowerSGD(2), parse("half")], ids=brief)
 def test_what_stays_on_the_host_is_the_hosts_bit_by_bit(method: Any) -> None:
     assert_bitwise(*both(method, 3))
 
@@ -195,15 +200,24 @@ def test_flaws_are_found_as_on_the_host(method: Any, policy: str) -> None:
 
 
 def test_watch_sees_this_workers_gradient() -> None:
+    """As a tensor, of which the noise's sketch is that of the array."""
+
     def work(ring: Ring) -> None:
         model, seen = small_model(), []
         aggregator = Aggregator(model, ring, Plain(), device=CPU)
-        aggregator.watch = lambda gradient: seen.append(gradient.copy())
+        aggregator.watch = lambda gradient: seen.append(torch.as_tensor(gradient).clone())
         set_gradients(model, noise, ring.rank, 0)
         expected = np.empty(aggregator.layout.length, np.float32)
         aggregator.layout.pack(expected)
         aggregator.aggregate()
-        np.testing.assert_array_equal(seen, [expected])
+        np.testing.assert_array_equal(seen[0], expected)
+        here, there = (RunningNoise(2, seed=3, width=101, block=2) for _ in range(2))
+        for noise_of, gradient in ((here, expected), (there, seen[0])):
+            noise_of.see(gradient)
+            noise_of.accept()
+        sketches = [noise_of.state_dict()["sketches"] for noise_of in (here, there)]
+        assert np.abs(sketches[0]).max() > 1
+        np.testing.assert_allclose(sketches[1], sketches[0], rtol=1e-12, atol=1e-12)
 
     run(2, work)
 

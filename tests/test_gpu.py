@@ -20,7 +20,7 @@ from conftest import Launch
 from test_aggregator import subspace
 from test_ddp import TORCHRUN
 from test_ddp import environment as ddp_environment
-from test_device import assert_bitwise, both
+from test_device import assert_bitwise, both, brief
 from test_job import SMALL, job, lines_of, stopped, timeless, write_idx
 
 from bench import device as bench_device
@@ -39,7 +39,7 @@ def on_gpu(what: str) -> pytest.MarkDecorator:
 
 
 @on_gpu("the aggregator on a GPU: Plain and methods by way of the host, bitwise as on the CPU")
-@pytest.mark.parametrize("method", [Plain(), QSGDRing(), parse("topk:0.1+ef"), parse("half"), PowerSGD(2)], ids=str)
+@pytest.mark.parametrize("method", [Plain(), QSGDRing(), parse("topk:0.1+ef"), parse("half"), PowerSGD(2)], ids=brief)
 def test_bitwise_as_on_the_host(method: Any) -> None:
     assert_bitwise(*both(method, 4, chunk_bytes=128, device=GPU))
 
