@@ -7,7 +7,7 @@
     recorder.save(path, {"data": ..., "seed": ..., "ranks": ..., "batch_size": ..., "first_iteration": ..., ...})
 
 A file is a compressed .npz: "about", JSON text with what `save` was given and each layer's (H, W, D, F), and for each
-layer an array float32 of shape (count, H*W*D*F) in the order of Fig. 3a (`gradiveq.flatten`).
+layer an array float32 of shape (count, H·W·D·F) in the order of Fig. 3a (`gradiveq.flatten`).
 `python -m bench.figures FOLDER` draws it.
 """
 
@@ -126,7 +126,7 @@ class Recording:
     Attributes:
         about: as given to `save`.
         shapes: (H, W, D, F) of each layer.
-        gradients: float32 of shape (count, H*W*D*F) of each layer.
+        gradients: float32 of shape (count, H·W·D·F) of each layer.
     """
 
     about: dict[str, Any]
@@ -254,11 +254,11 @@ def adjacent(recording: Recording, layer: str, samples: int = SAMPLES, first: in
 
 
 def sweep_sizes(length: int, collocated: int) -> list[int]:
-    """Fig. 5's slice sizes for a layer: from 16 to half of it, most of them no multiples of F or F*D.
+    """Fig. 5's slice sizes for a layer: from 16 to half of it, most of them no multiples of F or F·D.
 
     Args:
-        length: of the layer, H*W*D*F.
-        collocated: F*D.
+        length: of the layer, H·W·D·F.
+        collocated: F·D.
     """
     half = length // 2
     sizes = set(range(min(FIRST_SIZE, half), half + 1, SIZE_STEP))
@@ -289,7 +289,7 @@ def slice_sweep(
 
     Returns:
         "rows": a dict per K with "slice_size", "n_components" (d <= samples - 1), "ratio" (K/d) and the losses;
-        "dips": per multiple of F*D its loss and that of its neighbours, see `find_dips`; the same for "…_later".
+        "dips": per multiple of F·D its loss and that of its neighbours, see `find_dips`; the same for "…_later".
     Raises:
         ValueError: with fewer than 3 iterations, or a size above half of the layer.
     """
@@ -350,7 +350,7 @@ def slice_sweep(
 
 
 def find_dips(rows: Sequence[Mapping[str, Any]], loss: str, collocated: int) -> dict[str, Any]:
-    """Whether the loss is lower at multiples of F*D than around them.
+    """Whether the loss is lower at multiples of F·D than around them.
 
     A multiple's neighbours are the slice sizes more than NEAR and at most NEIGHBOURHOOD away from it.
 

@@ -100,7 +100,7 @@ class Aggregator:
         on the device besides those on the host, which tell the losses of bases at their end.
 
         While sampling, each rank holds 8 bytes per element of the convolutions for µ. Each group of slices costs the
-        smaller of its S samples (4*S*K bytes) and their covariance (4*K*K bytes). With fit_slices="first", S = Lt and
+        smaller of its S samples (4·S·K bytes) and their covariance (4·K·K bytes). With fit_slices="first", S = Lt and
         every rank holds the samples, as it makes the basis from them (a covariance only the group's owner holds). With
         "all", S = Lt times the slices of the group, and only the owner holds anything. For ResNet-32 with Lt = 100 on 6
         ranks, µ included, that is 23 MiB on every rank with "first", and 27 to 35 MiB with "all", where a single rank

@@ -1,8 +1,8 @@
 """A model's gradients as one flat vector, in the order in which neighbours correlate.
 
 Fig. 3a of Yu et al. 2018: the gradients at one coordinate of all F filters of a convolution stand together, then
-come depth, width and height. Element (f, d, h, w) of a (F, D, H, W) weight is at ((h*W + w)*D + d)*F + f of its
-block, so that a slice of F*D adjacent elements is one filter position (h, w).
+come depth, width and height. Element (f, d, h, w) of a (F, D, H, W) weight is at ((h·W + w)·D + d)·F + f of its
+block, so that a slice of F·D adjacent elements is one filter position (h, w).
 
     | conv 1 (H, W, D, F) | conv 2 (H, W, D, F) | ... | biases, batch norm, fully connected, ... as PyTorch has them |
       compressed                                        uncompressed, in the same pass around the ring
@@ -71,11 +71,11 @@ class Block:
 
 
 def default_slice_size(filters: int, depth: int, limit: int = SLICE_LIMIT) -> int:
-    """K = F*D' with D' the largest divisor of D for which F*D' <= limit.
+    """K = F·D' with D' the largest divisor of D for which F·D' <= limit.
 
     D' divides D, so the slices fit the layer without padding. Where F alone exceeds the limit, K = F: the correlation
     is among the F filters, so a slice is never less than that, and the covariance is then larger than the limit
-    intends (4*F*F bytes).
+    intends (4·F·F bytes).
     """
     fitting = (d for d in range(depth, 0, -1) if depth % d == 0 and filters * d <= limit)
     return filters * next(fitting, 1)

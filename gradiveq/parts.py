@@ -1,7 +1,7 @@
 """What a compressor is applied to at once: each layer, groups of them, or the entire model (Dutta et al. 2020).
 
-A layer is one parameter's gradient, a block of the `Layout`. Patterns are those of file names (`fnmatch`): "layer1.*",
-"*.bias"; they tell case.
+A layer is one parameter's gradient, a block of the `Layout`. Patterns are those of file names (`fnmatch`): `layer1.*`,
+`*.bias`; they tell case.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ No two ranks' eigen-solvers are trusted to agree: each group has one owner, and 
 on every rank (a ring all-reduce gives that) and the same matrix product (the same library on the same kind of CPU);
 `LayerBasis.digest` is there to compare.
 
-**Samples or covariance.** A group holds its S samples (4*S*K bytes) until S > K and the K x K covariance (4*K*K) from
+**Samples or covariance.** A group holds its S samples (4·S·K bytes) until S > K and the K x K covariance (4·K·K) from
 then on; see `held_bytes`. The covariance is accumulated over blocks of iterations, each centred by its own mean, and
 the change of mean is added as further rows (Chan, Golub, LeVeque 1979): a sum of squares throughout, so that nothing
 cancels, whatever the size of the mean.
@@ -380,7 +380,7 @@ class GroupSamples:
     def add(self, gradient: Float32) -> None:
         """Take one sampling iteration's gradient of the layer, float32 of shape (length,). Not modified.
 
-        Cost: a copy of the sampled slices; with the covariance about 2*rows*K*K flops.
+        Cost: a copy of the sampled slices; with the covariance about 2·rows·K·K flops.
         """
         self.count += 1
         if not self.owned and not self.weights:
@@ -425,7 +425,7 @@ class GroupSamples:
         The row signs are such that the entry of largest magnitude in each row of `shared` is positive.
 
         Raises: as `check_components` and `leading_eigenpairs`; FloatingPointError also for a variance beyond float32.
-        Cost: the Gram matrix, S*S*K flops, unless the covariance is held; `leading_eigenpairs`; 2*d*S*K for a basis.
+        Cost: the Gram matrix, S·S·K flops, unless the covariance is held; `leading_eigenpairs`; 2·d·S·K for a basis.
         """
         check_components(self.group, self.count, self.config)
         config, k = self.config, self.group.slice_size
@@ -455,7 +455,7 @@ class GroupSamples:
     def rebuild(self, fit: Fit) -> Basis:
         """The basis from what the owner shared: the same bits on every rank that has the same samples.
 
-        Cost: 2*d*S*K flops from weights, none from a basis.
+        Cost: 2·d·S·K flops from weights, none from a basis.
         """
         components = fit.shared @ self.centred() if self.weights else fit.shared
         return Basis(np.ascontiguousarray(components), fit.explained_variance, fit.total_variance)
@@ -636,7 +636,7 @@ class PCASampler:
 
         Args:
             dims: d of all groups.
-        Bytes: 4 per float, and per group 1 + d + d*S floats of weights, or 1 + d + d*K of a basis.
+        Bytes: 4 per float, and per group 1 + d + d·S floats of weights, or 1 + d + d·K of a basis.
         """
         places, bounds = self._places(dims)
         buffer = np.zeros(bounds[-1], np.float32)

@@ -1,6 +1,6 @@
 """PowerSGD (Vogels, Karimireddy and Jaggi 2019): gradients of matrices as products of two thin ones.
 
-A layer's gradient is a matrix M of n rows (outputs) and m columns (inputs; of a convolution D*H*W). One step of a power
+A layer's gradient is a matrix M of n rows (outputs) and m columns (inputs; of a convolution D·H·W). One step of a power
 iteration, whose subspace is kept from call to call, gives M ≈ P Qᵀ of rank r (Algorithm 1 there):
 
     each worker        P = M Q                      Q of the last call: (m, r), its columns made orthonormal
@@ -60,8 +60,8 @@ class PowerSGD:
         rank: r, of the product; at most that of the layer's matrix.
         error_feedback: whether each worker adds what was left out to its next gradient.
         warm_start: keep Q from call to call; False draws a new one for each.
-        min_compression_rate: a layer goes uncompressed unless n*m > min_compression_rate*(n + m)*r. PyTorch's hook has
-            2. With 0 every matrix is compressed, at full rank too.
+        min_compression_rate: a layer goes uncompressed unless n·m > min_compression_rate·(n + m)·r. In PyTorch's
+            hook that is 2; with 0 every matrix is compressed, at full rank too.
     Raises:
         ValueError: a value is out of its range.
     """
@@ -114,14 +114,14 @@ class PowerSGD:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """(n, m) of a parameter of two or more dimensions: (outputs, inputs), of a convolution (F, D*H*W)."""
+    """(n, m) of a parameter of two or more dimensions: (outputs, inputs), of a convolution (F, D·H·W)."""
     return shape[0], int(np.prod(shape[1:]))
 
 
 class _Matrix(NamedTuple):
     """One layer's place in the vector and in the two messages.
 
-    A convolution's block is stored as (H*W*D, F), see `gradiveq.flatten`: the transpose of M, with columns in another
+    A convolution's block is stored as (H·W·D, F), see `gradiveq.flatten`: the transpose of M, with columns in another
     order than PyTorch's, by which the rows of Q are permuted and nothing else changes.
     """
 
