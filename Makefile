@@ -95,11 +95,13 @@ lint: setup
 	$(BIN)/mypy
 
 # What the docstrings say, as pages: build/docs/index.html. What pdoc can't resolve is an error, but for the fields of
-# named tuples, whose annotations are texts without a module to it.
+# named tuples, whose annotations are texts without a module to it. All modules are named, as packages have an __all__.
+DOCUMENTED := $(wildcard ring/*.py gradiveq/*.py gradiveq/*/*.py bench/*.py bench/*/*.py)
 docs: setup
 	rm -rf build/docs
 	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
-		-m pdoc --docformat google --output-directory build/docs ring gradiveq bench
+		-W "ignore:The module specification:UserWarning" -m pdoc --docformat google --output-directory build/docs \
+		$(subst /,.,$(patsubst %/__init__,%,$(basename $(DOCUMENTED))))
 
 setup: $(VENV)/.installed
 
