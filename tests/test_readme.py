@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from conftest import Installed
+from printed import README, ROOT, block, losses, section
 
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
 from gradiveq.specs import parse
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-
 
 @pytest.fixture(scope="module")
 def added() -> Compressor:
     """The compressor of "Adding a method"."""
-    (listing,) = re.findall(r"```python\n(.*?)```", README.split("### Adding a method")[1].split("\n## ")[0], re.DOTALL)
     module = ModuleType("largest_sign")
+    listing = block(section(README, "### Adding a method"), "python")
     exec(compile(listing, "README.md", "exec"), module.__dict__)
     compressor: Compressor = module.__dict__["LargestSign"]()
     return compressor
@@ -65,3 +68,53 @@ def test_the_table_of_methods_has_every_compressor() -> None:
 @pytest.mark.parametrize("spec", re.search(r"--methods (\S+half)", README)[1].split(","))  # type: ignore[index]
 def test_the_specs_of_the_example(spec: str) -> None:
     parse(spec)
+
+
+def run(heading: str, name: str, command: str, folder: Path, python: Path) -> str:
+    """Save the script that a section prints, run the command that it prints, and return what that printed.
+
+    Args:
+        python: the environment's, beside the commands.
+    """
+    printed = section(README, heading)
+    assert f"    {command}\n" in printed
+    script = block(printed, "python")
+    assert len(script.splitlines()) <= 40
+    assert max(map(len, script.splitlines())) <= 120
+    (folder / name).write_text(script)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    if python == Path(sys.executable):
+        environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_script_for_torchrun_trains(tmp_path: Path, installed: Installed) -> None:
+    """Where the wheel and what it requires is all there is: nobody needs MPI for it."""
+    command = "torchrun --nproc-per-node 2 train_ddp.py"
+    printed = run("## In PyTorch", "train_ddp.py", command, tmp_path, installed.python)
+    first, *_, last = losses(printed)
+    assert last < first / 3, printed
+    *_, end = printed.splitlines()
+    assert "compress" in end
+    assert float(end.split("/ ")[1]) > 2, printed
+
+
+def test_the_script_for_mpi_trains(tmp_path: Path) -> None:
+    command = "mpirun -n 2 python train_mpi.py"
+    printed = run("## Over MPI", "train_mpi.py", command, tmp_path, Path(sys.executable))
+    first, *_, last = losses(printed)
+    assert last < first / 3, printed
+    *_, end = printed.splitlines()
+    assert "compress" in end
+    assert float(end.split("/ ")[1]) > 4, printed
