@@ -11,7 +11,8 @@
     --out folder (results/hard-threshold)
         runs/<name>.json        each run (`bench.grid`); what `--resume` goes on with
         hard-threshold.json     findings and how they came about
-        table.md                the paper's findings beside ours, judged by written rules; tables of all settings
+        table.md                the paper's findings beside ours, judged by written rules; how the runs differ from the
+                                paper's; tables of all settings
         fig<n>….png
 
 The small size takes networks and data that end within minutes on 2 cores; `--paper` those of Tables 2 to 6. Error
@@ -40,7 +41,18 @@ from bench.findings import Finding, table
 from bench.grid import GridError, run_grid
 from bench.hard_threshold_findings import Runs, accordion_table, judge_all, metric_table
 from bench.hard_threshold_runs import run
-from bench.hard_threshold_sizes import CIFAR100_MOST, PAPER, SMALL, Benchmark, Given, Part, Problem, Size, specs
+from bench.hard_threshold_sizes import (
+    CIFAR100_MOST,
+    PAPER,
+    SMALL,
+    Benchmark,
+    Given,
+    Part,
+    Problem,
+    Size,
+    differences,
+    specs,
+)
 from bench.options import Parser, UsageError
 from bench.record import environment, write_atomically, write_json
 
@@ -286,7 +298,15 @@ def _draw_training(runs: Runs, benchmark: Benchmark, text: str) -> Iterator[tupl
         yield f"accordion-{network}", drawing.along_training(runs, lines, benchmark.metric, title, text, label)
 
 
-def report(runs: Runs, size: Size, about: Mapping[str, Any], found: Sequence[Finding], *, paper: bool) -> str:
+def report(
+    runs: Runs,
+    size: Size,
+    given: Mapping[str, Given],
+    about: Mapping[str, Any],
+    found: Sequence[Finding],
+    *,
+    paper: bool,
+) -> str:
     """table.md."""
     command = [f"Command: {about['command']}", f"on {figures.machine_text(about, about)}"]
     if about["commit"]:
@@ -301,6 +321,8 @@ def report(runs: Runs, size: Size, about: Mapping[str, Any], found: Sequence[Fin
         *([] if paper else [SMALL_IS]),
         "Differences and intervals are over the seeds, in percentage points (of perplexity in percent).",
         table(found),
+        "## Differences from the paper",
+        "\n".join(f"* {line}" for line in differences(size, given, about["parts"])),
     ]
     for benchmark in size.benchmarks:
         if any(one["spec"].get("kind") == benchmark.kind for one in runs.values()):
@@ -319,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "command": shlex.join(["python", "-m", "bench.hard_threshold", *words]),
             "cores": os.cpu_count(),
             "processes": options.processes,
+            "parts": list(options.parts),
         }
         grid = specs(options.size, options.given, options.parts, options.device)
         records = run_grid(
@@ -328,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = judge_all(records, options.size, options.given)
-    text = report(records, options.size, about, found, paper=options.paper)
+    text = report(records, options.size, options.given, about, found, paper=options.paper)
     try:
         with figures.figure_style():
             for name, figure in draw(records, options.size, about, paper=options.paper):

@@ -7,13 +7,11 @@ compression error of the same gradients at both granularities.
     --out folder (results/layerwise)
         runs/<name>.json    each run (`bench.grid`); what `--resume` goes on with
         layerwise.json      what the tables and figures say, and how it came about
-        table.md            the paper's findings beside ours, judged by written rules; accuracies; the theory's terms
+        table.md            the paper's findings beside ours, judged by written rules; how the runs differ from the
+                            paper's; accuracies; the theory's terms
         fig<n>-<method>.png
 
-Operators are those of the authors' code (github.com/sands-lab/layer-wise-aaai20). Differences from it: k is rounded and
-at least 1 (theirs keep at least one element of a layer, too); random k draws the same elements on all workers; QSGD has
-the paper's 256 levels, the code 255; images are padded with black and not cut out of; the gradient of a worker is the
-mean over its batch and not the sum, so thresholds are in those units.
+Operators are those of the authors' code (github.com/sands-lab/layer-wise-aaai20), but for `layerwise_sizes.UNLIKE`.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from bench.findings import table
 from bench.grid import GridError, run_grid
 from bench.layerwise_findings import Runs, accuracy_table, along, judge_all, theory_table
 from bench.layerwise_runs import run
-from bench.layerwise_sizes import METHODS, PAPER, SMALL, Size, Where, differences, specs
+from bench.layerwise_sizes import METHODS, PAPER, SMALL, UNLIKE, Size, Where, differences, specs
 from bench.options import Parser, UsageError
 from bench.record import environment, plain, write_atomically, write_json
 
@@ -141,6 +139,8 @@ def report(runs: Runs, size: Size, about: dict[str, Any]) -> tuple[str, list[dic
         "# Layer-wise against entire-model compression (Dutta et al. 2020)",
         caption(runs, size, about),
         table(findings),
+        "## Differences from the paper",
+        "\n".join(f"* {line}" for line in (*filter(None, [differences(size)]), *UNLIKE)),
     ]
     for network in size.networks:
         if any(run["spec"]["network"] == network.name for run in runs.values()):

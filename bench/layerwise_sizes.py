@@ -145,6 +145,17 @@ PAPER = Size(
 )  # fmt: skip
 
 
+#: How operators and data differ from the authors' code, whatever the size.
+UNLIKE = (
+    "k is rounded, and at least 1 of a layer (theirs keep at least one element, too).",
+    "Random k draws the same elements on all workers.",
+    "QSGD has the paper's 256 levels, the code 255.",
+    "Before images are cropped they are padded with black, in the code with their mirror image; no square is cut out.",
+    "The gradient of a worker is the mean over its batch and not the sum, so thresholds are in those units.",
+    "Workers are in one process; batch norm's running statistics are the mean over them.",
+)
+
+
 def differences(size: Size) -> str:
     """How a size differs from the paper's, for its tables and figures; empty if it doesn't."""
     parts = []

@@ -31,6 +31,7 @@ from bench.hard_threshold_sizes import (
     SMALL_TEXT,
     Given,
     Size,
+    differences,
     specs,
 )
 from bench.hard_threshold_tasks import make
@@ -136,6 +137,21 @@ def test_options_change_the_size() -> None:
     assert {epochs for problem in options.size.problems for _, _, epochs in problem.gdstar} == {7}
     assert parse(["--paper", "--data", "images=cifar-100"]).size.benchmarks[0].accordion[0][1] == 2e-2
     assert parse(["--paper"]).size.benchmarks[0].accordion == RESNET18.accordion
+
+
+def test_differences_from_the_paper_are_told() -> None:
+    small, full = differences(SMALL, {}, PARTS), differences(PAPER, {"madelon": Given("a", None)}, PARTS)
+    assert "madelon: points by its generator, not its own." in small
+    assert "images: alexnet (width 0.25) instead of resnet18; epochs 5 instead of 300;" in " ".join(small)
+    assert "examples a worker 256 instead of 131,072" in " ".join(small)
+    assert "ACCORDION on alexnet only" in " ".join(small)
+    assert not any(" instead of " in line or "madelon" in line for line in full)
+    for lines in (small, full):
+        assert any(line.startswith("ratings: a global batch is drawn from all examples") for line in lines)
+        assert any("1/(1 - momentum)" in line for line in lines)
+        assert all(line.endswith(".") for line in lines)
+    assert all("ratings" not in line and "ACCORDION" not in line for line in differences(SMALL, {}, ("logistic",)))
+    assert any(line.startswith("gisette: k = ") for line in differences(SMALL, {"gisette": Given("b", None)}, PARTS))
 
 
 # --- ACCORDION -------------------------------------------------------------------------------------------------------
@@ -578,6 +594,7 @@ def test_networks_from_the_command_line(
     assert expected <= names
     text = (out / "table.md").read_text()
     assert "Fig. 2" in text
+    assert f"## Differences from the paper\n\n* {kind}: " in text
     assert ("ACCORDION (Tables 1 and 7)" in text) == (kind == "images")
     for file in (out / "runs").iterdir():
         result = json.loads(file.read_text())["result"]

@@ -296,6 +296,8 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert text in capsys.readouterr().out
     assert "Data: IDX images (48 + 20 images from images, not the published Fashion-MNIST), not CIFAR." in text
     assert "2 epochs instead of 24" in text
+    assert "\n## Differences from the paper\n\n* Unlike the paper: 0.03125 of alexnet's channels" in text
+    assert "\n* QSGD has the paper's 256 levels" in text
     record = json.loads((out / "layerwise.json").read_text())
     assert len(record["runs"]) == len(list((out / "runs").iterdir())) == 3 * (2 + 2 * 3)
     assert record["environment"]["command"].startswith("python -m bench.layerwise --width 0.03125")
