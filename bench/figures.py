@@ -39,7 +39,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from bench import gradients
 from bench.record import ENVIRONMENT, GROUPS, SUMMARY, metrics_name, write_atomically, write_json
-from bench.report import Clock, bytes_text, clocks
+from bench.report import PHASES, Clock, bytes_text, clocks
 from gradiveq.pca import DEFAULT_LOSS_THRESHOLD
 
 #: Okabe and Ito's palette. A method has the same colour in every figure; others than these get one by their name, the
@@ -77,11 +77,12 @@ IMPLEMENTATION_STYLES: dict[str, dict[str, Any]] = {
 }
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#888888"
 
-PHASES = ("plain", "qsgd", "compressed", "warm-up", "sample", "compress")
 #: Of methods that have no other.
 ONLY_PHASES = ("plain", "qsgd", "compressed")
 #: The paper's Fig. 7b is for so many iterations, one window.
 BREAKDOWN_ITERATIONS = 500
+#: Methods of which a figure shows the loss of every iteration; that of more hides the moving means.
+MOST_FAINT = 6
 #: Fig. 5's layer.
 FIG5_SHAPE = (3, 3, 16, 16)
 STYLE = {
@@ -98,7 +99,7 @@ STYLE = {
 }
 DPI = 150
 STEPS = (1, 2, 2.5, 5, 10)
-TITLE_SIZE, CAPTION_SIZE = 11.5, 7.5
+TITLE_SIZE, CAPTION_SIZE, LEGEND_SIZE, TICK_SIZE = 11.5, 7.5, 9.0, 10.0
 
 
 class FigureError(ValueError):
@@ -130,6 +131,16 @@ def _width(text: str, size: float, weight: str) -> float:
     renderer: Any = FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()  # type: ignore[no-untyped-call]
     width: float = renderer.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)[0]
     return width / DPI
+
+
+def _longest(texts: Iterable[str], size: float) -> float:
+    """Inches of the longest line."""
+    return max((_width(line, size, "normal") for text in texts for line in text.split("\n")), default=0.0)
+
+
+def _legend_width(labels: Iterable[str]) -> float:
+    """Inches that `add_legend` takes beside an axis."""
+    return _longest(labels, LEGEND_SIZE) + 0.6
 
 
 def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
@@ -295,15 +306,20 @@ def _accuracy(run: Run, clock: Clock) -> Figure | None:
         return None
     time = "time_s" if clock.key is None else "virtual_s"
     names = list(evaluations)
+    labels = {
+        method: f"{METHOD_LABELS.get(method, method)}\n{100 * lines[-1]['test_accuracy']:.2f} % in "
+        f"{lines[-1][time]:,.0f} s"
+        for method, lines in evaluations.items()
+    }
     height = max(3.6, 0.6 + 0.43 * len(names))  # of the legend
-    figure = new_figure(9.5, height, run.title(f"Test accuracy{_on(clock)}"), run.caption(clock))
+    width = max(9.5, 7.2 + _legend_width(labels.values()))
+    figure = new_figure(width, height, run.title(f"Test accuracy{_on(clock)}"), run.caption(clock))
     axes = figure.subplots(1, 2, sharey=True)
     for method, lines in evaluations.items():
         accuracy = [100 * line["test_accuracy"] for line in lines]
-        style = {**method_style(method, names), "marker": method_marker(method, names)}
-        label = f"{style.pop('label')}\n{accuracy[-1]:.2f} % in {lines[-1][time]:,.0f} s"
-        axes[0].plot([line[time] for line in lines], accuracy, label=label, **style)
-        axes[1].plot([line["iteration"] for line in lines], accuracy, **style)
+        style = {**method_style(method, names), "marker": method_marker(method, names), "label": labels[method]}
+        axes[0].plot([line[time] for line in lines], accuracy, **style)
+        axes[1].plot([line["iteration"] for line in lines], accuracy, **{**style, "label": None})
     where = "" if clock.key is None else " on the cluster"
     axes[0].set(xlabel=f"training time{where} (s)", ylabel="test accuracy (%)")
     axes[1].set(xlabel="iterations")
@@ -327,19 +343,21 @@ def _breakdown(run: Run, clock: Clock) -> Figure | None:
     ]
     iterations = min(method["iterations"] for method in run.methods.values())
     per = BREAKDOWN_ITERATIONS if iterations >= BREAKDOWN_ITERATIONS else iterations
-    figure = new_figure(
-        10.5, 1.5 + 0.36 * max(len(names) + 1, len(phases)), run.title(f"Time for {per} iterations{_on(clock)}"),
-        run.caption(clock),
-    )  # fmt: skip
-    left, right = figure.subplots(1, 2)
-    whole = [_shown(clock.times(run.methods[name])["groups"], per / run.methods[name]["iterations"]) for name in names]
-    _stack(left, [METHOD_LABELS.get(name, name) for name in names], whole, "{:,.0f}" if per >= 100 else "{:,.1f}")
-    left.set(xlabel=f"seconds per {per} iterations", title="all phases")
-    parts = [run.methods[name]["phases"][phase] for name, phase in phases]
-    each = [_shown(clock.times(part)["groups"], 1e3 / part["iterations"]) for part in parts]
+    whole_labels = [METHOD_LABELS.get(name, name) for name in names]
     labels = [
         f"{METHOD_LABELS.get(name, name)}{'' if phase in ONLY_PHASES else f', {phase}'}" for name, phase in phases
     ]
+    beside = _longest(whole_labels, TICK_SIZE) + _longest(labels, TICK_SIZE) + _legend_width(GROUP_LABELS.values())
+    height = 1.5 + 0.36 * max(len(names) + 1, len(phases))
+    figure = new_figure(
+        max(10.5, 5.2 + beside), height, run.title(f"Time for {per} iterations{_on(clock)}"), run.caption(clock)
+    )
+    left, right = figure.subplots(1, 2)
+    whole = [_shown(clock.times(run.methods[name])["groups"], per / run.methods[name]["iterations"]) for name in names]
+    _stack(left, whole_labels, whole, "{:,.0f}" if per >= 100 else "{:,.1f}")
+    left.set(xlabel=f"seconds per {per} iterations", title="all phases")
+    parts = [run.methods[name]["phases"][phase] for name, phase in phases]
+    each = [_shown(clock.times(part)["groups"], 1e3 / part["iterations"]) for part in parts]
     _stack(right, labels, each, "{:,.0f}")
     right.set(xlabel="milliseconds per iteration", title="by phase")
     add_legend(left, right)
@@ -377,7 +395,8 @@ def _loss(run: Run) -> Figure | None:
     if not losses:
         return None
     names = list(losses)
-    figure = new_figure(8.5, max(3.6, 0.6 + 0.25 * len(names)), run.title("Training loss"), run.caption())
+    width = max(8.5, 6.5 + _legend_width(METHOD_LABELS.get(name, name) for name in names))
+    figure = new_figure(width, max(3.6, 0.6 + 0.25 * len(names)), run.title("Training loss"), run.caption())
     axis = figure.subplots()
     smooth_top = 0.0
     for method, lines in losses.items():
@@ -388,7 +407,8 @@ def _loss(run: Run) -> Figure | None:
         number = np.convolve(known, window, "valid")
         smooth = np.convolve(np.where(known, loss, 0.0), window, "valid") / np.where(number > 0, number, np.nan)
         style = method_style(method, names)
-        axis.plot(iterations, loss, color=style["color"], alpha=0.22, linewidth=0.7)
+        if len(names) <= MOST_FAINT:
+            axis.plot(iterations, loss, color=style["color"], alpha=0.22, linewidth=0.7)
         axis.plot(iterations[span - 1 :], smooth, **style)
         smooth_top = max(smooth_top, float(np.nan_to_num(smooth).max()))
     lines = next(iter(losses.values()))
@@ -398,7 +418,8 @@ def _loss(run: Run) -> Figure | None:
     axis.set(xlabel="iteration", ylabel="cross-entropy (mean over all ranks)", xlim=(0, None))
     axis.set_ylim(0, 1.1 * smooth_top or 1)
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=STEPS))
-    axis.set_title(f"thick: mean of the last {_span(len(lines))}; faint: each iteration", fontsize=9)
+    faint = "; faint: each iteration" if len(names) <= MOST_FAINT else ""
+    axis.set_title(f"thick: mean of the last {_span(len(lines))}{faint}", fontsize=9)
     add_legend(axis)
     return figure
 
@@ -716,8 +737,9 @@ def add_legend(axis: Axes, beside: Axes | None = None) -> None:
     """What is drawn on an axis, explained to the right of it, or beside another one."""
     handles, labels = axis.get_legend_handles_labels()
     (beside or axis).legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0, fontsize=9, labelspacing=0.8
-    )
+        handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0, fontsize=LEGEND_SIZE,
+        labelspacing=0.8,
+    )  # fmt: skip
 
 
 def sentences(parts: Sequence[str]) -> str:

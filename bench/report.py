@@ -16,6 +16,8 @@ from bench.record import GROUPS, SUMMARY, read_json
 #: Shown in seconds; measuring held-out losses is no part of training and is told in a line of its own.
 SHOWN = tuple(group for group in GROUPS if group != "measure")
 HEADINGS = {"exposed communication": "exposed\ncommunication"}
+#: In the order in which a method may have them.
+PHASES = ("plain", "qsgd", "warm-up", "sample", "compress", "compressed")
 #: What a compressor sends and leaves out, in the mean.
 COMPRESSION = {"density": "density", "relative_error": "relative\nerror"}
 
@@ -121,8 +123,7 @@ def phases_table(summary: Mapping[str, Any], clock: Clock) -> str:
 
 
 def _order(phase: str) -> int:
-    order = ("plain", "qsgd", "compressed", "warm-up", "sample", "compress")
-    return order.index(phase) if phase in order else len(order)
+    return PHASES.index(phase) if phase in PHASES else len(PHASES)
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
@@ -132,6 +133,11 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     if cluster:
         lines.append(f"Source of the cluster {cluster['name']}: {cluster.get('source') or 'none given'}.")
     methods: Mapping[str, Any] = summary["methods"]
+    if cluster and cluster.get("rates") and any(method.get("compression") for method in methods.values()):
+        lines.append(
+            f"On {cluster['name']} QSGD in the ring and GradiVeQ encode and decode at the cluster's rates, compressors "
+            "in the processor time that they took here."
+        )
     ranks, cores = summary["ranks_per_machine"], summary["cores"]
     if ranks > cores and not summary.get("one_process"):
         wall = sum(method["groups"]["compute"] for method in methods.values())

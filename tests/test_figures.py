@@ -317,6 +317,17 @@ def test_many_methods_are_told_apart(tmp_path, pages):
                 assert box.y1 < height * page.dpi
 
 
+def test_long_names_leave_the_plots_room(tmp_path, pages):
+    names = ("rar", "gradiveq", "accordion:interval=20:topk:0.1@model|topk:0.01@model+ef-scaled", "sign")
+    folder = add_cluster(make_run(tmp_path / "run", names), one_process=True)
+    figures.draw(folder)
+    assert len(pages) == 4
+    for page in pages:
+        width = page.get_size_inches()[0]
+        for axis in page.axes:
+            assert axis.get_position().width * width > 1.9, axis.get_title()
+
+
 def test_styles_are_distinct_however_many():
     names = [f"method {index}" for index in range(40)]
     styles = [figures.method_style(name, names) for name in names]

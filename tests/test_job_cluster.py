@@ -295,3 +295,11 @@ def test_the_cluster_that_is_chosen(folder: Path) -> None:
         assert choose(name, {}, None) is not None
     with pytest.raises(ClusterError, match="described one by one"):
         choose(str(folder / "uneven.toml"), {}, 3)
+
+
+def test_whose_seconds_encoding_takes_is_told(folder: Path, runs: dict[str, Any]) -> None:
+    summary = summary_of(folder / "threads")
+    assert "compressors in the processor time" not in text(summary)
+    summary["cluster"]["rates"] = {"qsgd.encode": 1e9}
+    summary["methods"]["rar"]["compression"] = {"density": 1.0, "relative_error": 0.0}
+    assert "QSGD in the ring and GradiVeQ encode and decode at the cluster's rates, compressors in the" in text(summary)
