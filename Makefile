@@ -54,6 +54,10 @@ layerwise: setup
 hard-threshold: setup
 	$(BIN)/python -m bench.hard_threshold $(ARGS)
 
+# PyTorch's communication hooks beside ours, under torchrun: times, bytes, accuracy (within 10 minutes on 2 cores).
+ddp: setup
+	$(BIN)/python -m bench.ddp $(ARGS)
+
 # Elements per second on one core, of every compressor.
 throughput: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.compressor_throughput --out results/compressors $(ARGS)

@@ -59,12 +59,14 @@ from gradiveq.ddp.state import FIRST_START
 from ring.machine import usable_cores
 
 OUT = Path("results/ddp")
+#: Of GradiVeQ: one window for the run; then sampling and compressing in the paper's proportion; then few samples.
 METHODS = (
-    PLAIN, "rar", "torch:fp16", "half", "torch:powersgd:?", "powersgd:?:min_compression_rate=2",
-    "gradiveq:ratio=8:fit_slices=all:slice_size=192:sample=20",
-    "gradiveq:ratio=?:fit_slices=all:slice_size=192:sample=10", "topk:?+ef", "randomk:?+ef", "sign:scaled+ef",
+    PLAIN, "rar", "torch:fp16", "half", "torch:powersgd:?", "powersgd:?:min_compression_rate=2", "topk:?+ef",
+    "sign:scaled+ef", "gradiveq:ratio=?:fit_slices=all:slice_size=192:sample=20",
+    "gradiveq:ratio=8:fit_slices=all:slice_size=192:sample=20:compress=80",
+    "gradiveq:ratio=49:fit_slices=all:slice_size=192:sample=5",
 )  # fmt: skip
-RATIOS = (8.0, 24.0)
+RATIOS = (8.0, 25.0)
 RATES_MBPS = (100.0,)
 #: Models whose channels --width changes, and by how much unless it is said.
 WIDTHS = {"alexnet": 0.25, "alexnet-fc": 0.25, "resnet9": 0.25}
@@ -93,7 +95,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--ratios", type=_numbers, default=RATIOS, metavar="X,…",
-        help="what a ? in a method stands for makes it send an x-th of plain DDP's bytes over the run (default: 8,24)",
+        help="what a ? in a method stands for makes it send an x-th of plain DDP's bytes over the run (default: 8,25)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)", metavar="N")
     parser.add_argument("--iterations", type=int, default=400, help="of a run (default: 400)", metavar="N")
@@ -342,8 +344,8 @@ def report(
     if more:
         parts += [
             "Times over those of plain DDP with one bucket, as above. Default buckets are timed where they are "
-            "several, of all methods but PyTorch's PowerSGD. The link's device is that of rank 0's host: what it has sent per "
-            "iteration, headers and acknowledgements included.",
+            "several, of all methods but PyTorch's PowerSGD. The link's device is that of rank 0's host: what it has "
+            "sent per iteration, headers and acknowledgements included.",
             more,
         ]
     parts += notes

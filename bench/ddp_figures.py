@@ -21,7 +21,7 @@ def draw(rows: Sequence[Row], title: str, caption: str) -> Figure:
     panels: list[Axes] = list(figure.subplots(1, 1 + len(places), squeeze=False)[0])
     for row in rows:
         style = {**figures.method_style(row.method, names), "marker": figures.method_marker(row.method, names)}
-        style |= {"linestyle": "none", "capsize": 2.5, "elinewidth": 1}
+        style |= {"label": row.method, "linestyle": "none", "capsize": 2.5, "elinewidth": 1}
         percent = [100 * value for value in row.accuracies]
         middle = statistics.fmean(percent)
         bars = [[middle - min(percent)], [max(percent) - middle]]

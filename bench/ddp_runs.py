@@ -224,7 +224,7 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
             "momentum", "weight_decay".
     Returns:
         "source" (what the data are), "num_parameters", "handed" (bytes of this rank, by kind of collective, in the
-        mean over all iterations), "compressed" (the same of the median iteration of the second half), "evaluations"
+        mean over all iterations), "compressed" (the same of the median one of those that compress), "evaluations"
         ({"iteration", "accuracy", "loss", "handed"}, the last so far and of all kinds together), "diverged" (whether
         the last loss wasn't finite), "stats" (of ours, what its State counted since `start`).
     """
@@ -237,9 +237,11 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
     rate = schedule(spec["lr"], spec["warmup"], spec["iterations"])
     due = {round(spec["iterations"] * (i + 1) / spec["evaluations"]) for i in range(spec["evaluations"])}
     each: list[Handed] = []
+    compresses: list[bool] = []
     evaluations = []
     for iteration in range(spec["iterations"]):
         batch = batches.batch(iteration)
+        compresses.append(iteration >= spec["start"] and replica.settled)
         before = counter.total
         with counter.counting():
             replica.step(*batch, rate(iteration))
@@ -250,14 +252,14 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
             found = evaluate(replica.net, dataset, replica.device)
             total = sum((sum(one) for one in each), 0.0)
             evaluations.append({"iteration": iteration + 1, **found, "handed": total})
-    later = sorted(each[len(each) // 2 :], key=sum)
+    compressed = sorted((one for one, does in zip(each, compresses, strict=True) if does), key=sum) or each[-1:]
     whole = Handed(*(sum(values) for values in zip(*each, strict=True)))
     stats = None if replica.state is None else replica.state.compression_stats()._asdict()
     return {
         "source": dataset.source,
         "num_parameters": replica.num_parameters,
         "handed": whole.times(1 / len(each))._asdict(),
-        "compressed": later[len(later) // 2]._asdict(),
+        "compressed": compressed[len(compressed) // 2]._asdict(),
         "evaluations": evaluations,
         "diverged": not math.isfinite(evaluations[-1]["loss"]),
         "stats": stats,

@@ -4,7 +4,7 @@
     torch:fp16, torch:bf16      PyTorch's hooks that cast
     torch:powersgd:RANK         PyTorch's PowerSGD hook
     rar                         `gradiveq.ddp` without compression
-    gradiveq:FIELD=VALUE:...    `gradiveq.methods.GradiVeQ`, with the fields that are said
+    gradiveq:FIELD=VALUE:...    `gradiveq.methods.GradiVeQ`; its warm-up is as long as anybody's unless it is said
     any other text              as `gradiveq.specs` reads it, by `gradiveq.ddp`
 
 A "?" in a text stands for a number: that at which the method's bytes over the whole run, uncompressed iterations and
@@ -93,7 +93,8 @@ def blocks_of(model: nn.Module) -> list[Block]:
 def method_of(text: str, start: int) -> DDPMethod | None:
     """What `gradiveq.ddp.State` is to be made of; None for PyTorch's own.
 
-    GradiVeQ's warm-up ends at `start`, and it measures no held-out losses: these cost an exact all-reduce each.
+    Unless the text says otherwise, GradiVeQ's warm-up ends at `start`, and it measures no held-out losses: they cost an
+    exact all-reduce each.
 
     Raises:
         ValueError: there is no such method, or a process group can't carry it.
@@ -108,8 +109,12 @@ def method_of(text: str, start: int) -> DDPMethod | None:
             raise ValueError(f"method {text!r}: those of PyTorch are {known} and {TORCH_POWERSGD}:RANK, RANK from 1 on")
         return None
     if name == GradiVeQ.name:
+        given = {setting.partition("=")[0] for setting in settings}
+        settings += [
+            default for default in (f"warmup={start}", "holdout_every=0") if default.split("=")[0] not in given
+        ]
         try:
-            return settled(GradiVeQ, settings, {"warmup": start, "holdout_every": 0})
+            return settled(GradiVeQ, settings)
         except (TypeError, ValueError) as error:
             raise ValueError(f"method {text!r}: {error}") from error
     method = parse(text)
@@ -160,6 +165,7 @@ def run_bytes(text: str, blocks: Sequence[Block], length: Length) -> Handed:
         if method.sample == "auto" or method.compress == "auto":
             raise ValueError(f"method {text!r}: `sample` and `compress` must be numbers, or bytes aren't known before")
         _check(method, method.sample, blocks)
+        uncompressed = min(max(uncompressed, method.warmup), length.iterations)
         whole, rest = divmod(length.iterations - uncompressed, method.sample + method.compress)
         uncompressed += whole * method.sample + min(rest, method.sample)
         windows = whole + (rest > method.sample)

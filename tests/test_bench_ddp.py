@@ -73,6 +73,9 @@ def test_a_runs_bytes_count_what_goes_uncompressed_and_the_bases() -> None:
     sampled, compressed = (sum(part) for part in zip(*windows, strict=True))
     assert found.all_reduce == pytest.approx(((2 + sampled) * dense + compressed * each) / 300)
     assert found.broadcast == pytest.approx(3 * 4 * 5 * (1 + 16 + 16 * 256) / 300)
+    assert method_of(text, 2).warmup == 2
+    later = run_bytes(f"{text}:warmup=12", BLOCKS, LENGTH)
+    assert later.all_reduce == pytest.approx(((12 + 30) * dense + 258 * each) / 300)
     with pytest.raises(ValueError, match="`ratio` must be at least"):
         run_bytes("gradiveq:ratio=8:slice_size=256:sample=10", BLOCKS, LENGTH)  # of one slice at most 9 components
     with pytest.raises(ValueError, match="must be numbers"):
@@ -110,17 +113,14 @@ def test_the_default_methods_are_compared_at_equal_bytes() -> None:
     assert found[0] == Entry(PLAIN, None, 1.0)
     for ratio in RATIOS:
         group = [entry for entry in found if entry.ratio == ratio]
-        for name in ("torch:powersgd:", "powersgd:", "topk:"):
+        for name in ("torch:powersgd:", "powersgd:", "topk:", "gradiveq:"):
             assert sum(entry.text.startswith(name) for entry in group) == 1, name
         assert all(abs(entry.expected - 1) <= TOLERANCE for entry in group)
     same = {entry.text: entry.expected for entry in found}
     assert same["torch:fp16"] == same["half"]
-    assert left_out == []
-    # samples go uncompressed, and they alone are more than 1/24
-    template = "gradiveq:ratio=?:fit_slices=all:slice_size=192:sample=20"
-    found, left_out = entries([PLAIN, template], (24,), BLOCKS, Length(400, 2, 2))
-    assert len(found) == 1
-    assert left_out[0].startswith(f"{template} at 1/24: the nearest, gradiveq:ratio=")
+    # samples go uncompressed, and 20 of them alone are more than 1/25 of 400
+    template = next(one for one in METHODS if one.startswith("gradiveq:ratio=?"))
+    assert [line.partition(": the nearest")[0] for line in left_out] == [f"{template} at 1/25"]
     with pytest.raises(ValueError, match="comes twice"):
         entries([PLAIN, "half", "half"], RATIOS, BLOCKS, LENGTH)
 
