@@ -14,7 +14,7 @@ JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
 
 DATA ?=
 
-.PHONY: run methods timing scaling advise advise-validation layerwise hard-threshold throughput figures calibrate validate busbw shaped-busbw cifar100 test lint docs setup clean
+.PHONY: run methods timing scaling advise advise-validation layerwise hard-threshold ddp throughput figures calibrate validate busbw shaped-busbw cifar100 test lint docs setup clean
 
 run: setup
 	$(JOB) $(ARGS)
