@@ -37,7 +37,7 @@ figures: setup
 # All kinds of methods on one cluster, in one table: trained for real, by the clocks of this machine and of the K80 nodes.
 METHODS := rar,qsgd,gradiveq,powersgd:4,topk:0.01+ef,threshold:auto:0.01:warmup=20+ef,sign:scaled+ef,terngrad,natural,half,randomk:0.1,adacomp+ef
 methods: setup
-	$(JOB) --methods '$(METHODS)' --cluster gradiveq-k80 --iterations 100 --eval-every 50 --out results/all-methods $(ARGS)
+	$(JOB) --methods '$(METHODS)' --cluster gradiveq-k80 --iterations 72 --eval-every 24 --out results/all-methods $(ARGS)
 
 # Should I compress? Three models on two clusters, about 4 minutes; and how far such advice is off, by real training
 # between shaped hosts (Linux, as root; about 8 minutes). Own questions: python -m bench.advise --help
