@@ -71,8 +71,8 @@ _HOSTS = "--nodes 16 --bandwidth 1"
 EXAMPLES = (
     f"--model resnet32 --batch-size 128 --profile-batch 32 --tflops {V100_TFLOPS} {_V100}",
     f"--model resnet32 --batch-size 128 --profile-batch 32 {_HOSTS}",
-    f"--model resnet50-imagenet --batch-size 256 --profile-batch 8 --seconds-per-iteration cluster {_V100}",
-    f"--model resnet50-imagenet --batch-size 32 --profile-batch 8 {_HOSTS}",
+    f"--model resnet50-imagenet --batch-size 256 --profile-batch 8 --ratio 42 --seconds-per-iteration cluster {_V100}",
+    f"--model resnet50-imagenet --batch-size 32 --profile-batch 8 --ratio 42 {_HOSTS}",
     f"--model lstm --batch-size 20 --profile-batch 20 --tflops {V100_TFLOPS} {_V100}",
     f"--model lstm --batch-size 20 --profile-batch 20 {_HOSTS}",
 )
@@ -227,8 +227,8 @@ def answer(options: argparse.Namespace, asked: Asked) -> Answer:
         gains[name] = stretches(sweep[name], against, lambda point: point.speedup > 1)
         pays[name] = stretches(sweep[name], against, lambda point: point.speedup >= PAYS)
     known = recorded(options.results)
-    elsewhere = {name: closest(methods[name], name, known) for name in sweep}
-    return Answer(asked, situation, options.batch_size, text, predictions, gains, pays, sweep, elsewhere)
+    elsewhere = {name: closest(methods[name], name, asked.task, known) for name in sweep}
+    return Answer(asked, situation, options.batch_size, options.ratio, text, predictions, gains, pays, sweep, elsewhere)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ which DDP learns of it.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -165,6 +167,8 @@ def _imported(name: str) -> nn.Module:
     if not colon:
         known = ", ".join([*MODELS, *OTHERS])
         raise ModelError(f"`--model` must be one of {known}, or package.module:function, got {name!r}")
+    if os.getcwd() not in sys.path and "" not in sys.path:  # as with `python -m`, if a script was started
+        sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -26,7 +26,7 @@ METHODS: dict[str, Method] = {
 #: By name: how it is made, and examples per rank.
 MODELS: dict[str, tuple[Callable[[], Task], int]] = {
     "resnet32": (lambda: tensor_task("resnet32", resnet32(100, seed=0), (3, 32, 32)), 8),
-    "resnet18/2": (lambda: tensor_task("resnet18/2", resnet18(100, width=0.5, seed=0), (3, 32, 32)), 4),
+    "resnet18-narrow": (lambda: tensor_task("resnet18-narrow", resnet18(100, width=0.375, seed=0), (3, 32, 32)), 4),
     "lstm-200": (lambda: language_task("lstm-200", lstm(2000, units=200, num_layers=2, seed=0)), 4),
 }
 

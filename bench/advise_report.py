@@ -40,6 +40,7 @@ class Answer:
     """All that is said about a model on a cluster.
 
     Attributes:
+        ratio: K/d of GradiVeQ.
         computing: where the seconds of computing come from.
         predictions: by method, PLAIN first.
         gains: by method, the bandwidths at which it is faster than plain DDP; pays: by PAYS or more.
@@ -50,6 +51,7 @@ class Answer:
     asked: Asked
     situation: Situation
     batch_size: int
+    ratio: float
     computing: str
     predictions: Mapping[str, Prediction]
     gains: Mapping[str, list[tuple[float | None, float | None]]]
@@ -163,8 +165,9 @@ def words(found: Answer) -> list[str]:
         window = next(iter(found.situation.windows.values()), None)
         if window is not None:
             lines.append(
-                f"GradiVeQ's iteration is the mean over a window of {window.sample} uncompressed and {window.compress} "
-                "compressed ones; its fits, on a thread of their own, are not counted."
+                f"GradiVeQ has K/d = {found.ratio:g}. Its iteration is the mean over a window of {window.sample} "
+                f"uncompressed and {window.compress} compressed ones; its fits, on a thread of their own, are not "
+                "counted."
             )
     text = "Encoding and decoding take what the hook takes on this machine's processor"
     if found.situation.rated:
@@ -181,11 +184,14 @@ def _verdict(found: Answer, limit: float) -> str:
     if best is None:
         return "No: none of these methods fits this model."
     if found.speedup(best) < PAYS:
-        why = (
-            f"plain DDP loses only {1 - 1 / limit:.1%} of an iteration to communication"
-            if limit < PAYS
-            else "what they save on the network they lose by encoding and decoding"
-        )
+        plainly, network_s = found.predictions[PLAIN], found.predictions[best].compressed.network_s
+        saved_s = plainly.compressed.network_s - network_s
+        if limit < PAYS:
+            why = f"plain DDP loses only {1 - 1 / limit:.1%} of an iteration to communication"
+        elif saved_s < (1 - 1 / PAYS) * plainly.time_s:
+            why = f"the network is busy for {seconds_text(network_s)} all the same: latency and messages stay"
+        else:
+            why = "what it saves on the network is hidden behind backward, or lost again by encoding and decoding"
         below = [ends[1] for name in found.pays for ends in found.pays[name] if ends[1] is not None]
         begins = f" Compression would begin to pay below {shown(_any(found), max(below))}." if below else ""
         return (

@@ -47,11 +47,13 @@ class Elsewhere(NamedTuple):
         setting: of the method.
         result: for people, beside what plain training had.
         source: the folder in results/.
+        model: that was trained.
     """
 
     setting: str
     result: str
     source: str
+    model: str
 
 
 def family(method: Method) -> str:
@@ -123,12 +125,16 @@ def recorded(results: Path) -> dict[str, list[Elsewhere]]:
     return dict(found)
 
 
-def closest(method: Method, spec: str, found: Mapping[str, list[Elsewhere]]) -> list[Elsewhere]:
-    """Of what was recorded of a method: with its own setting, or else without error feedback, or else all of it."""
+def closest(method: Method, spec: str, model: str, found: Mapping[str, list[Elsewhere]]) -> list[Elsewhere]:
+    """Of what was recorded of a method: with its own setting, or else without error feedback, or else all of it.
+
+    What is of the same model comes first.
+    """
     ours = found.get(family(method), [])
     settings = [spec, spec.removesuffix("+ef")]
     if isinstance(method, GradiVeQ):
         settings.insert(0, _gradiveq_setting(method.loss_threshold, method.ratio, method.fit_slices))
+    ours = sorted(ours, key=lambda one: one.model != model)
     for setting in settings:
         if same := [one for one in ours if one.setting == setting]:
             return same
@@ -152,7 +158,7 @@ def _training_runs(results: Path) -> list[tuple[str, Elsewhere]]:
             f"{100 * entry['test_accuracy']:.1f} % instead of {100 * plain:.1f} % ({summary['model']}, "
             f"{summary['data_source'].split(' (')[0]}, {summary['iterations']:,} iterations)"
         )
-        found.append(("gradiveq", Elsewhere(setting, text, folder)))
+        found.append(("gradiveq", Elsewhere(setting, text, folder, summary["model"])))
     return found
 
 
@@ -171,7 +177,7 @@ def _layerwise(results: Path) -> list[tuple[str, Elsewhere]]:
         if name != "none":
             setting = name if value is None else f"{name}:{value:g}"
             text = f"{fmean(values):.1f} % instead of {plain[network]:.1f} % (small {network}, {len(values)} seeds)"
-            found.append((name, Elsewhere(setting, text, "layerwise")))
+            found.append((name, Elsewhere(setting, text, "layerwise", network)))
     return found
 
 
@@ -193,8 +199,9 @@ def _hard_threshold(results: Path) -> list[tuple[str, Elsewhere]]:
             if settings and line["granularity"] == "layer" and line["error feedback"] == "gradient":
                 setting = f"{line['compressor']}:{float(settings[1]):g}+ef"
                 ours, theirs = (one[measure].split(" ± ")[0] for one in (line, plain))
-                measured = f"{measure.removesuffix(' (%)')} {ours} instead of {theirs} (small {network})"
-                found.append((line["compressor"], Elsewhere(setting, measured, "hard-threshold")))
+                what, percent = measure.removesuffix(" (%)"), " %" if measure.endswith(" (%)") else ""
+                measured = f"{what} {ours}{percent} instead of {theirs}{percent} (small {network})"
+                found.append((line["compressor"], Elsewhere(setting, measured, "hard-threshold", network)))
     return found
 
 
@@ -202,11 +209,11 @@ def _hooks(results: Path) -> list[tuple[str, Elsewhere]]:
     """By the hook itself, as `bench.ddp` compares it with PyTorch's."""
     record = read_json(results / DDP)
     accuracies = {row["method"]: row["accuracies"] for row in record["rows"] if row["accuracies"]}
-    theirs = 100 * fmean(accuracies["torch:none"])
+    theirs, model = 100 * fmean(accuracies["torch:none"]), record["options"]["model"]
     found = []
     for method, ours in accuracies.items():
         if not method.startswith("torch:"):
-            text = f"{100 * fmean(ours):.1f} % instead of {theirs:.1f} % ({record['options']['model']}"
+            text = f"{100 * fmean(ours):.1f} % instead of {theirs:.1f} % ({model}"
             seeds = f"{len(ours)} seed{'s' if len(ours) > 1 else ''}"
-            found.append((re.split(r"[:@+^/]", method)[0], Elsewhere(method, f"{text}, {seeds})", "ddp")))
+            found.append((re.split(r"[:@+^/]", method)[0], Elsewhere(method, f"{text}, {seeds})", "ddp", model)))
     return found

@@ -304,22 +304,25 @@ def test_what_the_hook_cant_carry_is_refused_with_the_reason() -> None:
 def test_recorded_results_are_found_by_their_setting(tmp_path: Path) -> None:
     assert recorded(tmp_path) == {}
     found = recorded(ROOT / "results")
-    (one,) = closest(parse("topk:0.01+ef"), "topk:0.01+ef", {"topk": [Elsewhere("topk:0.01+ef", "x", "y")]})
-    assert one.result == "x"
+    other = [Elsewhere("topk:0.01+ef", "x", "y", "resnet9"), Elsewhere("topk:0.01+ef", "mine", "y", "lstm")]
+    assert [one.result for one in closest(parse("topk:0.01+ef"), "topk:0.01+ef", "lstm", {"topk": other})] == [
+        "mine",
+        "x",
+    ]
     for name in ("topk", "gradiveq", "terngrad"):
         assert found[name]
         assert all("instead of" in one.result and (ROOT / "results" / one.source).is_dir() for one in found[name])
-    assert closest(parse("topk:0.01+ef"), "topk:0.01+ef", found)[0].setting == "topk:0.01+ef"
-    assert len(closest(parse("topk:0.7"), "topk:0.7", found)) == len(found["topk"])
+    assert closest(parse("topk:0.01+ef"), "topk:0.01+ef", "vgg", found)[0].setting == "topk:0.01+ef"
+    assert len(closest(parse("topk:0.7"), "topk:0.7", "vgg", found)) == len(found["topk"])
     window = GradiVeQ(warmup=0, ratio=8, fit_slices="all")
-    (one,) = closest(window, "gradiveq", found)
+    (one,) = closest(window, "gradiveq", "vgg", found)
     assert one.setting == "gradiveq, ratio 8, all slices"
-    assert closest(parse("natural"), "natural", {}) == []
+    assert closest(parse("natural"), "natural", "vgg", {}) == []
     rows = [{"method": "torch:none", "accuracies": [0.5, 0.7]}, {"method": "topk:0.1+ef", "accuracies": [0.4, 0.5]}]
     (tmp_path / "ddp").mkdir()
     (tmp_path / "ddp" / "ddp.json").write_text(json.dumps({"rows": rows, "options": {"model": "alexnet"}}))
-    (one,) = closest(parse("topk:0.1"), "topk:0.1+ef", recorded(tmp_path))
-    assert one == Elsewhere("topk:0.1+ef", "45.0 % instead of 60.0 % (alexnet, 2 seeds)", "ddp")
+    (one,) = closest(parse("topk:0.1"), "topk:0.1+ef", "vgg", recorded(tmp_path))
+    assert one == Elsewhere("topk:0.1+ef", "45.0 % instead of 60.0 % (alexnet, 2 seeds)", "ddp", "alexnet")
     (tmp_path / "layerwise").mkdir()
     (tmp_path / "layerwise" / "layerwise.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
@@ -346,8 +349,8 @@ def made_answer(gbps: float, probed: dict[str, Probed] | None = None) -> Answer:
     gains = {name: stretches(points[name], sweeps[name], lambda point: point.speedup > 1) for name in sweeps}
     pays = {name: stretches(points[name], sweeps[name], lambda point: point.speedup >= 1.05) for name in sweeps}
     predictions = {name: situation.predict(name) for name in situation.costs}
-    elsewhere = {"half": [], "topk": [Elsewhere("topk:0.01", "74 % instead of 79 %", "layerwise")]}
-    return Answer(asked, situation, 8, "measured", predictions, gains, pays, points, elsewhere)
+    elsewhere = {"half": [], "topk": [Elsewhere("topk:0.01", "74 % instead of 79 %", "layerwise", "alexnet")]}
+    return Answer(asked, situation, 8, 8.0, "measured", predictions, gains, pays, points, elsewhere)
 
 
 def test_words_where_it_pays() -> None:
