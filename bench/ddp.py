@@ -234,27 +234,29 @@ def by_torchrun(plan: Plan, options: argparse.Namespace) -> None:
         RanksError: one of them failed.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.nproc)]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            [*torchrun, "-m", "bench.ddp_runs", plan.text()], stderr=said, env=_environment(options)
-        )
-        _wait_for([process], [said])
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
+        file = Path(folder) / "plan.json"
+        plan.write(file)
+        command = [*torchrun, "-m", "bench.ddp_runs", str(file)]
+        _wait_for([subprocess.Popen(command, stderr=said, env=_environment(options))], [said])
 
 
 def on_hosts(plan: Plan, options: argparse.Namespace, hosts: Hosts) -> None:
     """Start each rank on a host of its own, and wait for them. Raises as `by_torchrun`."""
-    command = [sys.executable, "-m", "bench.ddp_runs", plan.text()]
-    with ExitStack() as files:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as files:
+        file = Path(folder) / "plan.json"
+        plan.write(file)
         said = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(options.nproc)]
         processes = []
-        for rank, file in enumerate(said):
+        for rank, errors in enumerate(said):
             address = {
                 "RANK": str(rank), "WORLD_SIZE": str(options.nproc), "LOCAL_RANK": "0",
                 "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": str(PORT),
                 # What Gloo would otherwise find out by looking up the host's name, which all hosts share.
                 "GLOO_SOCKET_IFNAME": "eth0",
             }  # fmt: skip
-            processes.append(hosts.popen(rank, command, stderr=file, env=_environment(options) | address))
+            command = [sys.executable, "-m", "bench.ddp_runs", str(file)]
+            processes.append(hosts.popen(rank, command, stderr=errors, env=_environment(options) | address))
         _wait_for(processes, said)
 
 
@@ -431,8 +433,8 @@ def run(options: argparse.Namespace, words: Sequence[str], launched: bool, lead:
     why = skipped(options, launched)
     notes = [f"Not at equal bytes: {line}." for line in left_out]
     notes += [] if why is None else [f"No times between shaped hosts: {why}."]
-    if lead:
-        print("\n".join(notes), flush=True)
+    for note in notes if lead else ():
+        print(note, flush=True)
     grid = specs(options, found, num_parameters)
     if why is not None:
         grid = {name: spec for name, spec in grid.items() if not spec.get("rate_mbps")}

@@ -2,12 +2,14 @@
 
     torchrun ... -m bench.ddp_runs PLAN        or with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set by anybody else
 
-PLAN is the JSON of a `Plan`. Rank 0 does the runs that aren't recorded yet (`bench.grid`) and tells the others which.
+PLAN is a file, the JSON of a `Plan`. Rank 0 does the runs that aren't recorded yet (`bench.grid`) and tells the others
+which.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -51,6 +53,13 @@ FOR_EVER = 10**9
 #: Above the size of any model here: one bucket.
 ONE_BUCKET_MB = 4096
 BYTES_PER_MB = 1 << 20
+#: Each rank's batch norm goes by its own batches, so that nothing but gradients travels. Newer versions of PyTorch have
+#: another name for it.
+GRADIENTS_ONLY: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else {"broadcast_buffers": False}
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,8 @@ class Plan:
     timeout_s: float
     links: Mapping[str, Any] | None = None
 
-    def text(self) -> str:
-        return json.dumps(asdict(self))
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self)))
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
@@ -145,12 +154,11 @@ class Replica:
         self.net, self.device = net, torch.device(spec["device"])
         self.num_parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
         self.state: gradiveq.ddp.State | None = None
-        # Each rank's batch norm goes by its own batches, so that nothing but gradients travels.
         if one_bucket:
             with one_first_bucket():
-                self.model = DistributedDataParallel(net, broadcast_buffers=False, bucket_cap_mb=ONE_BUCKET_MB)
+                self.model = DistributedDataParallel(net, **GRADIENTS_ONLY, bucket_cap_mb=ONE_BUCKET_MB)
         else:
-            self.model = DistributedDataParallel(net, broadcast_buffers=False)
+            self.model = DistributedDataParallel(net, **GRADIENTS_ONLY)
         self._register(text, spec, sampling)
         self._optimiser = torch.optim.SGD(
             net.parameters(), lr=spec["lr"], momentum=spec["momentum"], weight_decay=spec["weight_decay"], nesterov=True
@@ -278,11 +286,12 @@ def evaluate(net: nn.Module, dataset: Dataset, device: torch.device) -> dict[str
     with torch.no_grad():
         for images, labels in shares:
             logits = judged(images)
-            loss = functional.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([(logits.argmax(1) == labels).sum(), loss, torch.tensor(len(labels))]).double()
+            right = float((logits.argmax(1) == labels).sum())
+            loss = float(functional.cross_entropy(logits, labels, reduction="sum"))
+            sums += torch.tensor([right, loss, len(labels)], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
-    right, loss_sum, count = sums.tolist()
-    return {"accuracy": right / count, "loss": loss_sum / count}
+    all_right, all_loss, count = sums.tolist()
+    return {"accuracy": all_right / count, "loss": all_loss / count}
 
 
 # --- times -----------------------------------------------------------------------------------------------------------
@@ -360,25 +369,27 @@ def do(spec: Mapping[str, Any]) -> dict[str, Any]:
     return train(spec) if spec["kind"] == TRAIN else time_in_turn(spec)
 
 
+class RunFailed(BaseException):
+    """Ranks may be at different places now: no other run is tried, as a grid does after an ordinary exception."""
+
+
 class Lead:
-    """Rank 0's side of a run: tells the others, and does it with them. After a failure there are no more runs.
+    """Rank 0's side of a run: tells the others, and does it with them.
 
     Args:
         links: to be recorded with times.
     """
 
     def __init__(self, links: Mapping[str, Any] | None) -> None:
-        self._links, self._failed = links, False
+        self._links = links
 
     def __call__(self, spec: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
-        if self._failed:
-            raise RuntimeError("not tried, as an earlier run failed")
         try:
             tell(spec)
             result = do(spec)
-        except BaseException:
-            self._failed = True
-            raise
+        except Exception as error:
+            what = f"{spec['method']}, seed {spec['seed']}" if spec["kind"] == TRAIN else "timing"
+            raise RunFailed(f"{what}: {type(error).__name__}: {error}") from error
         return {**result, "links": self._links} if spec["kind"] == TIME else result
 
 
@@ -412,7 +423,7 @@ def work(plan: Plan) -> int:
         dist.destroy_process_group()
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
-    except GridError as error:
+    except (GridError, RunFailed) as error:
         _leave(1, f"error: {error}")
     except Exception as error:
         _leave(1, f"error: rank {rank}: {type(error).__name__}: {error}")
@@ -428,8 +439,8 @@ def _leave(status: int, line: str = "") -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    (text,) = sys.argv[1:] if arguments is None else arguments
-    return work(Plan(**json.loads(text)))
+    (file,) = sys.argv[1:] if arguments is None else arguments
+    return work(Plan(**json.loads(Path(file).read_text())))
 
 
 if __name__ == "__main__":
