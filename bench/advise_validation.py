@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.optimize import minimize
 from tabulate import tabulate
 from tqdm import tqdm
@@ -209,7 +210,7 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def report(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], fit: Fit) -> str:
+def report(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], fit: Fit, about: Mapping[str, Any]) -> str:
     """The table and what it comes to, as Markdown."""
     lines = [
         [
@@ -247,13 +248,16 @@ def report(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], fit: F
         f"the median of {len(costs)} settings, {statistics.median(costs):.1%} longer than the one that is; at most "
         f"{max(costs):.0%}.\n\n"
         f"Fitted to collectives alone: {parameters}; all-gathers take {factors} times as long as their bytes. "
-        "Latency is not shaped, and so not validated.\n"
+        "Latency is not shaped, and so not validated.\n\n"
+        f"On {about['cpu']}, {about['cores']} cores for all hosts; load average before: {about['load_before']:.1f} "
+        f"(what others compute meanwhile is in what was measured). Command: `{about['command']}`.\n"
     )
 
 
 def draw(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], about: Mapping[str, Any]) -> Figure:
     """Predicted against measured."""
     models = list(dict.fromkeys(row["model"] for row in rows))
+    hosts = sorted({row["hosts"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != PLAIN))
     caption = figures.sentences(
         [
@@ -278,14 +282,21 @@ def draw(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], about: M
             axis.plot(
                 row["measured_s"], row["predicted_s"], linestyle="none", markersize=6, color=color,
                 marker=MARKERS[models.index(row["model"]) % len(MARKERS)],
-                markerfacecolor=color if row["hosts"] == min(row["hosts"] for row in rows) else "white",
+                markerfacecolor=color if row["hosts"] == hosts[0] else "white",
             )  # fmt: skip
         for method, color in colors.items():
             axis.plot([], [], linestyle="none", marker="o", color=color, label=method)
         for model, marker in zip(models, MARKERS, strict=False):
             axis.plot([], [], linestyle="none", marker=marker, color="#444444", label=model)
-        axis.plot([], [], linestyle="none", marker="o", color="#444444", markerfacecolor="white", label="more hosts")
+        for number in hosts:
+            filling = "#444444" if number == hosts[0] else "white"
+            label = f"{number} hosts"
+            axis.plot([], [], linestyle="none", marker="o", color="#444444", markerfacecolor=filling, label=label)
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured s", ylabel="predicted s")
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            one.set_minor_formatter(NullFormatter())
         figures.add_legend(axis)
     return figure
 
@@ -356,7 +367,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--rates", _numbers(1, 100_000, "rates in Mbit/s"), list(RATES_MBPS), "Mbit/s (default: 100,1000)")
     add("--models", _names(list(MODELS)), list(MODELS), f"of {', '.join(MODELS)}")
     add("--methods", _names(list(METHODS)), list(METHODS), f"of {', '.join(METHODS)}")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each cell (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=4, metavar="N", help="of each cell (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=2, metavar="N", help="in a repeat (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/advise/validation"), metavar="DIR")
     options = parser.parse_args(arguments)
@@ -374,14 +385,16 @@ def main(arguments: Sequence[str]) -> int:
             print(f"validation of the advice is skipped: {reason}")
             return 0
         about = environment(("numpy", "scipy", "torch", "numba", "matplotlib")) | {
-            "cores": usable_cores(), "command": shlex.join(["python", "-m", "bench.advise", "--validate", *arguments]),
-        }  # fmt: skip
+            "cores": usable_cores(),
+            "load_before": os.getloadavg()[0],
+            "command": shlex.join(["python", "-m", "bench.advise", "--validate", *arguments]),
+        }
         jobs, links = measure(options)
         fit = Fit(local_rates(), about["cores"])
         collectives = fit.fit(jobs)
         rows = compare(jobs, fit)
         verdict = judge(rows)
-        text = report(rows, verdict, fit)
+        text = report(rows, verdict, fit, about)
         most = max(options.hosts)
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(

@@ -495,4 +495,6 @@ def test_a_validation_of_what_the_model_says_has_no_error() -> None:
     rows[0]["error"] = math.expm1(1.0)
     assert judge(rows)["mean_error"] == pytest.approx(math.expm1(0.25), rel=0.2)
     assert judge(rows)["worst"] is rows[0]
-    assert "another verdict" not in advise_validation.report(rows, verdict, fit)
+    about = {"cpu": "a processor", "cores": 2, "load_before": 0.1, "commit": None, "command": "this"}
+    assert "another verdict" not in advise_validation.report(rows, verdict, fit, about)
+    assert advise_validation.draw(rows, verdict, about).axes
