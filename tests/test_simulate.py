@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grid_runs import tiny
 from torch import Tensor, nn
 
 import bench.simulate
@@ -21,7 +22,6 @@ from bench.data import Batches, Dataset
 from bench.grid import GridError, read_grid, run_grid
 from bench.simulate import Aggregation, ExactMean, Images, Observer, Step, make_optimiser, simulate
 from gradiveq import Aggregator
-from gradiveq.compressors.base import Draw
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.terngrad import TernGrad
 from gradiveq.exchange import ErrorFeedback, Part
@@ -349,51 +349,32 @@ def test_top_k_accuracy():
 # --- many runs -------------------------------------------------------------------------------------------------------
 
 
-def tiny(spec: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """For `run_grid`; spawned processes find it here."""
-    if spec.get("fail"):
-        raise RuntimeError("as asked")
-    draw = Draw(spec["seed"], 0, 0, 0).generator().integers(1000)
-    return {"draw": int(draw), "threads": torch.get_num_threads(), "pid": os.getpid()}
-
-
-def slow(spec: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
-    Path(spec["pids"], str(os.getpid())).touch()
-    time.sleep(120)
-    return {}
-
-
 SPECS = {f"run-{seed}": {"seed": seed, "lr": 0.1} for seed in range(3)}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_finished_runs_are_not_repeated(tmp_path: Path, processes: int):
+def test_finished_runs_are_not_repeated_and_one_that_fails_keeps_none_from_ending(tmp_path: Path, processes: int):
     lines: list[str] = []
     first = run_grid(tiny, {"run-0": SPECS["run-0"]}, tmp_path, processes=1, show=lines.append)
     assert lines == [f"run-0: {first['run-0']['seconds']:.1f} s; 1 of 1 runs"]
     before = (tmp_path / "run-0.json").read_bytes()
-    records = run_grid(tiny, SPECS, tmp_path, processes=processes, threads=1, resume=True, show=lines.append)
+    specs = {"bad": {"seed": 0, "lr": 0.1, "fail": True}} | SPECS
+    with pytest.raises(GridError, match="1 of 4 runs failed; the first: bad failed: RuntimeError: as asked"):
+        run_grid(tiny, specs, tmp_path, processes=processes, threads=1, resume=True, show=lines.append)
+    assert len(lines) == 4
+    records = read_grid(tmp_path)
     assert list(records) == list(SPECS)
+    assert run_grid(tiny, SPECS, tmp_path, resume=True) == records
     assert (tmp_path / "run-0.json").read_bytes() == before
-    assert len(lines) == 3
     for name, record in records.items():
         assert record["spec"] == SPECS[name]
-        assert record["result"]["draw"] == tiny(SPECS[name], tmp_path)["draw"]
+        assert record["result"]["sum"] == SPECS[name]["seed"] + SPECS[name]["lr"]
         assert record["result"]["threads"] == 1
         assert (record["result"]["pid"] == os.getpid()) == (processes == 1 or name == "run-0")
-    assert read_grid(tmp_path) == records
     with pytest.raises(GridError, match=r"run-0.json is there already"):
         run_grid(tiny, SPECS, tmp_path)
     with pytest.raises(GridError, match=r"run-2.json was run with lr = 0.1, now it is 0.2"):
         run_grid(tiny, SPECS | {"run-2": {"seed": 2, "lr": 0.2}}, tmp_path, resume=True)
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_fails_is_reported_when_the_others_are_done(tmp_path: Path, processes: int):
-    specs = {"bad": {"seed": 0, "fail": True}} | SPECS
-    with pytest.raises(GridError, match="1 of 4 runs failed; the first: bad failed: RuntimeError: as asked"):
-        run_grid(tiny, specs, tmp_path, processes=processes, show=lambda line: None)
-    assert list(read_grid(tmp_path)) == list(SPECS)
 
 
 def test_damaged_records_and_bad_names(tmp_path: Path):
@@ -413,7 +394,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path, how: str):
     pids.mkdir()
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pathlib import Path; from bench.grid import run_grid; from test_simulate import slow\n"
+        "from pathlib import Path; from bench.grid import run_grid; from grid_runs import slow\n"
         "if __name__ == '__main__':\n"
         f"    run_grid(slow, {{str(i): {{'pids': {str(pids)!r}}} for i in range(2)}}, Path({str(records)!r}))"
     )
