@@ -192,6 +192,11 @@ def computing_of(options: argparse.Namespace, measured: Measured, cluster: Clust
         text = f"{of_batch.flops:.3g} floating-point operations at {options.tflops:g}e12 per second as given; {shares}"
         return of_batch.lasting(seconds), text
     text = here if factor == 1 else f"{here} with {found.batch_size} examples, times {factor:g}"
+    if cluster.node.iteration_s is not None:
+        text += (
+            f" (the cluster's own {cluster.node.iteration_s:g} s are of the model that its file names: with that one, "
+            "--seconds-per-iteration cluster)"
+        )
     if cluster.node.compute_speed != 1:
         text += f"; the cluster's nodes are {cluster.node.compute_speed:g} times as fast"
     return of_batch.lasting(of_batch.seconds / cluster.node.compute_speed), text
