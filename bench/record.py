@@ -108,6 +108,8 @@ from ring.machine import processor
 ENVIRONMENT = "environment.json"
 SUMMARY = "summary.json"
 
+#: What git is asked about: recording results again doesn't change what makes them.
+SOURCE = (":(top)", ":(top,exclude)results")
 #: All kinds of seconds, in the order of an iteration.
 KINDS = (
     "data", "forward", "backward", "pack", "encode", "add", "recode", "decode", "wait", "overhead", "fit", "update",
@@ -263,14 +265,14 @@ def environment(packages: tuple[str, ...] = ("numpy", "scipy", "torch", "numba",
 
 
 def commit() -> str | None:
-    """The commit of this source, with "+changes" if files differ from it; None where git can't say."""
+    """The commit of this source, with "+changes" if files but results differ from it; None where git can't say."""
     try:
         texts = [
             subprocess.run(
                 ["git", "-C", str(Path(__file__).parent), *arguments],
                 capture_output=True, text=True, timeout=10, check=True,
             ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *SOURCE])
         ]  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
