@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 # Only what leaves NumPy alone: how many threads it may have is known, and has to be told, before it is imported.
 from bench.launch import INTERRUPTED, StopRequest, launched, limit_threads, run_as_threads, run_together
+from bench.missing import what_is_missing
 from bench.options import DEFAULTS, NO_CLUSTER, UsageError, parse
 from bench.progress import Progress, has_terminal
 from bench.workers import LONG_S, Failure, Processes, Workers
@@ -374,7 +375,7 @@ class Run:
 
                 figures.draw(self.folder)
             except Exception as error:
-                story = " ".join(str(error).split()) or type(error).__name__
+                story = what_is_missing(error) or " ".join(str(error).split()) or type(error).__name__
                 print(f"no figures: {story}; `python -m bench.figures {self.folder}` tries again", file=sys.stderr)
         print(f"Everything is in {self.folder}", flush=True)
 
