@@ -91,7 +91,12 @@ def test_all_can_be_imported_that_needs_no_extra(installed: Installed, tmp_path:
 
 @pytest.mark.parametrize(
     ("command", "extra"),
-    [("ring-bench", "mpich"), ("gradiveq-train", "mpich"), ("gradiveq-scaling", "figures")],
+    [
+        ("ring-bench", "mpich"),
+        ("gradiveq-train", "mpich"),
+        ("gradiveq-advise", "figures"),
+        ("gradiveq-scaling", "figures"),
+    ],
 )
 def test_a_missing_extra_is_one_line(installed: Installed, tmp_path: Path, command: str, extra: str) -> None:
     done = python(installed, tmp_path, str(installed.python.with_name(command)))
