@@ -88,7 +88,7 @@ class MethodCost:
 
     Attributes:
         memory_bytes: that one worker keeps from iteration to iteration beside what plain DDP does.
-        sampling_bytes: of GradiVeQ, what it keeps while sampling instead, among `FEW` workers.
+        sampling_bytes, samples_bytes: of GradiVeQ, what each worker keeps while sampling instead, and what all share.
         fit_bytes: of GradiVeQ, of all bases, which are gathered once per window.
         native: whether the hook does it by torch operations on the gradient's device, and not by way of the host.
     """
@@ -96,8 +96,13 @@ class MethodCost:
     buckets: tuple[BucketCost, ...]
     memory_bytes: int
     sampling_bytes: int = 0
+    samples_bytes: int = 0
     fit_bytes: int = 0
     native: bool = False
+
+    def extra_bytes(self, workers: int) -> int:
+        """The most that one worker keeps."""
+        return max(self.memory_bytes, self.sampling_bytes + -(-self.samples_bytes // workers))
 
     @property
     def payload_bytes(self) -> int:
@@ -345,17 +350,17 @@ def _multiplications(basis: LayerBasis) -> int:
     return sum(group.num_slices * one.components_.size for group, one in pairs)
 
 
-def _gradiveq_memory(method: GradiVeQ, bases: Mapping[str, LayerBasis]) -> tuple[int, int, int]:
-    """(bases, µ and what is kept of their products; samples and sums of a rank's share; bytes of all bases)."""
-    held = sampled = fit = 0
-    samples = method.max_sample if method.sample == "auto" else method.sample
+def _gradiveq_memory(method: GradiVeQ, bases: Mapping[str, LayerBasis]) -> tuple[int, int, int, int]:
+    """(bases, µ and what is kept of their products; sums while sampling; samples of all layers; bytes of all bases)."""
+    held = sums = samples = fit = 0
+    number = method.max_sample if method.sample == "auto" else method.sample
     for basis in bases.values():
         fitted = sum(one.components_.nbytes + one.explained_variance_.nbytes for one in basis.bases)
         held += fitted + 4 * basis.length + basis.payload_bytes
-        sampled += 12 * basis.length  # µ's sum in float64, and the sample itself
-        sampled += sum(held_bytes(group, samples, method.pca) for group in basis.groups) // FEW
+        sums += 12 * basis.length  # µ's sum in float64, and the sample itself
+        samples += sum(held_bytes(group, number, method.pca) for group in basis.groups)
         fit += fitted
-    return held, sampled, fit
+    return held, sums, samples, fit
 
 
 def _tensor_bytes(tree: Any) -> int:

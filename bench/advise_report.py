@@ -109,7 +109,7 @@ def table(found: Answer, form: str = "simple") -> str:
         rows.append(
             [
                 name, seconds_text(prediction.time_s), f"{found.speedup(name):.2f}", bytes_text(prediction.bytes_sent),
-                bytes_text(max(cost.memory_bytes, cost.sampling_bytes)),
+                bytes_text(cost.extra_bytes(found.situation.cluster.nodes)),
                 "-" if name == PLAIN else _where(found, name, found.gains[name]),
                 "none" if name == PLAIN else risk_text(found, name),
             ]
@@ -275,7 +275,8 @@ def record(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> dic
             "iteration_s": prediction.time_s, "speedup": found.speedup(name), "bytes_sent": prediction.bytes_sent,
             "compressed_iteration_s": prediction.compressed.time_s, "waiting_s": prediction.compressed.exposed_s,
             "network_s": prediction.compressed.network_s, "exchanges_s": prediction.compressed.exchanges,
-            "memory_bytes": cost.memory_bytes, "sampling_bytes": cost.sampling_bytes, "fit_bytes": cost.fit_bytes,
+            "memory_bytes": cost.memory_bytes, "fit_bytes": cost.fit_bytes,
+            "extra_bytes": cost.extra_bytes(found.situation.cluster.nodes),
             "encode_s": [[one.compute_s for one in bucket.rounds] for bucket in cost.buckets],
             "decode_s": [bucket.decoding_s(found.situation.cluster.nodes) for bucket in cost.buckets],
             "payload_bytes": cost.payload_bytes,

@@ -281,7 +281,10 @@ def test_gradiveqs_bases_and_what_methods_keep(tiny: Task) -> None:
     assert only.rounds[0].sent == (Sent("all_reduce", 4 * (compressed + rest + FEW)),)
     assert found.fit_bytes == sum(4 * (k * d + d) for k, d in shapes)
     assert found.memory_bytes == found.fit_bytes + 4 * (9 * 48 + 9 * 256) + 4 * compressed
-    assert found.sampling_bytes > 0
+    elements = 9 * 48 + 9 * 256
+    assert found.sampling_bytes == 12 * elements
+    assert found.samples_bytes >= 4 * (48 * 48 + 256 * 256)  # covariances, as 450 rows are more than K
+    assert found.extra_bytes(10**9) == max(found.memory_bytes, 12 * elements + 1)
     elements = sum(p.numel() for p in tiny.model.parameters())
     assert cost(tiny, parse("topk:0.01+ef")).memory_bytes == 4 * elements
     assert cost(tiny, parse("topk:0.01")).memory_bytes == 0
