@@ -15,6 +15,7 @@ from test_layerwise import write_images
 from torch import nn
 from torch.nn import functional
 
+from bench import figures
 from bench import hard_threshold_findings as findings
 from bench.data.ratings import Interactions, load_ratings
 from bench.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, Finding, table
@@ -48,6 +49,13 @@ from gradiveq.parts import layer_parts
 from gradiveq.specs import parse as parse_method
 from ring.handle import Ring
 from ring.lockstep import run as run_in_lockstep
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer pixels, in less time."""
+    monkeypatch.setattr(figures, "DPI", 30)
+
 
 # --- what is run -----------------------------------------------------------------------------------------------------
 
