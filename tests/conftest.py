@@ -44,6 +44,10 @@ def mpirun(tmp_path: Path) -> Launch:
     return launch
 
 
+#: In a fresh environment the first import compiles all kernels, for 11 s; nothing that is tried there calls them.
+FRESH = {"NUMBA_DISABLE_JIT": "1"}
+
+
 @dataclass(frozen=True)
 class Installed:
     """An environment with the wheel in it, what the wheel requires, and nothing else: no extra, no checkout.

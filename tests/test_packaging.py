@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Installed
+from conftest import FRESH, ROOT, Installed
 
 from bench.missing import EXTRAS, what_is_missing
 
@@ -44,7 +44,7 @@ LOOK = """
 
 
 def python(installed: Installed, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1", **FRESH}
     return subprocess.run(
         [str(installed.python), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )

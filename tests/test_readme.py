@@ -11,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import Installed
+from conftest import FRESH, Installed
 from printed import README, ROOT, block, losses, section
 
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
@@ -86,6 +86,8 @@ def run(heading: str, name: str, command: str, folder: Path, python: Path) -> st
     environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
     if python == Path(sys.executable):
         environment["PYTHONPATH"] = str(ROOT)
+    else:
+        environment |= FRESH
     done = subprocess.run(
         command,
         shell=True,
