@@ -309,7 +309,8 @@ def caption(options: argparse.Namespace, dataset: Dataset, about: Mapping[str, A
         f"over {options.backend}, {options.iterations} iterations, SGD with Nesterov momentum {options.momentum:g}, "
         f"weight decay {options.weight_decay:g}, learning rate 0 to {options.lr:g} in {LR_WARMUP:.0%} of the run, "
         "then to 0",
-        f"the first {options.start} iterations go uncompressed with all methods; one bucket for all",
+        f"the first {options.start} iterations go uncompressed with all methods; one bucket for all; GradiVeQ's times "
+        "are of compressed iterations",
         f"seeds 0 to {options.seeds - 1}" if options.seeds > 1 else "seed 0",
         f"on {figures.machine_text(about, about)}, {options.threads} thread{'s' if options.threads > 1 else ''} a "
         f"rank, torch {about['versions']['torch']}",

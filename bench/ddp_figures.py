@@ -1,4 +1,7 @@
-"""The figure of `bench.ddp`: accuracy, and time per iteration, against bytes."""
+"""The figure of `bench.ddp`: accuracy, and time per iteration, against bytes.
+
+A method looks the same whatever its settings are; the bytes tell these apart.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,28 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bench import figures
 from bench.ddp_findings import Row
+from bench.ddp_sizes import TORCH
+
+
+def family(method: str) -> str:
+    """A method without its settings: "topk+ef" of "topk:0.1+ef"."""
+    first, *rest = method.removeprefix(TORCH).split(":")
+    name = (TORCH if method.startswith(TORCH) else "") + first
+    return f"{name}+ef" if rest and rest[-1].endswith("+ef") else name
 
 
 def draw(rows: Sequence[Row], title: str, caption: str) -> Figure:
     """A panel of accuracies, and one of times for each way in which ranks are joined."""
     places = list(dict.fromkeys(where for row in rows for where in row.times))
-    names = [row.method for row in rows]
-    figure = figures.new_figure(4.6 + 3.6 * len(places) + 3, max(4.2, 0.6 + 0.27 * len(rows)), title, caption)
+    families = list(dict.fromkeys(family(row.method) for row in rows))
+    figure = figures.new_figure(6.4 + 3.8 * len(places), max(4.2, 0.6 + 0.27 * len(families)), title, caption)
     panels: list[Axes] = list(figure.subplots(1, 1 + len(places), squeeze=False)[0])
+    drawn = set()
     for row in rows:
-        style = {**figures.method_style(row.method, names), "marker": figures.method_marker(row.method, names)}
-        style |= {"label": row.method, "linestyle": "none", "capsize": 2.5, "elinewidth": 1}
+        name = family(row.method)
+        style = {**figures.method_style(name, families), "marker": figures.method_marker(name, families)}
+        style |= {"label": None if name in drawn else name, "linestyle": "none", "capsize": 2.5, "elinewidth": 1}
+        drawn.add(name)
         percent = [100 * value for value in row.accuracies]
         middle = statistics.fmean(percent)
         bars = [[middle - min(percent)], [max(percent) - middle]]
@@ -29,8 +43,8 @@ def draw(rows: Sequence[Row], title: str, caption: str) -> Figure:
         for axis, where in zip(panels[1:], places, strict=True):
             if where in row.times:
                 time = row.times[where]
-                sent = [[time.median - time.low], [time.high - time.median]]
-                axis.errorbar([1 / row.share], [time.median], sent, **style)
+                bars = [[time.median - time.low], [time.high - time.median]]
+                axis.errorbar([1 / row.share], [time.median], bars, **style)
     panels[0].set(ylabel="test accuracy at the end (%)", title="mean and range over the seeds")
     for axis, where in zip(panels[1:], places, strict=True):
         axis.set(ylabel="time per iteration, plain DDP = 1", title=f"{where}: median and quartiles of rounds")

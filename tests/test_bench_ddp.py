@@ -13,6 +13,7 @@ from test_layerwise import write_images
 
 from bench import ddp
 from bench.ddp import METHODS, RATIOS, main, parse, skipped
+from bench.ddp_figures import family
 from bench.ddp_findings import BELOW_PLAIN, Row, Spread, extras_table, group_table, methods_table, rows
 from bench.ddp_runs import SAMPLING, TIME, TRAIN, wire_bytes
 from bench.ddp_sizes import (
@@ -195,6 +196,21 @@ def test_rows_and_tables() -> None:
     assert "topk" not in extras
     bare: Row = replace(plain, wire_bytes={})
     assert extras_table([bare, topk]) == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("torch:powersgd:7", "torch:powersgd"),
+        (PLAIN, PLAIN),
+        ("topk:0.1+ef", "topk+ef"),
+        ("gradiveq:ratio=8:sample=20", "gradiveq"),
+        ("sign:scaled+ef", "sign+ef"),
+        ("rar", "rar"),
+    ],
+)
+def test_what_looks_alike_in_the_figure(method: str, name: str) -> None:
+    assert family(method) == name
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
