@@ -103,7 +103,7 @@ lint: setup
 DOCUMENTED := $(wildcard ring/*.py gradiveq/*.py gradiveq/*/*.py bench/*.py bench/*/*.py)
 docs: setup
 	rm -rf build/docs
-	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
+	PDOC_ALLOW_EXEC=1 $(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
 		-W "ignore:The module specification:UserWarning" -m pdoc --docformat google --output-directory build/docs \
 		$(subst /,.,$(patsubst %/__init__,%,$(basename $(DOCUMENTED))))
 
