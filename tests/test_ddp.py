@@ -17,16 +17,18 @@ import ddp_checks
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from ddp_harness import CHECKS
 
 from gradiveq.codec import PCACodec
 from gradiveq.ddp.bucket import Place, Plan
 from gradiveq.ddp.flaws import NOT_FINITE, REPLACED, UNKNOWN, Codes, any_flaw, flaw, is_hard, story, votes
+from gradiveq.ddp.group import Group
 from gradiveq.ddp.memory import Memory, summed
-from gradiveq.projection import Projection, loss_between
 from gradiveq.flatten import Block
 from gradiveq.pca import PCAConfig, PCASampler
+from gradiveq.projection import Projection, loss_between
 from ring.codec import Hop
 
 TORCHRUN = Path(sys.executable).parent / "torchrun"
@@ -195,3 +197,15 @@ def test_memory_follows_its_parameters() -> None:
     other.load_state_dict(saved)
     assert other.of(plan("b", "c"), cpu).tolist() == [3, 4, 5, 6]
     assert other.state_dict().keys() == saved.keys()
+
+
+@pytest.mark.parametrize("backend", [None, "gloo"])
+def test_small_collectives_are_on_the_cpu_where_a_backend_takes_them(backend: str | None) -> None:
+    """`init_process_group()` makes a group with one backend for CPUs and one for GPUs."""
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = Group(None)
+        assert group.device == torch.device("cpu")
+        assert group.rows_of(np.array([3, 5])).tolist() == [[3, 5]]
+    finally:
+        dist.destroy_process_group()
