@@ -384,7 +384,7 @@ def _stack(axis: Axes, labels: Sequence[str], bars: Sequence[Mapping[str, float]
         axis.annotate(form.format(total), (total, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
     axis.set_yticks(places, labels)
     axis.set_ylim(len(bars) - 0.4, -0.6)
-    axis.set_xlim(0, 1.14 * max(start.max(), 1e-9))
+    axis.set_xlim(0, 1.22 * max(start.max(), 1e-9))
     axis.grid(axis="y", visible=False)
     axis.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
 
