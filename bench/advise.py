@@ -44,7 +44,7 @@ from bench.advise_predict import Against, Situation, Window, bandwidths
 from bench.advise_report import Answer, Asked, draw, record, table, words
 from bench.advise_risk import Probed, closest, held_out_of, probe_losses, recorded
 from bench.data import DataError, load
-from bench.options import Parser, UsageError
+from bench.options import Parser, UsageError, positive
 from bench.record import environment, plain, write_atomically, write_json
 from bench.scaling import PAYS, stretches
 from gradiveq.methods import GradiVeQ, Method, Plain
@@ -239,18 +239,8 @@ def answer(options: argparse.Namespace, asked: Asked) -> Answer:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
-
-
 def _seconds(text: str) -> float | str:
-    return text if text == "cluster" else _positive(text)
+    return text if text == "cluster" else positive(text)
 
 
 def _whole(least: int) -> Any:
@@ -277,26 +267,24 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--input", type=_shape, metavar="SHAPE", help="of one example, such as 3x224x224")
     what.add_argument("--vocabulary", type=_whole(1), metavar="N", help="examples are whole numbers below N")
     what.add_argument("--batch-size", type=_whole(1), default=32, metavar="N", help="per node (default: %(default)s)")
-    what.add_argument(
-        "--bucket-mb", type=_positive, metavar="MB", help="DDP's bucket_cap_mb (default: DDP's, 1 and 25)"
-    )
+    what.add_argument("--bucket-mb", type=positive, metavar="MB", help="DDP's bucket_cap_mb (default: DDP's, 1 and 25)")
     where = parser.add_argument_group("the cluster")
     where.add_argument("--cluster", metavar="NAME", help="a preset or a TOML file")
     where.add_argument("--nodes", type=_whole(1), metavar="N", help="instead of --cluster, with --bandwidth")
-    where.add_argument("--bandwidth", type=_positive, metavar="GBPS", help="of each node's link, Gbit/s")
+    where.add_argument("--bandwidth", type=positive, metavar="GBPS", help="of each node's link, Gbit/s")
     where.add_argument("--latency", type=float, metavar="US", help=f"of a link, microseconds (default: {LATENCY_US:g})")
     seconds = parser.add_argument_group("what an iteration computes (default: it is measured here)")
     seconds.add_argument(
         "--seconds-per-iteration", type=_seconds, metavar="S", help="or 'cluster' for what its file has"
     )
     seconds.add_argument(
-        "--tflops", type=_positive, metavar="X", help="what a node reaches, 10^12 operations per second"
+        "--tflops", type=positive, metavar="X", help="what a node reaches, 10^12 operations per second"
     )
     seconds.add_argument("--profile-batch", type=_whole(1), metavar="N", help="examples that are measured with here")
     seconds.add_argument("--threads", type=_whole(1), metavar="N", help="of torch")
     how = parser.add_argument_group("methods")
     how.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="SPEC,…")
-    how.add_argument("--ratio", type=_positive, default=8.0, metavar="X", help="K/d of GradiVeQ (default: %(default)g)")
+    how.add_argument("--ratio", type=positive, default=8.0, metavar="X", help="K/d of GradiVeQ (default: %(default)g)")
     how.add_argument("--sample", type=_whole(2), default=100, metavar="N", help="GradiVeQ's Lt (default: %(default)s)")
     how.add_argument(
         "--compress", type=_whole(1), default=400, metavar="N", help="GradiVeQ's Lc (default: %(default)s)"
@@ -305,7 +293,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     how.add_argument("--probe", type=_whole(0), metavar="N",
                      help=f"iterations of a probe (default: {PROBE} for models that take 3x32x32 images)")  # fmt: skip
     how.add_argument("--data", metavar="SPEC", help="images for the probe, as for the job (default: the sample)")
-    how.add_argument("--lr", type=_positive, default=0.05, metavar="X", help="of the probe (default: %(default)g)")
+    how.add_argument("--lr", type=positive, default=0.05, metavar="X", help="of the probe (default: %(default)g)")
     run = parser.add_argument_group("the run")
     run.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="recorded ones, of other models"

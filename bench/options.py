@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,6 +107,17 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         if not self.quiet:
             super().print_help(file)
+
+
+def positive(text: str) -> float:
+    """Of an option: a number above 0, not infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
 
 
 def length(text: str) -> int | str:

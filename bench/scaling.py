@@ -28,7 +28,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench import clusters, figures
-from bench.options import Parser, UsageError
+from bench.options import Parser, UsageError, positive
 from bench.predict import FLOAT32, METHODS, PHASES, DryRun, Gradient, build, iteration_s
 from bench.record import environment, plain, write_json
 from gradiveq.aggregator import CONTROLS
@@ -319,16 +319,6 @@ def _where_it_pays(axis: Axes, sweep: Sweep, found: Mapping[str, Any], ends: tup
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m bench.scaling", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument(
@@ -336,17 +326,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="resnet32", metavar="NAME", help="of the gradient (default: %(default)s)")
     parser.add_argument(
-        "--batch", type=_positive, default=1.0, metavar="X",
+        "--batch", type=positive, default=1.0, metavar="X",
         help="images per node, times those of the cluster's iteration_s (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--iteration-s",
-        type=_positive,
+        type=positive,
         metavar="S",
         help="seconds that an iteration computes, instead of the cluster's",
     )
     parser.add_argument(
-        "--ratio", type=_positive, default=8.0, metavar="X", help="K/d of GradiVeQ (default: %(default)g)"
+        "--ratio", type=positive, default=8.0, metavar="X", help="K/d of GradiVeQ (default: %(default)g)"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="(default: results/scaling/CLUSTER-MODEL)")
     return parser.parse_args(arguments)
