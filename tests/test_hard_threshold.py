@@ -150,7 +150,7 @@ def test_options_change_the_size() -> None:
 def test_differences_from_the_paper_are_told() -> None:
     small, full = differences(SMALL, {}, PARTS), differences(PAPER, {"madelon": Given("a", None)}, PARTS)
     assert "madelon: points by its generator, not its own." in small
-    assert "images: alexnet (width 0.25) instead of resnet18; epochs 5 instead of 300;" in " ".join(small)
+    assert "images: alexnet (width 0.25) instead of resnet18; epochs 4 instead of 300;" in " ".join(small)
     assert "examples a worker 256 instead of 131,072" in " ".join(small)
     assert "ACCORDION on alexnet only" in " ".join(small)
     assert not any(" instead of " in line or "madelon" in line for line in full)
