@@ -120,7 +120,7 @@ SMALL_TEXT = Benchmark(
     options={"units": 64, "num_layers": 1, "dropout": 0.2, "max_vocabulary": 2000, "length": 20},
 )  # fmt: skip
 SMALL_RATINGS = Benchmark(
-    "ratings", "ncf", 256, 10, "adam", 4.5e-3, 4.5e-3, 0, (), 0.0,
+    "ratings", "ncf", 256, 5, "adam", 4.5e-3, 4.5e-3, 0, (), 0.0,
     (3.5e-2, 1.3e-1, 2.2e-1), (1e-3, 1e-4, 1e-5), 1, "hit_rate", True,
     options={"factors": 8, "layers": (32, 32, 16, 8)},
 )  # fmt: skip
