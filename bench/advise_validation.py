@@ -46,10 +46,10 @@ from bench.advise_costs import PLAIN, local_rates
 from bench.advise_plan import METHODS, MODELS, Found
 from bench.advise_predict import Network, Situation
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
+from bench.launch import for_ranks
 from bench.options import Parser, UsageError
 from bench.record import environment, write_atomically, write_json
 from bench.scaling import PAYS
-from bench.shaped_busbw import THREADS
 from bench.validate import mean_error
 from ring.cluster import Cluster, Link, Node, as_table
 from ring.machine import usable_cores
@@ -308,8 +308,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Job], list[dict[str, Any]
         HostsError: a job fails, or takes too long.
     """
     jobs, links = [], []
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    variables = THREADS | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    variables = for_ranks(1)
     sets = [(number, rate) for number in options.hosts for rate in options.rates]
     with tempfile.TemporaryDirectory(prefix="advise-") as folder:
         for number, rate_mbps in tqdm(sets, desc="hosts x rates", file=sys.stderr):

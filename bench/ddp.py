@@ -51,7 +51,7 @@ from bench.ddp_runs import TIME, TRAIN, Plan, several_by_default, work
 from bench.ddp_sizes import PLAIN, TOLERANCE, Entry, Length, blocks_of, entries
 from bench.grid import GridError, run_grid
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
-from bench.launch import INTERRUPTED
+from bench.launch import INTERRUPTED, for_ranks
 from bench.models import MODELS
 from bench.options import Parser, UsageError
 from bench.record import environment, file_name, plain, write_atomically, write_json
@@ -238,7 +238,7 @@ def by_torchrun(plan: Plan, options: argparse.Namespace) -> None:
         file = Path(folder) / "plan.json"
         plan.write(file)
         command = [*torchrun, "-m", "bench.ddp_runs", str(file)]
-        _wait_for([subprocess.Popen(command, stderr=said, env=_environment(options))], [said])
+        _wait_for([subprocess.Popen(command, stderr=said, env=os.environ | for_ranks(options.threads))], [said])
 
 
 def on_hosts(plan: Plan, options: argparse.Namespace, hosts: Hosts) -> None:
@@ -246,6 +246,7 @@ def on_hosts(plan: Plan, options: argparse.Namespace, hosts: Hosts) -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as files:
         file = Path(folder) / "plan.json"
         plan.write(file)
+        variables = os.environ | for_ranks(options.threads)
         said = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(options.nproc)]
         processes = []
         for rank, errors in enumerate(said):
@@ -256,14 +257,8 @@ def on_hosts(plan: Plan, options: argparse.Namespace, hosts: Hosts) -> None:
                 "GLOO_SOCKET_IFNAME": "eth0",
             }  # fmt: skip
             command = [sys.executable, "-m", "bench.ddp_runs", str(file)]
-            processes.append(hosts.popen(rank, command, stderr=errors, env=_environment(options) | address))
+            processes.append(hosts.popen(rank, command, stderr=errors, env=variables | address))
         _wait_for(processes, said)
-
-
-def _environment(options: argparse.Namespace) -> dict[str, str]:
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    threads = {f"{library}_NUM_THREADS": str(options.threads) for library in ("OMP", "OPENBLAS", "MKL", "NUMBA")}
-    return os.environ | threads | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def _wait_for(processes: Sequence[subprocess.Popen[Any]], said: Sequence[IO[str]]) -> None:

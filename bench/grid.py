@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 
+from bench.launch import thread_variables
 from bench.record import plain, read_json, write_json
 
 Spec = Mapping[str, Any]
 #: Called with the spec and the file where it may keep a checkpoint; returns JSON values.
 Run = Callable[[Spec, Path], dict[str, Any]]
-
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class GridError(RuntimeError):
@@ -94,7 +93,7 @@ def run_grid(
         context = get_context("spawn")
         told, telling = context.Pipe(duplex=False)
         with (
-            _environment(dict.fromkeys(THREAD_VARIABLES, str(threads))),
+            _environment(thread_variables(threads)),
             ProcessPoolExecutor(
                 min(processes, len(missing)), context, initializer=_prepare, initargs=(threads, told)
             ) as pool,

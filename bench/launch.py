@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -29,10 +30,21 @@ def launched() -> bool:
     return any(name in os.environ for name in LAUNCHED)
 
 
+def thread_variables(threads: int) -> dict[str, str]:
+    """What tells OpenMP, the BLAS libraries and Numba how many threads they may have."""
+    libraries = ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "VECLIB_MAXIMUM", "NUMBA_NUM")
+    return {f"{library}_THREADS": str(threads) for library in libraries}
+
+
 def limit_threads(threads: int) -> None:
-    """For what is imported from now on: OpenMP, the BLAS libraries, Numba."""
-    for library in ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "VECLIB_MAXIMUM", "NUMBA_NUM"):
-        os.environ[f"{library}_THREADS"] = str(threads)
+    """For what is imported from now on."""
+    os.environ.update(thread_variables(threads))
+
+
+def for_ranks(threads: int) -> dict[str, str]:
+    """Variables of processes that this one starts: their threads, and where they find these packages."""
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return thread_variables(threads) | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 class StopRequest:

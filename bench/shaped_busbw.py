@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
+from bench.launch import for_ranks
 from bench.record import environment, write_json
 from bench.report import bytes_text
 from ring.bench import parse_bytes, positive
@@ -53,7 +53,6 @@ AGGREGATION_S = 0.5
 #: The longest that links may take for one all-reduce: it bounds the sizes at slow rates.
 MOST_LINE_S = 3.0
 RANK_TIMEOUT_S = 120.0
-THREADS = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "NUMBA")}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -108,11 +107,10 @@ def measure(part: str, shaped: Hosts, options: argparse.Namespace) -> tuple[str,
         plain = max(1, round(AGGREGATION_S / plain_s))
         eighth = max(1, round(8 * AGGREGATION_S / plain_s))
         plan |= {"elements": ELEMENTS, "calls": {"rar": plain, "qsgd": eighth, "linear": eighth}}
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     done = shaped.mpirun(
         [sys.executable, "-m", "bench.shaped_ranks", json.dumps(plan)],
         timeout_s=options.timeout,
-        environment=THREADS | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+        environment=for_ranks(1),
     )
     if done.returncode:
         raise HostsError(

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shlex
 import statistics
 import subprocess
@@ -40,6 +39,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.hosts import Hosts, HostsError, why_not
+from bench.launch import for_ranks
 from bench.record import environment, write_atomically, write_json
 from bench.report import bytes_text
 from bench.shaped_codecs import METHODS
@@ -173,8 +173,7 @@ def measure(
     found: dict[str, Any] = {"cells": [], "shaping": {}}
     plan = {"methods": list(METHODS), "sizes": list(sizes), "repeats": repeats, "seconds": seconds}
     command = [sys.executable, "-m", "bench.shaped_times", json.dumps(plan)]
-    variables = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "NUMBA")}
-    variables["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    variables = for_ranks(1)
     sets = [(number, rate_mbps) for number in hosts for rate_mbps in rates_mbps]
     for number, rate_mbps in tqdm(sets, desc="hosts x rates", file=sys.stderr):
         with Hosts(number, rate_mbps) as shaped:
