@@ -1,8 +1,8 @@
 """How near a device comes to its limits: `python -m bench.device [--device cuda] [--out FOLDER]`, a minute or two.
 
-What GradiVeQ and the half-precision compressor do with a gradient on a device (`gradiveq.device`,
-`gradiveq.projection`, `gradiveq.ddp.native`), copies between it and the host, and a whole exchange of one worker with
-itself: encode, copy to the host, a ring of one, copy back, decode.
+What GradiVeQ, QSGD (if Triton is there) and the half-precision compressor do with a gradient on a device
+(`gradiveq.device`, `gradiveq.projection`, `gradiveq.qsgd_triton`, `gradiveq.ddp.native`), copies between it and the
+host, and a whole exchange of one worker with itself: encode, copy to the host, a ring of one, copy back, decode.
 
     limit of memory    a copy of a large vector on the device: its bytes are read and written
     limit of products  a large square product in float32, without TF32
@@ -23,7 +23,8 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,10 +38,11 @@ from bench.record import environment, write_atomically, write_json
 from gradiveq.compressors.base import Draw
 from gradiveq.compressors.half import Half
 from gradiveq.ddp import native
-from gradiveq.device import Mirror, Staged, StagedLayers, staged_plain
+from gradiveq.device import Mirror, OnDevice, StagedLayers, staged_plain
 from gradiveq.flatten import Block
 from gradiveq.pca import Basis, Group, LayerBasis
 from gradiveq.projection import Projection
+from gradiveq.qsgd import QSGD
 from ring.handle import Ring
 from ring.lockstep import run
 from ring.machine import processor
@@ -97,9 +99,31 @@ def operations(device: torch.device, length: int, square: int, ring: Ring) -> li
     ]
     plain = staged_plain(Mirror(length, device), length, CHUNK_BYTES)
     found.append(Operation("exchange: plain", 2 * whole, 0, _exchange(plain, ring)))
+    if find_spec("triton") is not None:
+        found += _quantisation(device, gradient, out, ring)
     for slice_size in SLICE_SIZES:
         found += _projection(device, slice_size, gradient, out, ring)
     return found
+
+
+def _quantisation(device: torch.device, gradient: torch.Tensor, out: torch.Tensor, ring: Ring) -> Iterator[Operation]:
+    """QSGD's kernels: a hop of the ring, and its end. Nothing where the host would do it."""
+    from gradiveq.device_qsgd import StagedQSGD, pays
+    from gradiveq.qsgd_triton import decode, recode
+
+    codec, whole = QSGD(), gradient.nbytes
+    if not pays(codec, len(gradient), device):
+        return
+    mirror = Mirror(len(gradient), device)
+    mirror.values.copy_(gradient)
+    staged = StagedQSGD.of(codec, mirror, len(gradient))
+    words = torch.empty_like(staged.words)
+    recode(None, gradient, 0, codec, words)
+    hop = whole + 2 * words.nbytes
+    last = words.nbytes + whole
+    yield Operation("QSGD: decode, add, encode", hop, 0, lambda: recode(words, gradient, 0, codec, words))
+    yield Operation("QSGD: decode", last, 0, lambda: decode(words, codec, out, 1))
+    yield Operation("exchange: QSGD", whole + words.nbytes + last, 0, _exchange(staged, ring))
 
 
 def _projection(
@@ -125,7 +149,7 @@ def _projection(
     ]
 
 
-def _exchange(staged: Staged, ring: Ring) -> Callable[[], object]:
+def _exchange(staged: OnDevice, ring: Ring) -> Callable[[], object]:
     return lambda: staged.mean_over(ring, (), CHUNK_BYTES, Timeline())
 
 

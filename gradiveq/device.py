@@ -19,15 +19,9 @@ with one version of the libraries.
 
 On the CPU all of this runs as it does on a GPU, with copies that are done at once (`Lane`).
 
-**What stays on the host.** Compressors, PowerSGD and QSGD get the gradient by one copy, and their mean goes back by
-one. QSGD in the ring decodes, adds and encodes at every hop. Its kernel takes 1.25 ns an element for that on one core
-(800 M elements/s, `bench.qsgd_throughput`). A device would have to be sent the 4-bit payload and to send it back, 1.02
-bytes an element: 0.07 ns over PCIe 3.0 x16 (8 GT/s in 16 lanes of 128b/130b: 15.75 GB/s). Beside that a chunk takes two
-copies, a launch and a wait; at 10 µs each, which is assumed and not measured, the host is ahead in chunks below some
-32,000 elements. Beyond, a kernel that does it all in one pass would be; 30 operations of torch, each with its launch,
-would be again only in chunks of hundreds of thousands, and the ring's are at most 262,144. Such a kernel (Triton) has
-to give the host's bits. It isn't here, as there was no GPU to run one on. GradiVeQ needs none: its product takes the
-subtraction of Uᵀµ along.
+**What stays on the host.** Compressors and PowerSGD get the gradient by one copy, and their mean goes back by one; so
+does QSGD in small chunks and without Triton. In large ones it is quantised on the device (`gradiveq.device_qsgd`), by a
+fused kernel. GradiVeQ needs none: its product takes the subtraction of Uᵀµ along.
 
 **GPU-aware MPI** takes pointers to a device's memory. Then the payload isn't copied at all: MPI's own all-reduce adds
 it (`ring.mpi.MPIRing.all_reduce_directly`). Its order of additions is MPI's.
@@ -35,6 +29,7 @@ it (`ring.mpi.MPIRing.all_reduce_directly`). Its order of additions is MPI's.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -48,7 +43,7 @@ from gradiveq.flatten import Block, Vector
 from gradiveq.loss import Loss
 from gradiveq.pca import LayerBasis
 from gradiveq.projection import Projection, squares
-from ring.codec import Array, Hop, Identity, Payload
+from ring.codec import Array, Codec, Hop, Identity, Payload
 from ring.handle import Ring
 from ring.plan import Stats
 from ring.timeline import Timeline
@@ -165,7 +160,29 @@ class Mirror:
         self.lane.join()
 
 
-class Staged(Identity):
+class OnDevice(Codec):
+    """The mean over the workers of what is in a mirror."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of what travels, without the caller's elements."""
+
+    @abstractmethod
+    def mean_over(
+        self, ring: Ring, controls: Sequence[float], chunk_bytes: int | None, timeline: Timeline
+    ) -> tuple[Stats, list[float]]:
+        """Replace it by the mean; collective.
+
+        Args:
+            controls: the caller's elements, which travel along.
+            timeline: gets "encode" and "decode", beside what the ring's all-reduce gives it.
+        Returns:
+            What was sent, and the means of the caller's elements.
+        """
+
+
+class Staged(Identity, OnDevice):
     """The mean over the workers of a vector on a device, by way of pinned memory in which the ring works.
 
     As a codec of the ring it encodes nothing: `encode` waits until a chunk has been copied to the host, `decode` begins
@@ -183,7 +200,7 @@ class Staged(Identity):
     def __init__(self, mirror: Mirror, tensor: Tensor, pieces: Sequence[Piece], description: str) -> None:
         self._lane, self._direct = mirror.lane, mirror.direct
         self._tensor, self._host = tensor, mirror.pinned[: len(tensor)]
-        self.vector: Vector = mirror.host[: len(tensor)]
+        self._vector: Vector = mirror.host[: len(tensor)]
         self._pieces, self._description = tuple(pieces), description
         self._starts = [piece.start for piece in self._pieces]
         self._covered = self._pieces[-1].stop if self._pieces else 0
@@ -191,17 +208,13 @@ class Staged(Identity):
         self._marks: list[Mark] = []
         self._missing: list[int] = []
 
+    @property
+    def num_bytes(self) -> int:
+        return self._covered * self._tensor.itemsize
+
     def mean_over(
         self, ring: Ring, controls: Sequence[float], chunk_bytes: int | None, timeline: Timeline
     ) -> tuple[Stats, list[float]]:
-        """Replace the vector by the mean over the workers; collective.
-
-        Args:
-            controls: the caller's elements.
-            timeline: gets "encode" and "decode", beside what the ring's all-reduce gives it.
-        Returns:
-            What was sent, and the means of the caller's elements.
-        """
         end = len(self._tensor) - len(controls)
         if self._direct:
             with timeline.span("encode"):
@@ -218,13 +231,13 @@ class Staged(Identity):
             return stats, self._tensor[end:].tolist()
         with timeline.span("encode"):
             self._begin(ring)
-        self.vector[end:] = controls
+        self._vector[end:] = controls
         with np.errstate(over="ignore", invalid="ignore"):  # looked for by the aggregator, on all ranks alike
-            stats = ring.all_reduce(self.vector, self, op="mean", chunk_bytes=chunk_bytes, timeline=timeline)
+            stats = ring.all_reduce(self._vector, self, op="mean", chunk_bytes=chunk_bytes, timeline=timeline)
         with timeline.span("decode"):
             self._lane.join()
             self._lane.settle()
-        return stats, self.vector[end:].tolist()
+        return stats, self._vector[end:].tolist()
 
     def _begin(self, ring: Ring) -> None:
         """Encode and copy the pieces, those of this rank's segment first, then of the one before, and so on."""

@@ -181,7 +181,7 @@ class QSGD(Codec):
 
     def regions(self, length: int, dtype: np.dtype[Any]) -> Sequence[Region]:
         self._check_dtype(dtype)
-        return (Region(length, self.bucket, self._num_bytes(self.bucket), self._num_bytes(length % self.bucket)),)
+        return (Region(length, self.bucket, self.num_bytes(self.bucket), self.num_bytes(length % self.bucket)),)
 
     def encode(self, values: Array, start: int, payload: Payload, hop: Hop) -> None:
         self._recode(payload[:0], values, start, payload, hop)
@@ -194,19 +194,23 @@ class QSGD(Codec):
 
     def _recode(self, incoming: Array, values: Array, start: int, payload: Payload, hop: Hop) -> None:
         words = self._words(payload, values)
-        key = stream_key(np.uint64(self.seed), np.uint64(self.call), np.uint64(hop.rank), np.uint64(hop.step))
         _recode(
             incoming.view(np.uint32),
             values,
             np.uint64(start),
-            np.uint64(key),
+            self.key(hop),
             self.bits,
             self.bucket,
             self.norm == "l2",
             words,
         )
 
-    def _num_bytes(self, length: int) -> int:
+    def key(self, hop: Hop) -> np.uint64:
+        """Of the random numbers of one encoding."""
+        key = stream_key(np.uint64(self.seed), np.uint64(self.call), np.uint64(hop.rank), np.uint64(hop.step))
+        return np.uint64(key)
+
+    def num_bytes(self, length: int) -> int:
         """Bytes of one bucket of `length` elements: the norm, and the codes filled up to whole words."""
         return 4 + 4 * -(-length * self.bits // 32) if length else 0
 
@@ -214,7 +218,7 @@ class QSGD(Codec):
         """`payload` as 32-bit words. The compiled loops check no bounds, so its size is checked here."""
         self._check_dtype(values.dtype)
         full, rest = divmod(len(values), self.bucket)
-        num_bytes = full * self._num_bytes(self.bucket) + self._num_bytes(rest)
+        num_bytes = full * self.num_bytes(self.bucket) + self.num_bytes(rest)
         if len(payload) != num_bytes:
             raise ValueError(f"{len(values)} elements take a payload of {num_bytes} bytes, got {len(payload)}")
         return payload.view(np.uint32)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradiveq.device import Mirror, Staged, staged_plain
+from gradiveq.device import Mirror, OnDevice, staged_plain
 from gradiveq.exchange import Worker
 from gradiveq.flatten import Vector
 from gradiveq.methods import Plain, QSGDRing
@@ -28,6 +30,9 @@ from ring.handle import Ring
 #: many vote to end a window.
 FLAG, VOTE, CONTROLS = 0, 1, 2
 FLOAT32 = np.dtype(np.float32)
+
+if TYPE_CHECKING:  # it needs Triton
+    from gradiveq.device_qsgd import StagedQSGD
 
 
 class Strategy(ABC):
@@ -132,19 +137,19 @@ class CodecStrategy(Strategy):
         if isinstance(method, Plain):
             return self._plain, self.chunk_bytes
         quantised = method.codec(self.seed, iteration)
-        return (
-            Composite([(self.length, quantised), (CONTROLS, Identity())]),
-            self.chunk_bytes if method.pipelined else sys.maxsize,
-        )
+        return Composite([(self.length, quantised), (CONTROLS, Identity())]), self.message_bytes(method)
+
+    def message_bytes(self, method: QSGDRing) -> int:
+        return self.chunk_bytes if method.pipelined else sys.maxsize
 
     def exchange(self, vector: Vector, flawed: bool, now: Ongoing) -> bool:
         """As in the base class; in the end the elements behind the gradient have what they came to."""
         codec, chunk_bytes = self.codec(now.iteration)
         controls = vector[self.length :]
-        if isinstance(codec, Staged):
+        if isinstance(codec, OnDevice):
             said = [float(flawed), float(self.vote)]
             stats, controls[:] = codec.mean_over(self.ring, said, chunk_bytes, now.timeline)
-            now.ratio = len(vector) / len(codec.vector)
+            now.ratio = vector.nbytes / (codec.num_bytes + controls.nbytes)
         else:
             controls[FLAG], controls[VOTE] = flawed, self.vote
             with np.errstate(over="ignore", invalid="ignore"):  # looked for by the aggregator, on all ranks alike
@@ -168,6 +173,7 @@ class Direct(CodecStrategy):
     ) -> None:
         super().__init__(ring, length, seed, chunk_bytes, mirror)
         self._method = method
+        self._staged = None if mirror is None or isinstance(method, Plain) else self._quantised_on(mirror, method)
 
     @property
     def phase(self) -> str:
@@ -175,10 +181,24 @@ class Direct(CodecStrategy):
 
     @property
     def on_device(self) -> bool:
-        return self.mirror is not None and isinstance(self._method, Plain)
+        return self.mirror is not None and (isinstance(self._method, Plain) or self._staged is not None)
 
     def codec(self, iteration: int) -> tuple[Codec, int]:
-        return self.codec_of(self._method, iteration)
+        if self._staged is None or isinstance(self._method, Plain):
+            return self.codec_of(self._method, iteration)
+        quantised = self._method.codec(self.seed, iteration)
+        return replace(self._staged, codec=quantised), self.message_bytes(self._method)
+
+    def _quantised_on(self, mirror: Mirror, method: QSGDRing) -> StagedQSGD | None:
+        """None where the host is the better place, or the only one."""
+        if find_spec("triton") is None:
+            return None
+        from gradiveq.device_qsgd import StagedQSGD, pays
+
+        codec = method.codec()
+        most = self.message_bytes(method) // codec.num_bytes(codec.bucket) * codec.bucket
+        elements = min(most, self.length // self.ring.size)
+        return StagedQSGD.of(codec, mirror, self.length) if pays(codec, elements, mirror.device) else None
 
 
 def payload_ratio(codec: Codec, length: int) -> float:

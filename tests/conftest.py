@@ -1,4 +1,7 @@
-"""Runs a piece of Python on several ranks, with a deadline of its own; the wheel, built and installed."""
+"""Runs a piece of Python on several ranks, with a deadline of its own; the wheel, built and installed.
+
+Without a GPU, Triton's kernels run in its interpreter, on CPU tensors; that has to be said before they are imported.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from importlib.metadata import Distribution, PathDistribution, distribution
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
 MPIRUN = Path(sys.executable).parent / "mpirun"

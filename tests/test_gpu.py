@@ -44,6 +44,14 @@ def test_bitwise_as_on_the_host(method: Any) -> None:
     assert_bitwise(*both(method, 4, chunk_bytes=128, device=GPU))
 
 
+@on_gpu("QSGD's kernels in the ring, on a GPU")
+@pytest.mark.parametrize("changed", [{}, {"pipelined": False}, {"bits": 8, "bucket": 7}])
+def test_qsgd_quantised_there(changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by themselves in `test_device_qsgd`, which runs them here as well."""
+    monkeypatch.setattr("gradiveq.device_qsgd.FROM_ELEMENTS", 1)
+    assert_bitwise(*both(QSGDRing(**({"bucket": 16} | changed)), 4, chunk_bytes=64, device=GPU))
+
+
 @on_gpu("GradiVeQ's windows on a GPU, within rounding as on the CPU")
 @pytest.mark.parametrize("sampling", [Plain(), QSGDRing()], ids=["plain", "qsgd"])
 def test_gradiveq_as_on_the_host(sampling: Any) -> None:
