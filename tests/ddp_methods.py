@@ -17,6 +17,7 @@ from ddp_harness import (
     gradients,
     hooked,
     plain,
+    rank,
     same_everywhere,
     sgd,
     size,
@@ -326,23 +327,47 @@ def entire_buckets_are_compressed_as_one() -> None:
         optimizer.step()
 
 
+def remembering(name: str, *values: Any, **options: Any) -> Compressed:
+    return Compressed(COMPRESSORS[name](*values), feedback=ErrorFeedback(), **options)
+
+
+#: With all that is native (`test_ddp_native` has more settings of each).
+NATIVE = [
+    remembering("half", "bfloat16"),
+    remembering("randomk", 0.2),
+    remembering("integer", 1000.3, 16, "stochastic"),
+    remembering("topk", 0.1),
+    remembering("topk", 0.5, granularity="model"),
+    Compressed(COMPRESSORS["sign"]()),
+    remembering("sign", "scaled"),
+    remembering("natural"),
+    remembering("terngrad", 2.5),
+    remembering("qsgd-gather", 3, "max", 64),
+    remembering("topk", 0.1, overrides=(("*.bias", Identity()), ("conv1.weight", Half()))),
+    remembering("topk", 0.2, master=COMPRESSORS["terngrad"]()),
+]
+#: Whose float32 payloads the wrapper halves, and one of 16 bits beside them.
+HALVED = [
+    Compressed(Identity(), feedback=ErrorFeedback()),
+    remembering("randomk", 0.2, overrides=(("fc.weight", Half()),)),
+]
+
+
 @check
 def torch_operations_give_the_same_bits() -> None:
-    """What is for GPUs, on the CPU: against the NumPy forms, with memories, in 32 and in 16 bits."""
+    """What is for GPUs, on the CPU of every other rank, the others with the NumPy forms; against these on all ranks.
+
+    With memories, and with messages of 16 bits.
+    """
     wrapped = default_hooks.fp16_compress_wrapper(ddp.hook)
-    for compressor in (Identity(), Half(), Half("bfloat16"), COMPRESSORS["randomk"](0.2)):
-        method = Compressed(compressor, feedback=ErrorFeedback())
-        for hook in (ddp.hook, wrapped):
-            results = []
-            for on_device in (False, True):
-                model, state = hooked(Net(), method, hook=hook)
-                state._scheme.on_device = lambda work, on_device=on_device: on_device
-                optimizer = sgd(model)
-                for iteration in range(5):
-                    step(model, optimizer, iteration)
-                same_everywhere(weights(model), "the weights")
-                results.append(weights(model))
-            assert torch.equal(*results), (method, hook)
+    cases = [(method, ddp.hook) for method in NATIVE] + [(method, wrapped) for method in HALVED]
+    for method, hook in cases:
+        results = []
+        for on_device in (False, rank() % 2 == 1):
+            model, state = hooked(Net(), method, hook=hook)
+            state._scheme.on_device = lambda work, on_device=on_device: on_device
+            results.append(train(model, range(4)))
+        assert torch.equal(*results), (method, hook)
 
 
 @check

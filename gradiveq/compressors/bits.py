@@ -24,8 +24,8 @@ from gradiveq.jit import WORDS, jit
 UInt32 = npt.NDArray[np.uint32]
 UInt8 = npt.NDArray[np.uint8]
 
-_LANES = 16
-_BLOCK = 32 * _LANES  # codes: 32 of them fill whole words at every width
+LANES = 16
+BLOCK = 32 * LANES  # codes: 32 of them fill whole words at every width
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -47,7 +47,7 @@ def pack(codes: UInt32, bits: int) -> UInt8:
     _check_bits(bits)
     if codes.dtype != np.uint32 or codes.ndim != 1:
         raise ValueError(f"`codes` must be a vector of uint32, got {codes.ndim} dimensions of {codes.dtype}")
-    whole = len(codes) // _BLOCK * _BLOCK
+    whole = len(codes) // BLOCK * BLOCK
     rest = np.zeros(-(-(len(codes) - whole) // 32) * 32, np.uint32)
     rest[: len(codes) - whole] = codes[whole:]
     words = np.empty((whole + len(rest)) // 32 * bits, np.uint32)
@@ -72,7 +72,7 @@ def unpack(payload: UInt8, bits: int, count: int) -> UInt32:
             f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, "
             f"got {payload.dtype} of shape {payload.shape}"
         )
-    whole = count // _BLOCK * _BLOCK
+    whole = count // BLOCK * BLOCK
     cut = whole // 8 * bits
     words = payload[:cut]
     if not words.flags.c_contiguous or words.ctypes.data % 4:
@@ -129,9 +129,9 @@ def _unpack_block(words: Any, bits: int, lanes: int, codes: Any) -> None:
 @jit(types.uint32(WORDS, WORDS, types.int64, types.uint32[::1]), cache=True)
 def _pack(blocks: Any, rest: Any, bits: int, words: Any) -> Any:
     used = np.uint32(0)
-    for block in range(len(blocks) // _BLOCK):
-        out = words[block * _LANES * bits : (block + 1) * _LANES * bits]
-        used |= _pack_block(blocks[block * _BLOCK : (block + 1) * _BLOCK], bits, _LANES, out)
+    for block in range(len(blocks) // BLOCK):
+        out = words[block * LANES * bits : (block + 1) * LANES * bits]
+        used |= _pack_block(blocks[block * BLOCK : (block + 1) * BLOCK], bits, LANES, out)
     words = words[len(blocks) // 32 * bits :]
     for block in range(len(rest) // 32):
         used |= _pack_block(rest[block * 32 : (block + 1) * 32], bits, 1, words[block * bits : (block + 1) * bits])
@@ -140,10 +140,10 @@ def _pack(blocks: Any, rest: Any, bits: int, words: Any) -> Any:
 
 @jit(types.void(WORDS, WORDS, types.int64, types.uint32[::1]), cache=True)
 def _unpack(blocks: Any, rest: Any, bits: int, codes: Any) -> None:
-    whole = len(blocks) // (_LANES * bits)
+    whole = len(blocks) // (LANES * bits)
     for block in range(whole):
-        source = blocks[block * _LANES * bits : (block + 1) * _LANES * bits]
-        _unpack_block(source, bits, _LANES, codes[block * _BLOCK : (block + 1) * _BLOCK])
-    codes = codes[whole * _BLOCK :]
+        source = blocks[block * LANES * bits : (block + 1) * LANES * bits]
+        _unpack_block(source, bits, LANES, codes[block * BLOCK : (block + 1) * BLOCK])
+    codes = codes[whole * BLOCK :]
     for block in range(len(rest) // bits):
         _unpack_block(rest[block * bits : (block + 1) * bits], bits, 1, codes[block * 32 : (block + 1) * 32])

@@ -100,16 +100,17 @@ class Integer(Compressor):
     @property
     def limit(self) -> float:
         """The largest magnitude that isn't cut, in units of the gradient."""
-        return self._most / self.scale
+        return self.most / self.scale
 
     @property
-    def _most(self) -> int:
+    def most(self) -> int:
+        """The largest number that is sent."""
         return ((1 << (self.bits - 1)) - 1) // self.workers
 
     def compress(self, values: Float32, draw: Draw, latest: Float32 | None = None) -> Array:
         out = np.empty(len(values), _DTYPES[self.bits])
         key = stream_key(*map(np.uint64, draw))
-        _round(values, self.scale, float(self._most), self.rounding == "stochastic", key, out)
+        _round(values, self.scale, float(self.most), self.rounding == "stochastic", key, out)
         return out
 
     def decompress(self, payload: Array, out: Float32, draw: Draw, size: int = 1) -> None:

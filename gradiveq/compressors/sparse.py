@@ -43,13 +43,13 @@ from gradiveq.compressors.base import Array, Compressor, Draw, Float32
 from gradiveq.compressors.bits import UInt8, UInt32, pack, packed_bytes, unpack
 from gradiveq.jit import FLOATS, WORDS, jit
 
-_HEADER_BYTES = 5
-_GAPS, _BITMAP = 0, 1
+HEADER_BYTES = 5
+GAPS, BITMAP = 0, 1
 
 
 def positions_bytes(length: int, count: int) -> int:
     """Bytes of the header and of the positions of `count` elements of a vector of `length`."""
-    return _HEADER_BYTES + min(_gaps_bytes(length, count), -(-length // 8))
+    return HEADER_BYTES + min(_gaps_bytes(length, count), -(-length // 8))
 
 
 def encode_positions(indices: UInt32, length: int) -> UInt8:
@@ -61,16 +61,15 @@ def encode_positions(indices: UInt32, length: int) -> UInt8:
         uint8 of shape (positions_bytes(length, len(indices)),).
     """
     count = len(indices)
-    gaps = _gaps_bytes(length, count)
-    form = _GAPS if gaps <= -(-length // 8) else _BITMAP
-    header = np.empty(_HEADER_BYTES, np.uint8)
+    form = form_of(length, count)
+    header = np.empty(HEADER_BYTES, np.uint8)
     header[0] = form
     header[1:] = np.array([count], "<u4").view(np.uint8)
     if count == 0:
         return header
-    if form == _BITMAP:
+    if form == BITMAP:
         return np.concatenate([header, _bits_at(indices, length)])
-    low, high = _gaps_shape(length, count)
+    low, high = gaps_shape(length, count)
     places: UInt32 = indices >> np.uint32(low)
     places += np.arange(count, dtype=np.uint32)
     parts = [header, _bits_at(places, high)]
@@ -92,17 +91,16 @@ def decode_positions(payload: Array, length: int) -> tuple[UInt32, UInt8]:
     num_bytes = positions_bytes(length, count)
     if len(payload) < num_bytes:
         raise ValueError(f"positions of {count} of {length} elements take {num_bytes} bytes, got {len(payload)}")
-    body, rest = payload[_HEADER_BYTES:num_bytes], payload[num_bytes:]
-    gaps = _gaps_bytes(length, count)
-    form = _GAPS if gaps <= -(-length // 8) else _BITMAP
+    body, rest = payload[HEADER_BYTES:num_bytes], payload[num_bytes:]
+    form = form_of(length, count)
     if payload[0] != form:
         raise ValueError(f"positions of {count} of {length} elements are written in form {form}, got {payload[0]}")
     if count == 0:
         return np.empty(0, np.uint32), rest
-    if form == _BITMAP:
+    if form == BITMAP:
         indices = _places(body, count)
     else:
-        low, _ = _gaps_shape(length, count)
+        low, _ = gaps_shape(length, count)
         cut = packed_bytes(count, low)
         indices = _places(body[cut:], count)
         indices -= np.arange(count, dtype=np.uint32)
@@ -120,9 +118,9 @@ def decode_count(payload: Array, length: int) -> int:
     Raises:
         ValueError: none, or more than the vector has.
     """
-    if len(payload) < _HEADER_BYTES:
-        raise ValueError(f"a payload of positions has at least {_HEADER_BYTES} bytes, got {len(payload)}")
-    count = int.from_bytes(payload[1:_HEADER_BYTES].tobytes(), "little")
+    if len(payload) < HEADER_BYTES:
+        raise ValueError(f"a payload of positions has at least {HEADER_BYTES} bytes, got {len(payload)}")
+    count = int.from_bytes(payload[1:HEADER_BYTES].tobytes(), "little")
     if count > length:
         raise ValueError(f"a payload speaks of {count} elements of a vector that has {length}")
     return count
@@ -196,7 +194,12 @@ def _decode(payload: Array, length: int) -> tuple[UInt32, Float32]:
     return indices, rest.copy().view(np.float32)
 
 
-def _gaps_shape(length: int, count: int) -> tuple[int, int]:
+def form_of(length: int, count: int) -> int:
+    """How positions are written: GAPS, or BITMAP where that is shorter."""
+    return GAPS if _gaps_bytes(length, count) <= -(-length // 8) else BITMAP
+
+
+def gaps_shape(length: int, count: int) -> tuple[int, int]:
     """The bits of each index that are written as they are, and the number of bits that the rest of all takes."""
     low = (length // count).bit_length() - 1
     return low, ((length - 1) >> low) + count
@@ -205,7 +208,7 @@ def _gaps_shape(length: int, count: int) -> tuple[int, int]:
 def _gaps_bytes(length: int, count: int) -> int:
     if count == 0:
         return 0
-    low, high = _gaps_shape(length, count)
+    low, high = gaps_shape(length, count)
     return packed_bytes(count, low) + -(-high // 8)
 
 

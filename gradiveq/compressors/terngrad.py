@@ -25,9 +25,9 @@ from gradiveq.compressors.reductions import largest, standard_deviation
 from gradiveq.counter_random import random24, stream_key
 from gradiveq.jit import FLOATS, jit
 
-_TRITS = 5
+TRITS = 5
 #: ⌊byte / 3^k⌋ is (byte · _INVERSES[k]) >> 16 for every byte up to 242.
-_INVERSES = tuple(-(-65536 // 3**k) for k in range(_TRITS + 1))
+_INVERSES = tuple(-(-65536 // 3**k) for k in range(TRITS + 1))
 _BYTES = types.Array(types.uint8, 1, "C", readonly=True)
 
 
@@ -38,7 +38,7 @@ def _ternarise(values: Float32, scale: np.float32, key: np.uint64, trits: Array)
     for j in range(stride):
         trits[j] = 0
     weight = 1
-    for field in range(_TRITS):
+    for field in range(TRITS):
         first = field * stride
         part = values[first : first + stride]
         for i in range(len(part)):
@@ -52,7 +52,7 @@ def _ternarise(values: Float32, scale: np.float32, key: np.uint64, trits: Array)
 @jit(types.void(_BYTES, types.float32, types.float32[::1]), cache=True)
 def _estimate(trits: Array, scale: np.float32, out: Float32) -> None:
     stride = len(trits)
-    for field in range(_TRITS):
+    for field in range(TRITS):
         part = out[field * stride : (field + 1) * stride]
         inverse, next_inverse = np.uint32(_INVERSES[field]), np.uint32(_INVERSES[field + 1])
         for i in range(len(part)):
@@ -101,7 +101,7 @@ class TernGrad(Compressor):
             _estimate(payload[4:], payload[:4].copy().view(np.float32)[0], out)
 
     def payload_bytes(self, length: int) -> int:
-        return 4 + -(-length // _TRITS) if length else 0
+        return 4 + -(-length // TRITS) if length else 0
 
     def constants(self, length: int) -> Constants:
         """Without clipping Ω = (√n - 1)/2.

@@ -7,55 +7,29 @@ Where the size of payloads depends on the data, a first round tells everybody's,
 Codes (`gradiveq.ddp.flaws`) travel once: in the gathered message, with the sizes, or in the first sum.
 
 Compressors are NumPy and numba: of a bucket on a GPU the gradient is copied to the host, which waits for it, and the
-mean back; unless all of the bucket is for those of `gradiveq.ddp.native`.
+mean back; unless all of the bucket is for those of `gradiveq.ddp.native`, and the master's compressor is one of them:
+then all of it stays on the GPU (`gradiveq.ddp.native_rounds`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gradiveq.compressors.base import Array, Compressor, Draw, Float32
-from gradiveq.compressors.half import Half
-from gradiveq.ddp import native
+from gradiveq.compressors.base import Array, Compressor, Float32
 from gradiveq.ddp.bucket import Plan
 from gradiveq.ddp.flaws import OVERFLOWED, any_flaw, flaw
 from gradiveq.ddp.memory import Memories, Memory, summed
 from gradiveq.ddp.native import is_native
+from gradiveq.ddp.native_rounds import CODE_BYTES, native_rounds
+from gradiveq.ddp.part import BucketPart
 from gradiveq.ddp.scheme import Round, Rounds, Scheme, Traffic, Work
-from gradiveq.ddp.wire import from_wire, seen, to_wire, wire_dtype
+from gradiveq.ddp.wire import Sums, array_of, seen, tensor_of
 from gradiveq.message import pack, unpack
 from gradiveq.methods import Compressed
-
-_CODE_BYTES = 8
-
-
-@dataclass(frozen=True, eq=False)
-class BucketPart:
-    """What is compressed at once: a parameter, or the bucket.
-
-    Attributes:
-        index: of its random numbers.
-    """
-
-    name: str
-    index: int
-    start: int
-    stop: int
-    compressor: Compressor
-
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def where(self) -> slice:
-        return slice(self.start, self.stop)
 
 
 class CompressorScheme(Scheme):
@@ -73,18 +47,20 @@ class CompressorScheme(Scheme):
 
     def rounds(self, work: Work) -> Rounds:
         parts = self._parts(work.plan, work.index)
-        if self.on_device(work) and self.method.master is None and all(is_native(part.compressor) for part in parts):
-            return self._native_rounds(work, parts)
+        master = self.method.master
+        used = [part.compressor for part in parts] + ([] if master is None else [master])
+        if self.on_device(work) and all(map(is_native, used)):
+            return native_rounds(work, parts, self._memory, master, self.seed)
         work.code = int(work.code)
         values, latest = self._corrected(work)
         payloads = []
         left = None if self._memory is None else np.empty_like(values)
         for part in parts:
-            draw = self._draw(part, work.iteration, work.group.rank)
+            draw = part.draw(self.seed, work)
             payload = part.compressor.compress(
                 values[part.where], draw, latest[part.where] if part.compressor.uses_latest else None
             )
-            payloads.append(seen(payload, work) if part.compressor.collective == "all_reduce" else payload)
+            payloads.append(array_of(seen(tensor_of(payload), work)) if part.summed else payload)
             if left is not None:
                 part.compressor.decompress(payloads[-1], left[part.where], draw)
         if left is not None and self._memory is not None:
@@ -124,9 +100,6 @@ class CompressorScheme(Scheme):
             for place in plan.places
         ]
 
-    def _draw(self, part: BucketPart, call: int, rank: int) -> Draw:
-        return Draw(self.seed, call, rank, part.index)
-
     def _corrected(self, work: Work) -> tuple[Float32, Float32]:
         """What is to be compressed, and what of it is new."""
         latest: Float32 = work.gradient().cpu().numpy()
@@ -142,28 +115,23 @@ class CompressorScheme(Scheme):
 
     def _exchange(self, work: Work, parts: Sequence[BucketPart], payloads: Sequence[Array]) -> Rounds:
         assert isinstance(work.code, int)
-        kinds: dict[torch.dtype, list[int]] = {}
-        for i, part in enumerate(parts):
-            if part.compressor.collective == "all_reduce":
-                kinds.setdefault(wire_dtype(payloads[i], work), []).append(i)
-        sums = {kind: _sum_message(work, [payloads[i] for i in chosen]) for kind, chosen in kinds.items()}
-        futures = [work.all_reduce(message) for message in sums.values()]
+        sums = Sums(work, {i: tensor_of(payloads[i]) for i, part in enumerate(parts) if part.summed})
+        futures = sums.begin()
 
-        gathering = [i for i, part in enumerate(parts) if part.compressor.collective == "all_gather"]
+        gathering = [i for i, part in enumerate(parts) if not part.summed]
         compressors = [parts[i].compressor for i in gathering]
         own = pack([payloads[i] for i in gathering], [parts[i] for i in gathering])
         rows: list[Array] = []
         if not gathering:
             yield Round(futures, last=True)
-            first = next(iter(sums.values()))
-            work.hear(first, len(first) - work.codes.length)
+            sums.hear()
         elif all(compressor.fixed_size for compressor in compressors):
             message = np.concatenate([np.array([work.code], np.int64).view(np.uint8), own])
             everybody, future = work.all_gather(torch.from_numpy(message).to(work.group.device))
             yield Round([*futures, future], last=True)
             gathered = everybody.cpu().numpy()
-            work.heard = torch.from_numpy(np.frombuffer(gathered[:, :_CODE_BYTES].tobytes(), np.int64).copy())
-            rows = list(gathered[:, _CODE_BYTES:])
+            work.heard = torch.from_numpy(np.frombuffer(gathered[:, :CODE_BYTES].tobytes(), np.int64).copy())
+            rows = list(gathered[:, CODE_BYTES:])
         else:
             said, future = work.all_gather(torch.tensor([work.code, len(own)], device=work.group.device))
             yield Round([future], last=False)
@@ -175,16 +143,10 @@ class CompressorScheme(Scheme):
             everybody, future = work.all_gather(torch.from_numpy(padded).to(work.group.device))
             yield Round([*futures, future], last=True)
             rows = [row[:length] for row, length in zip(everybody.cpu().numpy(), lengths, strict=True)]
-        totals = {kind: message.cpu() for kind, message in sums.items()}
         out = np.zeros(work.plan.length, np.float32)
-        for kind, chosen in kinds.items():
-            taken = 0
-            for i in chosen:
-                part, payload = parts[i], payloads[i]
-                total = from_wire(totals[kind][taken : taken + len(payload)], payload.dtype, work)
-                draw = self._draw(part, work.iteration, work.group.rank)
-                part.compressor.decompress(total, out[part.where], draw, work.group.size)
-                taken += len(payload)
+        for i, total in sums.totals(torch.device("cpu")):
+            part, draw = parts[i], parts[i].draw(self.seed, work)
+            part.compressor.decompress(array_of(total), out[part.where], draw, work.group.size)
         self._add_gathered(work, [parts[i] for i in gathering], rows, out)
         with np.errstate(over="ignore", invalid="ignore"):  # looked for by the State, on all ranks alike
             for part in parts:
@@ -192,57 +154,11 @@ class CompressorScheme(Scheme):
             self._send_back(work, parts, out)
         work.write(torch.from_numpy(out).to(work.buffer.device))
 
-    def _native_rounds(self, work: Work, parts: Sequence[BucketPart]) -> Rounds:
-        """Sums only; nothing waits for the device."""
-        values = work.gradient()
-        if self._memory is not None:
-            memory = self._memory.of(work.plan, values.device)
-            values = values + memory
-            overflowed = torch.linalg.vector_norm(values, torch.inf).isfinite().logical_not()
-            code = torch.as_tensor(work.code, device=values.device)
-            work.code = torch.where(overflowed & (code <= 1), flaw(OVERFLOWED, work.plan.places[0].index), code)
-            values = torch.where(work.code > 1, torch.zeros_like(values), values)
-        draws = [self._draw(part, work.iteration, work.group.rank) for part in parts]
-        kinds: dict[torch.dtype, list[int]] = {}
-        payloads, left = [], torch.empty_like(values)
-        for i, (part, draw) in enumerate(zip(parts, draws, strict=True)):
-            payload = native.compress(part.compressor, values[part.where], draw)
-            if work.half and payload.dtype == torch.float32:
-                payload = work.to_wire(payload)
-                seen_payload = work.from_wire(payload)
-            else:
-                seen_payload = payload
-            if self._memory is not None:
-                native.decompress(part.compressor, seen_payload, left[part.where], draw)
-            payloads.append(payload)
-            kinds.setdefault(payload.dtype, []).append(i)
-        if self._memory is not None:
-            self._memory.stage(work.plan, values - left)
-        sums = {}
-        for kind, chosen in kinds.items():
-            length = sum(len(payloads[i]) for i in chosen)
-            sums[kind] = work.message(length, kind)
-            torch.cat([payloads[i] for i in chosen], out=sums[kind][:length])
-        yield Round([work.all_reduce(message) for message in sums.values()], last=True)
-
-        first = next(iter(sums.values()))
-        work.hear(first, len(first) - work.codes.length)
-        out = torch.empty_like(values)
-        for kind, chosen in kinds.items():
-            taken = 0
-            for i in chosen:
-                total = sums[kind][taken : taken + len(payloads[i])]
-                taken += len(total)
-                half = work.half and kind == work.buffer.dtype and not isinstance(parts[i].compressor, Half)
-                total = work.from_wire(total) if half else total
-                native.decompress(parts[i].compressor, total, out[parts[i].where], draws[i])
-        work.write(out / work.group.size)
-
     def _add_gathered(self, work: Work, parts: Sequence[BucketPart], rows: Sequence[Array], out: Float32) -> None:
         scratch = np.empty(max((part.length for part in parts), default=0), np.float32)
         for rank, message in enumerate(rows):
             for part, payload in zip(parts, unpack(message, parts, rank), strict=True):
-                draw = self._draw(part, work.iteration, rank)
+                draw = part.draw(self.seed, work, rank)
                 part.compressor.add_to(payload, out[part.where], draw, scratch[: part.length])
 
     def _send_back(self, work: Work, parts: Sequence[BucketPart], mean: Float32) -> None:
@@ -251,17 +167,6 @@ class CompressorScheme(Scheme):
         if master is None or not np.isfinite(mean).all():
             return
         for part in parts:
-            draw = Draw(self.seed, work.iteration, 0, work.codes.num_parameters + part.index)
+            draw = part.master_draw(self.seed, work)
             values = mean[part.where].copy()
             master.decompress(master.compress(values, draw, values), mean[part.where], draw)
-
-
-def _sum_message(work: Work, payloads: Sequence[Array]) -> Tensor:
-    """Payloads of one type behind one another, and the codes."""
-    length = sum(map(len, payloads))
-    message = work.message(length, wire_dtype(payloads[0], work))
-    place = 0
-    for payload in payloads:
-        message[place : place + len(payload)].copy_(to_wire(payload, work))
-        place += len(payload)
-    return message

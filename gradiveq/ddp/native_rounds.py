@@ -1,0 +1,96 @@
+"""One bucket's exchange by compressors that are all native: on a GPU nothing waits for the device.
+
+What the host would look at becomes part of what is computed: this rank's code, and whether the mean is finite. Messages
+are those of `gradiveq.ddp.compressors`, so that the host's form of this exchange can be at the other end.
+
+Tensors that the callback reads are kept in `work.kept`; what it makes itself is used on its own stream alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradiveq.compressors.base import Compressor
+from gradiveq.ddp import native
+from gradiveq.ddp.flaws import OVERFLOWED, flaw
+from gradiveq.ddp.memory import Memory
+from gradiveq.ddp.native_bits import copied
+from gradiveq.ddp.part import BucketPart
+from gradiveq.ddp.scheme import Round, Rounds, Work
+from gradiveq.ddp.wire import Sums, seen
+
+CODE_BYTES = 8
+
+
+def native_rounds(
+    work: Work, parts: Sequence[BucketPart], memory: Memory | None, master: Compressor | None, seed: int
+) -> Rounds:
+    """See the module; all compressors, and the master's, are `native.is_native`."""
+    values = work.gradient()
+    if memory is not None:
+        values = _corrected(work, values, memory)
+    payloads, left = [], torch.empty_like(values)
+    for part in parts:
+        draw = part.draw(seed, work)
+        payload = native.compress(part.compressor, values[part.where], draw)
+        payloads.append(payload)
+        if memory is not None:
+            payload = seen(payload, work) if part.summed else payload
+            native.decompress(part.compressor, payload, left[part.where], draw)
+    if memory is not None:
+        memory.stage(work.plan, values - left)
+
+    sums = Sums(work, {i: payloads[i] for i, part in enumerate(parts) if part.summed})
+    futures = sums.begin()
+    gathering = [i for i, part in enumerate(parts) if not part.summed]
+    if gathering:
+        code = torch.as_tensor(work.code, dtype=torch.int64, device=values.device)
+        message = torch.cat([code.view(1).view(torch.uint8), *(payloads[i] for i in gathering)])
+        everybody, future = work.all_gather(message)
+        work.kept += [message, everybody]
+        futures.append(future)
+    lengths = [len(payloads[i]) for i in gathering]
+    yield Round(futures, last=True)
+
+    out = torch.zeros(work.plan.length, device=work.buffer.device)
+    for i, total in sums.totals(out.device):
+        native.decompress(parts[i].compressor, total, out[parts[i].where], parts[i].draw(seed, work))
+    if gathering:
+        work.heard = everybody[:, :CODE_BYTES].contiguous().view(torch.int64).view(-1)
+        for rank, row in enumerate(everybody):
+            for i, payload in zip(gathering, row[CODE_BYTES:].split(lengths), strict=True):
+                part = parts[i]
+                native.add_to(part.compressor, payload, out[part.where], part.draw(seed, work, rank))
+    else:
+        sums.hear()
+    for part in parts:
+        native.finish(part.compressor, out[part.where], work.group.size)
+    work.write(out if master is None else _sent_back(work, parts, master, seed, out))
+
+
+def _corrected(work: Work, latest: Tensor, memory: Memory) -> Tensor:
+    """What is to be compressed: with what is remembered, and zeros where the code says that it is of no use."""
+    corrected = latest + memory.of(work.plan, latest.device)
+    code = torch.as_tensor(work.code, device=latest.device)
+    places = [place for place in work.plan.places if place.stop > place.start]  # nothing has no largest element
+    if places:
+        norms = torch.stack(torch._foreach_norm([corrected[place.start : place.stop] for place in places], torch.inf))
+        flaws = copied(np.array([flaw(OVERFLOWED, place.index) for place in places]), latest.device)
+        worst = torch.where(norms.isfinite(), 0, flaws).amax()
+        code = torch.where((code <= 1) & (worst > 0), worst, code)
+    work.code = code
+    return torch.where(code > 1, 0, corrected)
+
+
+def _sent_back(work: Work, parts: Sequence[BucketPart], master: Compressor, seed: int, mean: Tensor) -> Tensor:
+    """What Algorithm 1's master sends back of the mean, if it is finite."""
+    finite = mean.isfinite().all()
+    values, estimate = torch.where(finite, mean, 0), torch.empty_like(mean)
+    for part in parts:
+        draw = part.master_draw(seed, work)
+        native.decompress(master, native.compress(master, values[part.where], draw), estimate[part.where], draw)
+    return torch.where(finite, estimate, mean)
