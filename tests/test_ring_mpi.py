@@ -13,6 +13,7 @@ from conftest import Launch
 COMPARE = """
     import hashlib
     import sys
+    import time
     import ml_dtypes
     import numpy as np
     from mpi4py import MPI
@@ -26,13 +27,7 @@ COMPARE = """
     from toy_codecs import HalfPerHop, PairSums
 
     end_together()
-    ring = MPIRing(timeout_s=30)
     dtypes = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
-
-    def contribution(rank, length, dtype):
-        return np.random.default_rng([rank, length]).standard_normal(length).astype(dtype)
-
-    shared = {dtype: ring.empty(300_000, dtype) for dtype in dtypes}
     cases = [
         (length, dtype, codec, chunk_bytes, op)
         for length in (0, 1, 5, 6, 1001, 40_000, 300_000)
@@ -45,50 +40,69 @@ COMPARE = """
         for op in ("sum", "mean")
         if (dtype == np.float32 or isinstance(codec, Identity)) and (op == "sum" or length in (5, 40_000, 300_000))
     ]
+
+    def contribution(rank, length, dtype):
+        return np.random.default_rng([rank, length]).standard_normal(length).astype(dtype)
+
     def digest(vector):
         return hashlib.sha256(vector.tobytes()).digest()
 
-    def in_lockstep(length, dtype, codec, chunk_bytes, op):
+    def in_lockstep(size, length, dtype, codec, chunk_bytes, op):
         def work(worker):
             vector = contribution(worker.rank, length, dtype)
             return worker.all_reduce(vector, codec, chunk_bytes=chunk_bytes, op=op), digest(vector)
-        return run(ring.size, work)
+        return run(size, work)
 
-    # Each rank finds what is expected of its share of the cases, as there may be several cores.
-    found = [in_lockstep(*case) for case in cases[ring.rank :: ring.size]]
-    shares = MPI.COMM_WORLD.allgather(found)
-    for number, (length, dtype, codec, chunk_bytes, op) in enumerate(cases):
-        own = contribution(ring.rank, length, dtype)
-        vectors = [own.copy(), shared[dtype][:length]]
-        vectors[1][:] = own
-        stats = [ring.all_reduce(vector, codec, chunk_bytes=chunk_bytes, op=op) for vector in vectors]
-        their_stats, bits = shares[number % ring.size][number // ring.size][ring.rank]
-        case = (length, dtype.__name__, codec.describe(np.dtype(dtype)), chunk_bytes, op)
-        assert digest(vectors[0]) == digest(vectors[1]) == bits, case
-        if ring.size != 2:  # between two ranks a small vector is one message
-            assert stats[0] == stats[1] == their_stats, case
-        assert stats[0].bytes_sent == their_stats.bytes_sent or length % 2, case
-    bounds = [40_000 * segment // ring.size for segment in range(ring.size + 1)]
-    for vector in (np.zeros(40_000, np.float32), shared[np.float32][:40_000]):
-        vector[:] = ring.rank + np.arange(40_000)
-        ring.reduce_scatter(vector, bounds=bounds)
-        mine = slice(*bounds[(ring.rank + 1) % ring.size:][:2])
-        finished = vector[mine].copy()
-        vector[:] = 0
-        vector[mine] = finished
-        ring.all_gather(vector, bounds=bounds)
-        assert (vector == ring.size * np.arange(40_000) + sum(range(ring.size))).all()
-    ring.barrier()
-    if ring.rank == 0:
-        print("compared", len(cases))
+    def compare(comm):
+        ring = MPIRing(comm, timeout_s=30)
+        shared = {dtype: ring.empty(300_000, dtype) for dtype in dtypes}
+        # Each rank finds what is expected of its share of the cases, as there may be several cores.
+        found = [in_lockstep(ring.size, *case) for case in cases[ring.rank :: ring.size]]
+        shares = comm.allgather(found)
+        for number, (length, dtype, codec, chunk_bytes, op) in enumerate(cases):
+            own = contribution(ring.rank, length, dtype)
+            vectors = [own.copy(), shared[dtype][:length]]
+            vectors[1][:] = own
+            stats = [ring.all_reduce(vector, codec, chunk_bytes=chunk_bytes, op=op) for vector in vectors]
+            their_stats, bits = shares[number % ring.size][number // ring.size][ring.rank]
+            case = (ring.size, length, dtype.__name__, codec.describe(np.dtype(dtype)), chunk_bytes, op)
+            assert digest(vectors[0]) == digest(vectors[1]) == bits, case
+            if ring.size != 2:  # between two ranks a small vector is one message
+                assert stats[0] == stats[1] == their_stats, case
+            assert stats[0].bytes_sent == their_stats.bytes_sent or length % 2, case
+        bounds = [40_000 * segment // ring.size for segment in range(ring.size + 1)]
+        for vector in (np.zeros(40_000, np.float32), shared[np.float32][:40_000]):
+            vector[:] = ring.rank + np.arange(40_000)
+            ring.reduce_scatter(vector, bounds=bounds)
+            mine = slice(*bounds[(ring.rank + 1) % ring.size:][:2])
+            finished = vector[mine].copy()
+            vector[:] = 0
+            vector[mine] = finished
+            ring.all_gather(vector, bounds=bounds)
+            assert (vector == ring.size * np.arange(40_000) + sum(range(ring.size))).all()
+        ring.barrier()
+        if ring.rank == 0:
+            print("compared", len(cases), "on", ring.size, flush=True)
+
+    world = MPI.COMM_WORLD
+    for sizes in ((6,), (5, 1), (4, 2), (3,)):  # that many ranks at a time are a ring
+        group = [number for number, size in enumerate(sizes) for _ in range(size)][world.rank :][:1]
+        comm = world.Split(*group or [MPI.UNDEFINED])
+        if comm != MPI.COMM_NULL:
+            compare(comm)
+        all_done = world.Ibarrier()
+        while not all_done.Test():  # and leave the cores to the others
+            time.sleep(0.005)
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6])
-def test_bitwise_what_lockstep_gives(mpirun: Launch, ranks: int) -> None:
-    done = mpirun(ranks, COMPARE, timeout_s=120)
+def test_bitwise_what_lockstep_gives(mpirun: Launch) -> None:
+    """On rings of 1 to 6 ranks, in one launch."""
+    done = mpirun(6, COMPARE, timeout_s=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"compared (\d+)", done.stdout), done.stdout
+    compared = [line.split() for line in done.stdout.splitlines()]
+    assert sorted(words[3] for words in compared) == list("123456"), done.stdout
+    assert {(words[0], int(words[1]) > 150) for words in compared} == {("compared", True)}, done.stdout
     assert done.stderr == ""
 
 
@@ -154,45 +168,61 @@ def test_bytes_do_not_depend_on_who_came_late(mpirun: Launch) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        ("ring.all_reduce(np.zeros(6, np.float32))", "6 float32, chunks"),
-        ("ring.all_reduce(np.zeros(50_000, np.float32))", "50000 float32, chunks"),
-        ("ring.all_reduce(np.zeros(5, np.float64))", "5 float64, chunks"),
-        ("ring.all_reduce(np.zeros(5, np.float32), HalfPerHop())", "as half per hop"),
-        ("ring.all_reduce(np.zeros(5, np.float32), chunk_bytes=8)", "chunks of 8 bytes"),
-        ("(ring.barrier(), ring.all_reduce(np.zeros(5, np.float32)))", "1 float32, chunks"),
-    ],
-)
+#: What rank 1 calls while all others add up five numbers, and how that is said.
+DISAGREEMENTS = {
+    "ring.all_reduce(np.zeros(6, np.float32))": "6 float32, chunks",
+    "ring.all_reduce(np.zeros(5, np.float64))": "5 float64, chunks",
+    "ring.all_reduce(np.zeros(5, np.float32), HalfPerHop())": "as half per hop",
+    "ring.all_reduce(np.zeros(5, np.float32), chunk_bytes=8)": "chunks of 8 bytes",
+    "(ring.barrier(), ring.all_reduce(np.zeros(5, np.float32)))": "1 float32, chunks",
+    "ring.all_reduce(np.zeros(50_000, np.float32))": "50000 float32, chunks",
+}
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_that_disagree_are_told_who_said_what(mpirun: Launch, ranks: int, call: str, said: str) -> None:
+def test_ranks_that_disagree_are_told_who_said_what(mpirun: Launch, ranks: int) -> None:
+    """In one launch, with a new ring after each disagreement; nobody catches the last one, which ends the job."""
     start = time.monotonic()
+    calls = list(DISAGREEMENTS)
     done = mpirun(
         ranks,
         f"""
         import numpy as np
+        from mpi4py import MPI
+        from ring import RingMismatch
         from ring.abort import end_together
         from ring.mpi import MPIRing
         from toy_codecs import HalfPerHop
         end_together()
-        ring = MPIRing(timeout_s=20)
-        if ring.rank == 1:
-            {call}
-        else:
-            vector = np.zeros(5, np.float32)
-            ring.all_reduce(vector)
+        for call in {calls!r}:
+            ring = MPIRing(timeout_s=20)
+            try:
+                if ring.rank == 1:
+                    eval(call)
+                else:
+                    ring.all_reduce(np.zeros(5, np.float32))
+            except RingMismatch as error:
+                if call == {calls[-1]!r}:
+                    raise
+                said = f"rank {{ring.rank}}: RingMismatch: {{error}}"
+            else:
+                raise AssertionError(call)
+            everybody = MPI.COMM_WORLD.gather(said)
+            if ring.rank == 0:
+                print("\\t".join(everybody), flush=True)
         """,
     )
     assert done.returncode != 0
     assert time.monotonic() - start < 15
     assert "Traceback" not in done.stderr
-    for rank in range(ranks):
-        assert f"rank {rank}: RingMismatch" in done.stderr
-    line = next(line for line in done.stderr.splitlines() if "RingMismatch" in line)
-    assert "rank 1 calls" in line
-    assert said in line
-    assert "5 float32, chunks" in line
+    last = [line for line in done.stderr.splitlines() if "RingMismatch" in line]
+    told = [*(line.split("\t") for line in done.stdout.splitlines()), last]
+    for lines, said in zip(told, DISAGREEMENTS.values(), strict=True):
+        assert {line.partition(": RingMismatch: ")[0] for line in lines} == {f"rank {rank}" for rank in range(ranks)}
+        for line in lines:
+            assert "rank 1 calls" in line
+            assert said in line
+            assert "5 float32, chunks" in line
 
 
 def test_a_rank_that_hangs_is_named_by_all_others(mpirun: Launch) -> None:
