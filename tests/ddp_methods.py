@@ -331,26 +331,17 @@ def remembering(name: str, *values: Any, **options: Any) -> Compressed:
     return Compressed(COMPRESSORS[name](*values), feedback=ErrorFeedback(), **options)
 
 
-#: With all that is native (`test_ddp_native` has more settings of each).
+#: A sum in each type, what is gathered, and both; `test_ddp_native` has the others, without processes.
 NATIVE = [
     remembering("half", "bfloat16"),
-    remembering("randomk", 0.2),
     remembering("integer", 1000.3, 16, "stochastic"),
-    remembering("topk", 0.1),
-    remembering("topk", 0.5, granularity="model"),
-    Compressed(COMPRESSORS["sign"]()),
-    remembering("sign", "scaled"),
-    remembering("natural"),
-    remembering("terngrad", 2.5),
-    remembering("qsgd-gather", 3, "max", 64),
+    remembering("integer", 20.0, 8, "nearest", 8),
+    remembering("qsgd-gather", 3, granularity="model"),
     remembering("topk", 0.1, overrides=(("*.bias", Identity()), ("conv1.weight", Half()))),
-    remembering("topk", 0.2, master=COMPRESSORS["terngrad"]()),
+    Compressed(COMPRESSORS["sign"]("mean"), master=TopK(0.2)),
 ]
 #: Whose float32 payloads the wrapper halves, and one of 16 bits beside them.
-HALVED = [
-    Compressed(Identity(), feedback=ErrorFeedback()),
-    remembering("randomk", 0.2, overrides=(("fc.weight", Half()),)),
-]
+HALVED = [remembering("randomk", 0.2, overrides=(("fc.weight", Half()), ("*.bias", Identity())))]
 
 
 @check

@@ -14,18 +14,23 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ddp_harness import Net, batch, gradients, hooked, same_everywhere
+from test_ddp_native import METHODS as NATIVE
+from test_ddp_native import PALETTES, SPECS, check_bits
 
 from gradiveq import GradiVeQ, Plain
+from gradiveq.compressors.base import Draw
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.randomk import RandomK
 from gradiveq.compressors.topk import TopK
 from gradiveq.exchange import ErrorFeedback
 from gradiveq.methods import Compressed
 from gradiveq.powersgd import PowerSGD
+from gradiveq.specs import parse
 
 ITERATIONS = 12
 START = 2
@@ -39,11 +44,16 @@ METHODS: dict[str, tuple[Any, float]] = {
     "gradiveq, voting": (replace(GRADIVEQ, compress="auto"), 1e-3),
     "half with error feedback": (Compressed(Half(), feedback=ErrorFeedback()), 1e-3),
     "random k": (RandomK(ratio=0.2), 1e-5),
+    "integers": (parse("integer:rounding=stochastic+ef"), 1e-3),
     "top-k with error feedback": (Compressed(TopK(ratio=0.1), feedback=ErrorFeedback()), 5e-2),
+    "fine QSGD with error feedback": (parse("qsgd-gather:65536:norm=max+ef"), 1e-3),
+    "several compressors": (parse("topk:0.1/*.bias=identity/fc.weight=half+ef"), 5e-2),
     "PowerSGD": (PowerSGD(2), 1e-3),
 }
-#: Of those that stay on the device, none may wait for it while it compresses.
-UNWAITING = ("plain", "gradiveq", "half with error feedback", "random k")
+#: Of what stays on the device, nothing may wait for it while it compresses.
+UNWAITING: dict[str, Any] = {name: METHODS[name][0] for name in ("plain", "gradiveq", "several compressors")} | {
+    name: method for name, method in NATIVE.items() if not method.overrides  # these name other layers
+}
 
 
 def backward(model: Any, iteration: int, device: torch.device) -> None:
@@ -73,9 +83,19 @@ def compare(name: str, device: torch.device, cpu_group: Any) -> None:
                 p -= 0.05 * p.grad
 
 
+def same_bits(device: torch.device) -> None:
+    """Of every compressor: of denormals too, and of quotients that a reciprocal wouldn't give."""
+    for spec in SPECS:
+        for length in (1, 513, 5000):
+            generator = np.random.default_rng(length)
+            vectors = [generator.choice(np.array(palette, np.float32), length) for palette in PALETTES.values()]
+            for values in (*vectors, generator.standard_normal(length).astype(np.float32)):
+                check_bits(spec, values, Draw(1, 2, 3, length), device)
+
+
 def waits(name: str, device: torch.device) -> str | None:
     """Where a backward pass waits for the device while compressing; None if it does not."""
-    method, _ = METHODS[name]
+    method = UNWAITING[name]
     if isinstance(method, GradiVeQ):
         method = replace(method, holdout_every=0)  # to measure is to look
     model, state = hooked(Net().to(device), method)
@@ -102,6 +122,7 @@ def main(arguments: Sequence[str]) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=120))
     cpu_group = dist.new_group(backend="gloo")
+    same_bits(device)
     for name in METHODS:
         compare(name, device, cpu_group)
     if backend == "nccl":  # Gloo waits by itself

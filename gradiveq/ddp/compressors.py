@@ -147,8 +147,8 @@ class CompressorScheme(Scheme):
         for i, total in sums.totals(torch.device("cpu")):
             part, draw = parts[i], parts[i].draw(self.seed, work)
             part.compressor.decompress(array_of(total), out[part.where], draw, work.group.size)
-        self._add_gathered(work, [parts[i] for i in gathering], rows, out)
         with np.errstate(over="ignore", invalid="ignore"):  # looked for by the State, on all ranks alike
+            self._add_gathered(work, [parts[i] for i in gathering], rows, out)
             for part in parts:
                 part.compressor.finish(out[part.where], work.group.size)
             self._send_back(work, parts, out)

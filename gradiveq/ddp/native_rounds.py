@@ -62,7 +62,7 @@ def native_rounds(
     if gathering:
         work.heard = everybody[:, :CODE_BYTES].contiguous().view(torch.int64).view(-1)
         for rank, row in enumerate(everybody):
-            for i, payload in zip(gathering, row[CODE_BYTES:].split(lengths), strict=True):
+            for i, payload in zip(gathering, row[CODE_BYTES:].split_with_sizes(lengths), strict=True):
                 part = parts[i]
                 native.add_to(part.compressor, payload, out[part.where], part.draw(seed, work, rank))
     else:

@@ -39,7 +39,7 @@ class Sums:
         for kind, chosen in kinds.items():
             lengths = [len(wires[i]) for i in chosen]
             message = work.message(sum(lengths), kind)
-            torch._foreach_copy_(message[: sum(lengths)].split(lengths), [wires[i] for i in chosen])
+            torch._foreach_copy_(message[: sum(lengths)].split_with_sizes(lengths), [wires[i] for i in chosen])
             self._messages.append(message)
 
     def begin(self) -> list[Future[Any]]:
