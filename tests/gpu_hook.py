@@ -52,7 +52,9 @@ METHODS: dict[str, tuple[Any, float]] = {
 }
 #: Of what stays on the device, nothing may wait for it while it compresses.
 UNWAITING: dict[str, Any] = {name: METHODS[name][0] for name in ("plain", "gradiveq", "several compressors")} | {
-    name: method for name, method in NATIVE.items() if not method.overrides  # these name other layers
+    name: method
+    for name, method in NATIVE.items()
+    if not method.overrides  # these name other layers
 }
 
 
