@@ -9,9 +9,9 @@
     Plain                           all_reduce                              stays there
     GradiVeQ                        all_reduce                              stays there; samples of the mean gradient
                                                                             are copied to the host, where PCA is done
-    identity, half, randomk         all_reduce, one for each type           stays there
-    other summed compressors        all_reduce, one for each type           by way of the host
-    gathered compressors            all_gather; two if sizes vary           by way of the host
+    compressors of a fixed size     all_reduce, one for each type, or       stays there; random k's indices are drawn
+                                    all_gather                              on the host
+    threshold, adaptive, adacomp    all_gather, twice: sizes first          by way of the host
     PowerSGD                        all_reduce, twice                       by way of the host
     QSGDRing, Accordion, ...        none; the error says why
 
