@@ -39,7 +39,7 @@ METHODS := rar,qsgd,gradiveq,powersgd:4,topk:0.01+ef,threshold:auto:0.01:warmup=
 methods: setup
 	$(JOB) --methods '$(METHODS)' --cluster gradiveq-k80 --iterations 72 --eval-every 24 --out results/all-methods $(ARGS)
 
-# Should I compress? Three models on two clusters, about 4 minutes; and how far such advice is off, by real training
+# Should I compress? Three models on two clusters, about 2 minutes; and how far such advice is off, by real training
 # between shaped hosts (Linux, as root; about 8 minutes). Own questions: python -m bench.advise --help
 advise: setup
 	$(BIN)/python -m bench.advise --examples $(ARGS)
