@@ -15,7 +15,10 @@ here = pytest.mark.skipif(REFUSED is not None, reason=f"no hosts here: {REFUSED}
 
 
 @here
-def test_a_short_comparison_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_comparison_is_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shaped_busbw, "AGGREGATION_S", 0.01)  # one call of each method, of the whole 16 MiB
     status = shaped_busbw.main(
         f"--hosts 2 3 --rates 1000 --max-bytes 256K --repeats 2 --seconds 0.01 --out {tmp_path}".split()
     )
