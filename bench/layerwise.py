@@ -6,7 +6,8 @@ compression error of the same gradients at both granularities.
 
     --out folder (results/layerwise)
         runs/<name>.json    each run (`bench.grid`); what `--resume` goes on with
-        layerwise.json      what the tables and figures say, and how it came about
+        layerwise.json      what was found, means along each run, and how it came about
+        runs.json.gz        what figures and tables need of the runs (`bench.kept`)
         table.md            the paper's findings beside ours, judged by written rules; how the runs differ from the
                             paper's; accuracies; the theory's terms
         fig<n>-<method>.png
@@ -17,17 +18,16 @@ Operators are those of the authors' code (github.com/sands-lab/layer-wise-aaai20
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from bench import figures, layerwise_figures
+from bench import figures, kept, layerwise_figures
 from bench.data import DataError, load
 from bench.data.folder import load_folder
 from bench.findings import table
@@ -36,9 +36,12 @@ from bench.layerwise_findings import Runs, accuracy_table, along, judge_all, the
 from bench.layerwise_runs import run
 from bench.layerwise_sizes import METHODS, PAPER, SMALL, UNLIKE, Size, Where, differences, specs
 from bench.options import Parser, UsageError
-from bench.record import environment, plain, write_atomically, write_json
+from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
+from ring.machine import usable_cores
 
 OUT = Path("results/layerwise")
+#: The column of what was found, in whose sign it is to the statement.
+OURS = "ours: advantage of what the statement favours (where it says \"the same\", of layer-wise)"
 #: Downloaded unless it is there.
 PAPER_DATA = "cifar-10"
 
@@ -138,7 +141,7 @@ def report(runs: Runs, size: Size, about: dict[str, Any]) -> tuple[str, list[dic
     parts = [
         "# Layer-wise against entire-model compression (Dutta et al. 2020)",
         caption(runs, size, about),
-        table(findings),
+        table(findings, ours=OURS),
         "## Differences from the paper",
         "\n".join(f"* {line}" for line in (*filter(None, [differences(size)]), *UNLIKE)),
     ]
@@ -156,6 +159,44 @@ def report(runs: Runs, size: Size, about: dict[str, Any]) -> tuple[str, list[dic
                 theory_table(runs, network),
             ]
     return "\n\n".join(parts) + "\n", [finding.as_dict() for finding in findings]
+
+
+#: Of a run's steps, the columns that are drawn or in tables.
+SHOWN = (
+    "iteration", "density", "layer_error", "layer_moment", "layer_bound", "model_error", "model_moment", "model_bound",
+)  # fmt: skip
+
+
+def part(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a run."""
+    whole = ("source", "guessing", "evaluations", "diverged", "noise")
+    steps = {name: result["steps"][name] for name in SHOWN if name in result["steps"]}
+    return {"steps": steps, **{name: result[name] for name in whole if name in result}}
+
+
+def write(runs: Runs, options: argparse.Namespace, about: dict[str, Any], text: str, out: Path) -> list[Path]:
+    """table.md and all figures."""
+    written = [out / "table.md"]
+    write_atomically(written[0], text.encode())
+    words = caption(runs, options.size, about)
+    with figures.figure_style():
+        for method in options.methods:
+            figure = layerwise_figures.draw(runs, options.size.networks, method, words)
+            if figure is not None:
+                written.append(figures.write_figure(figure, out / layerwise_figures.name_of(method)))
+    return written
+
+
+def redraw(path: Path) -> list[Path]:
+    """Figures and tables again, of the layerwise.json at `path` and the runs beside it.
+
+    Raises:
+        FigureError: the runs are missing or damaged.
+        LookupError, TypeError, ValueError: the record isn't as it should be.
+    """
+    about, runs = figures.read_object(path)["environment"], kept.read(path.parent)
+    options = parse(shlex.split(about["command"])[3:])  # the size is what the options made of it
+    return write(runs, options, about, report(runs, options.size, about)[0], path.parent)
 
 
 def condensed(runs: Runs) -> dict[str, Any]:
@@ -193,20 +234,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run, grid, out / "runs", processes=options.processes, threads=options.threads,
                 resume=options.resume, show=show,
             )  # fmt: skip
-        about = environment() | {"command": command, "cores": os.cpu_count()}
-        text, findings = report(runs, options.size, about)
-        record = {
-            "environment": about, "size": asdict(options.size), "findings": findings, "runs": condensed(runs),
-        }  # fmt: skip
-        write_json(out / "layerwise.json", plain(record))
-        write_atomically(out / "table.md", text.encode())
-        with figures.figure_style():
-            for method in options.methods:
-                words_below = caption(runs, options.size, about)
-                figure = layerwise_figures.draw(runs, options.size.networks, method, words_below)
-                if figure is not None:
-                    figures.write_figure(figure, out / layerwise_figures.name_of(method))
-    except (UsageError, DataError, GridError, ValueError) as error:
+        about = environment() | {"command": command, "cores": usable_cores()}
+        with writing(out):
+            shown = kept.keep(out, runs, part)
+            text, findings = report(shown, options.size, about)
+            record = {
+                "environment": about, "size": asdict(options.size), "findings": findings, "runs": condensed(runs),
+            }  # fmt: skip
+            write_json(out / "layerwise.json", plain(record))
+            write(shown, options, about, text, out)
+            print(text)
+    except (UsageError, DataError, GridError, CannotWrite, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -215,8 +253,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
         return 2
-    print(text)
-    print(f"written to {out}")
     return 0
 
 

@@ -6,13 +6,14 @@ imports NumPy: how many threads that may have has to be told before.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from ring.machine import usable_cores
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -36,7 +37,7 @@ class Workers(ABC):
         rank, size: as in MPI.
         lead: whether this is rank 0, which reads, writes and speaks for all.
         local_rank, local_size: the same among the workers of this machine.
-        cores: those that the workers of this machine may use.
+        cores: how many the workers of this machine may keep busy together.
         one_process: whether they are threads.
         mpi: the library that brings processes together.
         command: what comes before `python` to start them.
@@ -105,7 +106,7 @@ class Processes(Workers):
         self.command = f"mpirun -n {self.size} " if self.size > 1 else ""
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = node.rank, node.size
-        self.cores = len(set[int]().union(*node.allgather(_usable_cores())))
+        self.cores = usable_cores(node)
         node.Free()
 
     def gather(self, value: Any, timeout_s: float = SHORT_S) -> list[Any]:
@@ -151,7 +152,7 @@ class Threads(Workers):
         self._meeting = meeting
         self.rank = self.local_rank = rank
         self.size = self.local_size = meeting.size
-        self.cores = len(_usable_cores())
+        self.cores = usable_cores()
 
     def gather(self, value: Any, timeout_s: float = SHORT_S) -> list[Any]:
         deadline = time.monotonic() + timeout_s
@@ -163,7 +164,3 @@ class Threads(Workers):
                 raise
             raise Failure(f"rank {self.rank} waited {timeout_s:g} s for another rank", 1) from None
         return self._meeting.said
-
-
-def _usable_cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

@@ -38,6 +38,7 @@ from gradiveq.windows import Windows
 from ring.codec import Identity
 from ring.handle import Ring
 from ring.plan import Planner
+from ring.segments import check_chunk_bytes
 from ring.timeline import Timeline
 
 __all__ = ["CONTROLS", "Aggregator", "FitError", "NonFiniteGradient", "Report"]
@@ -142,8 +143,8 @@ class Aggregator:
     ) -> None:
         if nonfinite not in ("fail", "skip"):
             raise ValueError(f"`nonfinite` must be 'fail' or 'skip', got {nonfinite!r}")
-        if chunk_bytes is not None and chunk_bytes < 1:
-            raise ValueError(f"`chunk_bytes` must be at least 1, got {chunk_bytes}")
+        if chunk_bytes is not None:
+            check_chunk_bytes(chunk_bytes)
         if gpu_aware and device is None:
             raise ValueError("`gpu_aware` is for gradients on a device, got no `device`")
         compressing = applied(method)

@@ -122,10 +122,22 @@ def ring(
 ) -> Generator[Wait, None, None]:
     """Run steps `first` to `last` on `vector`, in place, yielding whenever a message has to be waited for.
 
+    Nothing is checked here: `ring.plan` does, and makes all of this.
+
     Args:
-        payload: the whole vector's payload, or with an in-place codec the vector's own memory.
-        inbox: where chunks of the reduce-scatter arrive. As many receives are posted ahead as it has rows.
-        work: what `schedule` says.
+        port: the links to both neighbours, and what runs the codec's parts.
+        codec: what travels.
+        vector: shape (length,), of any dtype that the codec takes. In the end the sum or mean, of an operation that
+            ends with a reduce-scatter in this rank's own segment only.
+        payload: the whole vector's payload, uint8, or with an in-place codec the vector's own memory.
+        inbox: where chunks of the reduce-scatter arrive: uint8, each as long as the longest chunk. As many receives are
+            posted ahead as it has rows.
+        work: what `schedule` says of this rank.
+        first, last: what `steps` says of the operation.
+        mean: divide the finished segment by `size`.
+        size: N.
+    Yields:
+        What to wait for. The driver resumes when its request is complete.
     """
     next_receive = next((index for index, item in enumerate(work) if item.step > first), len(work))
     posted: deque[tuple[Payload, Request]] = deque()

@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = {
         "mpi": " ".join(MPI.Get_library_version().split("\n")[0].strip("\0 ").split()),
         "ranks": comm.size,
-        "cores": usable_cores(),
+        "cores": usable_cores(comm.Split_type(MPI.COMM_TYPE_SHARED)),  # of rank 0's host
         "cpu": processor(),
         "python": platform.python_version(),
         "numpy": np.__version__,

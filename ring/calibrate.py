@@ -47,7 +47,7 @@ from ring.abort import check_launcher, end_together
 from ring.bench import parse_bytes, positive
 from ring.cluster import Cluster, Link, Node, write
 from ring.fit import Line, Samples, fit_line, flag, quartiles, relative_errors, rounded, table
-from ring.machine import core_quota, cores_allowed, processor
+from ring.machine import core_quota, cores_allowed, cores_together, processor
 from ring.probe import RATES, LinkTimes, Probe
 from ring.world import MPI
 
@@ -275,10 +275,8 @@ def shared_cores(comm: MPI.Intracomm) -> tuple[int | None, str]:
     known: list[tuple[str, set[int], float]] = comm.allgather((machine, cores_allowed(), core_quota()))
     machines = {name for name, _, _ in known}
     cores = {
-        name: max(1, int(min(len(set().union(*(own for at, own, _ in known if at == name))),
-                             *(quota for at, _, quota in known if at == name))))
-        for name in machines
-    }  # fmt: skip
+        name: cores_together([(allowed, quota) for at, allowed, quota in known if at == name]) for name in machines
+    }
     if len(machines) == 1:
         text = f"{comm.size} ranks on one machine share {cores[machine]} cores"
         return cores[machine], text + (", so they disturb each other" if comm.size > cores[machine] else "")

@@ -23,7 +23,7 @@ from ring.codec import Array, Codec, Payload
 from ring.emulator import MIB, Emulator, Floats, chance, draw_jitter, missing_rates, seconds_by_rate
 from ring.plan import CHUNK_BYTES
 from ring.program import SEND, WAIT, WAIT_SENT, record, record_all
-from ring.segments import Chunk, PayloadMap, cut_segment
+from ring.segments import Chunk, PayloadMap, check_chunk_bytes, cut_segment
 from ring.timeline import Timeline
 
 #: Up to so many nodes `all_reduce` counts messages; beyond, if nodes are alike, it takes the closed form.
@@ -203,8 +203,7 @@ class _Sizes:
     ) -> None:
         if op not in ("sum", "mean"):
             raise ValueError(f"`op` must be 'sum' or 'mean', got {op!r}")
-        if chunk_bytes < 1:
-            raise ValueError(f"`chunk_bytes` must be at least 1, got {chunk_bytes}")
+        check_chunk_bytes(chunk_bytes)
         self.cluster, self.codec, self.length, self.mean = cluster, codec, length, op == "mean"
         self.dtype, self.size = np.dtype(dtype), cluster.nodes
         regions = codec.regions(length, self.dtype)

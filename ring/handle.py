@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ring.codec import Array, Codec, Identity
 from ring.plan import CHUNK_BYTES, Plan, Planner, Stats
+from ring.segments import check_chunk_bytes
 from ring.timeline import Timeline
 
 IDENTITY = Identity()
@@ -21,15 +22,18 @@ class Ring(ABC):
 
     Vectors are contiguous one-dimensional NumPy arrays of float16, float32, float64 or ml_dtypes' bfloat16, of any
     length, and are worked on in place. Those of int8, int16 and int32 can be summed and gathered, uint8 gathered. After
-    a call every worker holds the same bits. After a RingError a ring is of no further use: messages of the failed call
-    may still be on their way.
+    `all_reduce` and `all_gather` every worker holds the same bits, after `reduce_scatter` its own segment. After a
+    RingError a ring is of no further use: messages of the failed call may still be on their way.
 
     Attributes:
         rank, size: as in MPI.
         chunk_bytes: the payload in one message, to within a unit of the codec, unless a call says otherwise.
+    Raises:
+        ValueError: `chunk_bytes` is below 1.
     """
 
     def __init__(self, rank: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+        check_chunk_bytes(chunk_bytes)
         self.rank, self.size, self.chunk_bytes = rank, size, chunk_bytes
         self._planner = Planner(rank, size)
 
@@ -37,6 +41,12 @@ class Ring(ABC):
         """A vector, uninitialised. Every worker calls this with the same arguments.
 
         A driver may place it where neighbours can read it without a copy; collectives take other vectors as well.
+
+        Returns:
+            Of shape (length,) and of this dtype, contiguous.
+        Raises:
+            ValueError: a negative length.
+            TypeError: no dtype.
         """
         return np.empty(length, dtype)
 
@@ -109,13 +119,18 @@ class Ring(ABC):
         raise TypeError(f"{type(self).__name__} sums NumPy vectors; a ring over MPI gives other buffers to MPI")
 
     def barrier(self) -> None:
-        """Wait until every worker is here."""
+        """Wait until every worker is here. Collective.
+
+        Raises:
+            RingMismatch, RingTimeout, RingError: as `all_reduce`.
+        Cost: that of an `all_reduce` of 4 bytes: 2(N-1) steps.
+        """
         self.all_reduce(np.zeros(1, np.float32))
 
     def rows_of_all(self, row: Sequence[float]) -> npt.NDArray[np.float64]:
         """Every worker's `row`, of shape (size, len(row)): for a few numbers that all have to know. Collective.
 
-        Rows are of the same length everywhere.
+        Rows are of the same length everywhere. Errors and cost as for `all_reduce` of 8·size·len(row) bytes.
         """
         rows = np.zeros((self.size, len(row)))
         rows[self.rank] = row

@@ -148,7 +148,12 @@ def run(
     ends all of them and is raised here.
 
     Args:
+        chunk_bytes: of the rings (`ring.handle.Ring`).
         timeout_s: how long a worker waits for the others in a collective before it gives up.
+    Raises:
+        ValueError: `size` or `chunk_bytes` is below 1.
+        RingError: a worker didn't join the others in time, or left; all wait for each other.
+        Whatever `function` raises first.
     """
     if size < 1:
         raise ValueError(f"`size` must be at least 1, got {size}")

@@ -1,11 +1,16 @@
-"""Which machine numbers were measured on."""
+"""Which machine numbers were measured on. Nothing here imports NumPy: how many threads that may have is told before."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -53,6 +58,23 @@ def core_quota() -> float:
     return quota
 
 
-def usable_cores() -> int:
-    """How many cores this process may keep busy."""
-    return max(1, int(min(len(cores_allowed()), core_quota())))
+def cores_together(limits: Sequence[tuple[set[int], float]]) -> int:
+    """How many cores processes of one machine may keep busy together.
+
+    Args:
+        limits: of each process, its `cores_allowed` and `core_quota`. A quota may be one that they share, so it counts
+            once.
+    """
+    allowed = set[int]().union(*(cores for cores, _ in limits))
+    return max(1, int(min(len(allowed), *(quota for _, quota in limits))))
+
+
+def usable_cores(host: MPI.Comm | None = None) -> int:
+    """How many cores this process may keep busy.
+
+    Args:
+        host: or all ranks of this communicator together, which are on one machine; then collective. A launcher may
+            bind each to a core of its own.
+    """
+    limits = cores_allowed(), core_quota()
+    return cores_together([limits] if host is None else host.allgather(limits))

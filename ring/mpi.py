@@ -234,6 +234,7 @@ class MPIRing(Ring):
         chunk_bytes: the most payload in one message.
         timeout_s: how long a neighbour may do nothing before a wait gives up.
     Raises:
+        ValueError: a number is out of its range.
         RingError: the job was started by another MPI's `mpirun`, so that every process is alone.
     """
 
@@ -254,7 +255,7 @@ class MPIRing(Ring):
         self.windows: list[_Window] = []
         self._neighbours = cast(MPI.Intracomm, self.comm.Split_type(MPI.COMM_TYPE_SHARED))
         self._quick_polls, self._spin_s = QUICK_POLLS_SHARING, SPIN_S
-        if self._neighbours.size <= usable_cores():
+        if self._neighbours.size <= usable_cores(self._neighbours):
             self._quick_polls = QUICK_POLLS
         if MPI.UNDEFINED in _ranks_in(self.comm, [self.predecessor, self.successor], self._neighbours):
             self._quick_polls, self._spin_s = QUICK_POLLS_BETWEEN_HOSTS, 0.0
@@ -269,9 +270,11 @@ class MPIRing(Ring):
 
         Its memory is kept until the process ends, so allocate once and use it again. MPI takes it from where the system
         keeps shared memory (on Linux /dev/shm, of which a container may have little).
+
+        Returns, raises: as in the base class.
         """
         dtype = np.dtype(dtype)
-        if self.size == 1 or length == 0:
+        if self.size == 1 or length <= 0:
             return np.empty(length, dtype)
         self.windows.append(
             _Window(self.comm, self._neighbours, self.predecessor, self.successor, length * dtype.itemsize)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ring.algorithm import Port, Wait, Work, ring, schedule, steps
 from ring.codec import BYTES, DTYPES, INTEGERS, Array, Codec, Hop, Payload
-from ring.segments import Chunk, cut_segments
+from ring.segments import Chunk, check_chunk_bytes, cut_segments
 
 #: Large enough to make the cost of a message small, small enough to pipeline and to stay in a second-level cache.
 CHUNK_BYTES = 512 * 1024
@@ -140,8 +140,7 @@ class Planner:
             raise ValueError(f"`op` must be 'sum' or 'mean', got {op!r}")
         if op == "mean" and dtype in INTEGERS:
             raise ValueError(f"`op` must be 'sum' for {dtype}, whose mean is none, got 'mean'")
-        if chunk_bytes < 1:
-            raise ValueError(f"`chunk_bytes` must be at least 1, got {chunk_bytes}")
+        check_chunk_bytes(chunk_bytes)
         segments = cut_segments(codec.regions(len(vector), vector.dtype), self.size, chunk_bytes, bounds)
         first, last = steps(operation, self.size)
         work = schedule(operation, segments, self.rank, self.size)

@@ -461,10 +461,6 @@ def _queued_s() -> float:
         return 0.0
 
 
-def _median(samples: Sequence[float]) -> float:
-    return float(np.median(samples))
-
-
 def _waiting(first: Stream, second: Stream) -> float:
     """Share of the time in which neither end worked, nor was kept from it by other processes."""
     seconds = max(first.seconds, second.seconds)

@@ -97,6 +97,12 @@ class PayloadMap:
         return [start, *(min(max(cut, start), stop) for cut in inner), stop]
 
 
+def check_chunk_bytes(chunk_bytes: int) -> None:
+    """Raises ValueError if it is no whole number of at least 1."""
+    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+        raise ValueError(f"`chunk_bytes` must be a whole number of at least 1, got {chunk_bytes!r}")
+
+
 def cut_segments(
     regions: Sequence[Region], size: int, chunk_bytes: int, bounds: Sequence[int] | None = None
 ) -> list[list[Chunk]]:

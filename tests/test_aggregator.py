@@ -525,7 +525,7 @@ def test_models_without_convolutions() -> None:
     [
         ({"method": "rar"}, TypeError, "`method` must be one of Plain, QSGDRing, GradiVeQ, Compressed, .* got 'rar'"),
         ({"nonfinite": "ignore"}, ValueError, "`nonfinite` must be 'fail' or 'skip', got 'ignore'"),
-        ({"chunk_bytes": 0}, ValueError, "`chunk_bytes` must be at least 1, got 0"),
+        ({"chunk_bytes": 0}, ValueError, "`chunk_bytes` must be a whole number of at least 1, got 0"),
         ({"method": GradiVeQ(slice_size=300)}, ValueError, "`slice_size` must be at most 216"),
         ({"method": GradiVeQ(sample=4, n_components=5)}, ValueError, r"`n_components` must be at most 3 \(samples - 1"),
         ({"model": nn.ReLU()}, ValueError, "`model` has no parameter"),

@@ -400,7 +400,7 @@ def test_a_thousand_nodes_are_counted_and_a_million_are_not() -> None:
 def test_arguments_of_dry_runs() -> None:
     with pytest.raises(ValueError, match="`op` must be 'sum' or 'mean', got 'max'"):
         dry.all_reduce(cluster(), Identity(), 10, op="max")
-    with pytest.raises(ValueError, match="`chunk_bytes` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`chunk_bytes` must be a whole number of at least 1, got 0"):
         dry.all_reduce(cluster(), Identity(), 10, chunk_bytes=0)
     assert dry.all_reduce(cluster(1), Identity(), 10).time_s == 0
     assert dry.all_reduce(cluster(3), Identity(), 0).messages == 0

@@ -261,9 +261,9 @@ def test_all_gather_decodes_one_contribution(size: int) -> None:
         (np.zeros(6)[::2], {}, ValueError, "must be contiguous and writable"),
         (np.broadcast_to(0.0, 1), {}, ValueError, "must be contiguous and writable"),
         (np.zeros(3, ">f4"), {}, TypeError, "this machine's byte order, got dtype >f4"),
-        (np.zeros(3), {"chunk_bytes": 0}, ValueError, "`chunk_bytes` must be at least 1, got 0"),
+        (np.zeros(3), {"chunk_bytes": 0}, ValueError, "`chunk_bytes` must be a whole number of at least 1, got 0"),
         (np.zeros(3), {"op": "max"}, ValueError, "'sum' or 'mean', got 'max'"),
-        (np.zeros(3), {"chunk_bytes": -1}, ValueError, "`chunk_bytes` must be at least 1, got -1"),
+        (np.zeros(3), {"chunk_bytes": -1}, ValueError, "`chunk_bytes` must be a whole number of at least 1, got -1"),
     ],
 )
 def test_invalid_arguments(vector, options, error, message: str) -> None:
