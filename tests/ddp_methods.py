@@ -34,6 +34,7 @@ from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.topk import TopK
+from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
 from gradiveq.flatten import Block
 from gradiveq.methods import Compressed, takes_mean
@@ -118,6 +119,15 @@ def lossless_methods_equal_ddp() -> None:
 
 @check
 def powersgd_equals_one_process() -> None:
+    against_powersgd_here(on_device=False)
+
+
+@check
+def powersgd_by_torch_operations_equals_one_process() -> None:
+    against_powersgd_here(on_device=True)
+
+
+def against_powersgd_here(on_device: bool) -> None:
     net, reference = Net(), Net()
     orders: list[list[str]] = []
     names = {id(p): name for name, p in net.named_parameters()}
@@ -126,7 +136,9 @@ def powersgd_equals_one_process() -> None:
         orders.append([names[id(p)] for p in bucket.parameters()])
         return ddp.hook(state, bucket)
 
-    model, _ = hooked(net, PowerSGD(2), hook=recording, seed=5, wrapping={"bucket_cap_mb": 25})
+    model, state = hooked(net, PowerSGD(2), hook=recording, seed=5, wrapping={"bucket_cap_mb": 25})
+    if on_device:
+        state._scheme = NativePowerSGDScheme(PowerSGD(2), 5)
     optimizer = sgd(model)
     places, offset = {}, 0
     for name, p in net.named_parameters():

@@ -51,7 +51,9 @@ METHODS: dict[str, tuple[Any, float]] = {
     "PowerSGD": (PowerSGD(2), 1e-3),
 }
 #: Of what stays on the device, nothing may wait for it while it compresses.
-UNWAITING: dict[str, Any] = {name: METHODS[name][0] for name in ("plain", "gradiveq", "several compressors")} | {
+UNWAITING: dict[str, Any] = {
+    name: METHODS[name][0] for name in ("plain", "gradiveq", "PowerSGD", "several compressors")
+} | {
     name: method
     for name, method in NATIVE.items()
     if not method.overrides  # these name other layers

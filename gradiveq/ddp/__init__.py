@@ -12,7 +12,7 @@
     compressors of a fixed size     all_reduce, one for each type, or       stays there; random k's indices are drawn
                                     all_gather                              on the host
     threshold, adaptive, adacomp    all_gather, twice: sizes first          by way of the host
-    PowerSGD                        all_reduce, twice                       by way of the host
+    PowerSGD                        all_reduce, twice                       stays there
     QSGDRing, Accordion, ...        none; the error says why
 
 (On a GPU nothing of this has been run yet; `tests/test_gpu.py` is ready. Over NCCL nothing that stays there waits for

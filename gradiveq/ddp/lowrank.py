@@ -3,7 +3,8 @@
     | vectors and small layers, as they are | all P of the bucket | codes |         | all Q of the bucket |
       round 1                                                                         round 2
 
-NumPy: of a bucket on a GPU the gradient is copied to the host, which waits for it, and the mean back.
+NumPy, for models on the CPU. (A model that is moved to a GPU only after its State was made has its gradients copied to
+the host, which waits for them, and the means back; else see `gradiveq.ddp.native_lowrank`.)
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from gradiveq.ddp.compressors import CompressorScheme
 from gradiveq.ddp.group import Group
 from gradiveq.ddp.layers import compressible_layers
 from gradiveq.ddp.lowrank import PowerSGDScheme
+from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
 from gradiveq.ddp.scheme import Scheme, Uncompressed
 from gradiveq.ddp.windows import WindowsScheme
 from gradiveq.flatten import Block
@@ -51,7 +52,8 @@ def make_scheme(
             layers = compressible_layers(model, parameters, also)
             return WindowsScheme(method, group, layers, min_ratio, start)
         case PowerSGD():
-            return PowerSGDScheme(method, seed)
+            on_device = all(p.is_cuda for p in parameters.tensors)
+            return NativePowerSGDScheme(method, seed) if on_device else PowerSGDScheme(method, seed)
         case Compressor():
             return _compressors(Compressed(method), parameters, group, min_ratio, seed)
         case Compressed():

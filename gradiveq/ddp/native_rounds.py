@@ -32,7 +32,7 @@ def native_rounds(
     """See the module; all compressors, and the master's, are `native.is_native`."""
     values = work.gradient()
     if memory is not None:
-        values = _corrected(work, values, memory)
+        values = corrected(work, values, memory)
     payloads, left = [], torch.empty_like(values)
     for part in parts:
         draw = part.draw(seed, work)
@@ -72,18 +72,18 @@ def native_rounds(
     work.write(out if master is None else _sent_back(work, parts, master, seed, out))
 
 
-def _corrected(work: Work, latest: Tensor, memory: Memory) -> Tensor:
+def corrected(work: Work, latest: Tensor, memory: Memory) -> Tensor:
     """What is to be compressed: with what is remembered, and zeros where the code says that it is of no use."""
-    corrected = latest + memory.of(work.plan, latest.device)
+    values = latest + memory.of(work.plan, latest.device)
     code = torch.as_tensor(work.code, device=latest.device)
     places = [place for place in work.plan.places if place.stop > place.start]  # nothing has no largest element
     if places:
-        norms = torch.stack(torch._foreach_norm([corrected[place.start : place.stop] for place in places], torch.inf))
+        norms = torch.stack(torch._foreach_norm([values[place.start : place.stop] for place in places], torch.inf))
         flaws = copied(np.array([flaw(OVERFLOWED, place.index) for place in places]), latest.device)
         worst = torch.where(norms.isfinite(), 0, flaws).amax()
         code = torch.where((code <= 1) & (worst > 0), worst, code)
     work.code = code
-    return torch.where(code > 1, 0, corrected)
+    return torch.where(code > 1, 0, values)
 
 
 def _sent_back(work: Work, parts: Sequence[BucketPart], master: Compressor, seed: int, mean: Tensor) -> Tensor:
