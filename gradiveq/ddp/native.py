@@ -28,6 +28,8 @@ from gradiveq.ddp.native_bits import constant, copied, random24
 
 _NATIVE = (Identity, Half, Integer, RandomK, Sign, TernGrad, Natural, QSGDGather, TopK)
 _LARGEST = torch.finfo(torch.float32).max
+#: Elements that are decoded at once, of several ranks; of a vector of more, one rank's.
+_AT_ONCE = 1 << 22
 
 
 def is_native(compressor: Compressor) -> bool:
@@ -70,27 +72,26 @@ def decompress(compressor: Compressor, payload: Tensor, out: Tensor, draw: Draw)
         case Integer():
             exact = payload.double()
             out.copy_(exact / constant(compressor.scale, exact))
-        case Sign():
-            out.copy_(gathered.estimate_sign(compressor, payload, len(out)))
-        case TernGrad():
-            out.copy_(gathered.estimate_terngrad(compressor, payload, len(out)))
-        case Natural():
-            out.copy_(gathered.estimate_natural(compressor, payload, len(out)))
-        case QSGDGather():
-            out.copy_(gathered.estimate_qsgd(compressor, payload, len(out)))
-        case _:
+        case Identity() | Half():
             out.copy_(payload)
+        case _:
+            out.copy_(_estimates(compressor, payload, len(out)))
 
 
-def add_to(compressor: Compressor, payload: Tensor, total: Tensor, draw: Draw) -> None:
-    """As `Compressor.add_to`."""
-    if isinstance(compressor, TopK):
-        indices, values = gathered.decode_top_k(compressor, payload, len(total))
-        total[indices] += values  # of different indices, so no order matters
-    else:
-        estimate = torch.empty_like(total)
-        decompress(compressor, payload, estimate, draw)
-        total += estimate
+def add_to(compressor: Compressor, payloads: Tensor, total: Tensor) -> None:
+    """As `Compressor.add_to` of one payload after the other.
+
+    Args:
+        payloads: what was gathered, uint8 of shape (ranks, bytes).
+    """
+    at_once = max(1, _AT_ONCE // max(1, len(total)))
+    for some in torch.split(payloads, at_once):
+        if isinstance(compressor, TopK):
+            for indices, values in zip(*gathered.decode_top_k(compressor, some, len(total)), strict=True):
+                total[indices] += values  # of different indices, so no order matters
+        else:
+            for estimate in _estimates(compressor, some, len(total)):
+                total += estimate
 
 
 def finish(compressor: Compressor, total: Tensor, size: int) -> None:
@@ -99,6 +100,20 @@ def finish(compressor: Compressor, total: Tensor, size: int) -> None:
         total.sign_()
     else:
         total /= constant(size, total)
+
+
+def _estimates(compressor: Compressor, payloads: Tensor, length: int) -> Tensor:
+    """Of what is gathered, but for top-k: float32 of shape (..., length)."""
+    match compressor:
+        case Sign():
+            return gathered.estimate_sign(compressor, payloads, length)
+        case TernGrad():
+            return gathered.estimate_terngrad(payloads, length)
+        case Natural():
+            return gathered.estimate_natural(payloads, length)
+        case QSGDGather():
+            return gathered.estimate_qsgd(compressor, payloads, length)
+    raise TypeError(f"{compressor.name} has no torch form")
 
 
 def _rounded(compressor: Integer, values: Tensor, draw: Draw) -> Tensor:

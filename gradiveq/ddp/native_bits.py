@@ -36,8 +36,9 @@ def constant(value: float, like: Tensor) -> Tensor:
 
 
 def cast(payload: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes of any slice of a message as numbers of another type; a copy, as it may begin at any byte."""
-    return payload.clone(memory_format=torch.contiguous_format).view(dtype)
+    """The bytes of any slice of messages as numbers of another type; a copy, as it may begin at any byte."""
+    numbers = payload.clone(memory_format=torch.contiguous_format).view(-1).view(dtype)
+    return numbers.view(*payload.shape[:-1], payload.shape[-1] // dtype.itemsize)
 
 
 def random24(draw: Draw, length: int, device: torch.device) -> Tensor:
@@ -70,12 +71,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(payload: Tensor, bits: int, count: int) -> Tensor:
-    """`bits.unpack`: the `count` codes, int64."""
+    """`bits.unpack` of several payloads of one length: the codes, int64 of shape (..., count)."""
     whole = count // BLOCK * BLOCK
     cut = whole // 8 * bits
-    rest = F.pad(payload[cut:], (0, -len(payload[cut:]) % (4 * bits)))
-    words = cast(payload[:cut], torch.int32).view(-1, bits, LANES), cast(rest, torch.int32).view(-1, bits, 1)
-    return torch.cat([_unpack(one, bits) for one in words])[:count]
+    rest = F.pad(payload[..., cut:], (0, -(payload.shape[-1] - cut) % (4 * bits)))
+    blocks = _unpack(cast(payload[..., :cut], torch.int32), bits, LANES), _unpack(cast(rest, torch.int32), bits, 1)
+    return torch.cat(blocks, dim=-1)[..., :count]
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -89,15 +90,16 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """The inverse: bool of shape (count,)."""
-    return ((packed.view(-1, 1) >> _eight(packed)) & 1).view(-1)[:count].bool()
+    """The inverse, of several: bool of shape (..., count)."""
+    return ((packed.unsqueeze(-1) >> _eight(packed)) & 1).flatten(-2)[..., :count].bool()
 
 
 def places(bits: Tensor, count: int) -> Tensor:
-    """Where bits are set, int64 of shape (count,), ascending: `nonzero` of as many as are known to be there."""
-    target = torch.where(bits, bits.cumsum(0) - 1, count)
-    found = target.new_zeros(count + 1)  # the last one takes what isn't set
-    return found.scatter_(0, target, torch.arange(len(bits), device=bits.device))[:count]
+    """Where bits are set, int64 of shape (..., count), ascending: `nonzero` of as many as are known to be there."""
+    target = torch.where(bits, bits.cumsum(-1) - 1, count)
+    found = target.new_zeros(*bits.shape[:-1], count + 1)  # the last one takes what isn't set
+    every = torch.arange(bits.shape[-1], device=bits.device).expand_as(target)
+    return found.scatter_(-1, target, every)[..., :count]
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -110,12 +112,13 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     return words[:, :bits].to(torch.int32).view(-1)
 
 
-def _unpack(words: Tensor, bits: int) -> Tensor:
-    """The inverse of `_pack`."""
+def _unpack(words: Tensor, bits: int, lanes: int) -> Tensor:
+    """The inverse of `_pack`: (..., groups·bits·lanes) -> (..., groups·32·lanes)."""
     start = bits * torch.arange(32, device=words.device)
-    word, words = start >> 5, words.long() & _WORD
-    first, second = words.index_select(1, word), words.index_select(1, (word + 1).clamp(max=bits - 1))
-    return (((second << 32 | first) >> (start & 31).view(32, 1)) & ((1 << bits) - 1)).view(-1)
+    word = start >> 5
+    words = words.unflatten(-1, (words.shape[-1] // (bits * lanes), bits, lanes)).long() & _WORD
+    first, second = words.index_select(-2, word), words.index_select(-2, (word + 1).clamp(max=bits - 1))
+    return (((second << 32 | first) >> (start & 31).view(32, 1)) & ((1 << bits) - 1)).flatten(-3)
 
 
 def _eight(like: Tensor) -> Tensor:

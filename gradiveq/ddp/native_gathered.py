@@ -1,7 +1,9 @@
 """What is gathered, as torch operations: signs, TernGrad, natural compression, QSGD and top-k.
 
 Each function gives the payload, or what it decodes to, of the compressor of the same name, bit by bit; the arithmetic
-is explained there. Payloads may come from ranks without a GPU, and go there. To check them would be to wait.
+is explained there. Payloads may come from ranks without a GPU, and go there. To check them would be to wait. Those of
+several ranks, uint8 of shape (..., bytes), are decoded at once, as operations on short vectors take longer to be begun
+than to be done.
 
 **Norms.** Largest magnitudes are exact. Sums (of squares, magnitudes, differences) are in float64 as in
 `gradiveq.compressors.reductions`, but in the device's order instead of 16 lanes one after another, which would leave
@@ -44,9 +46,9 @@ def compress_sign(compressor: Sign, values: Tensor) -> Tensor:
 
 
 def estimate_sign(compressor: Sign, payload: Tensor, length: int) -> Tensor:
-    header = compressor.payload_bytes(length) - -(-length // 8)
-    magnitude = cast(payload[:4], torch.float32) if header else payload.new_ones(1, dtype=torch.float32)
-    return torch.where(unpack_bits(payload[header:], length), -magnitude, magnitude)
+    header = payload.shape[-1] - -(-length // 8)
+    magnitude = cast(payload[..., :4], torch.float32) if header else payload.new_ones(1, dtype=torch.float32)
+    return torch.where(unpack_bits(payload[..., header:], length), -magnitude, magnitude)
 
 
 def compress_natural(compressor: Natural, values: Tensor, draw: Draw) -> Tensor:
@@ -56,9 +58,9 @@ def compress_natural(compressor: Natural, values: Tensor, draw: Draw) -> Tensor:
     return torch.cat([exponents, pack_bits(values < 0)])
 
 
-def estimate_natural(compressor: Natural, payload: Tensor, length: int) -> Tensor:
-    magnitudes = (payload[:length].int() << 23).view(torch.float32)
-    return torch.where(unpack_bits(payload[length:], length), -magnitudes, magnitudes)
+def estimate_natural(payload: Tensor, length: int) -> Tensor:
+    magnitudes = (payload[..., :length].int() << 23).view(torch.float32)
+    return torch.where(unpack_bits(payload[..., length:], length), -magnitudes, magnitudes)
 
 
 def compress_terngrad(compressor: TernGrad, values: Tensor, draw: Draw) -> Tensor:
@@ -81,12 +83,12 @@ def compress_terngrad(compressor: TernGrad, values: Tensor, draw: Draw) -> Tenso
     return torch.cat([_bytes(scale), trits])
 
 
-def estimate_terngrad(compressor: TernGrad, payload: Tensor, length: int) -> Tensor:
+def estimate_terngrad(payload: Tensor, length: int) -> Tensor:
     if not length:
-        return payload.new_empty(0, dtype=torch.float32)
+        return payload.float()
     weights = 3 ** torch.arange(TRITS, dtype=torch.int32, device=payload.device).view(-1, 1)
-    digits = payload[4:].int().div(weights, rounding_mode="floor") % 3
-    return (digits.view(-1)[:length] - 1).float() * cast(payload[:4], torch.float32)
+    digits = payload[..., None, 4:].int().div(weights, rounding_mode="floor") % 3
+    return (digits.flatten(-2)[..., :length] - 1).float() * cast(payload[..., :4], torch.float32)
 
 
 def compress_qsgd(compressor: QSGDGather, values: Tensor, draw: Draw) -> Tensor:
@@ -110,10 +112,10 @@ def compress_qsgd(compressor: QSGDGather, values: Tensor, draw: Draw) -> Tensor:
 
 
 def estimate_qsgd(compressor: QSGDGather, payload: Tensor, length: int) -> Tensor:
-    header, bucket = len(payload) - packed_bytes(length, compressor.bits), compressor.bucket or length
-    codes = unpack(payload[header:], compressor.bits, length)
-    levels = (codes - compressor.levels).float()
-    norms = cast(payload[:header], torch.float32).view(-1, 1).expand(-1, bucket).reshape(-1)[:length]
+    header, bucket = payload.shape[-1] - packed_bytes(length, compressor.bits), compressor.bucket or length
+    levels = (unpack(payload[..., header:], compressor.bits, length) - compressor.levels).float()
+    norms = cast(payload[..., :header], torch.float32).unsqueeze(-1)
+    norms = norms.expand(*norms.shape[:-1], bucket).flatten(-2)[..., :length]
     return levels / constant(compressor.levels, levels) * norms
 
 
@@ -134,19 +136,19 @@ def compress_top_k(compressor: TopK, values: Tensor) -> Tensor:
 
 
 def decode_top_k(compressor: TopK, payload: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The indices, int64, ascending, and the values."""
+    """The indices, int64 of shape (..., k), ascending, and the values."""
     count = num_kept(length, compressor.ratio, compressor.count)
-    body = payload[HEADER_BYTES : positions_bytes(length, count)]
-    values = cast(payload[positions_bytes(length, count) :], torch.float32)
+    body = payload[..., HEADER_BYTES : positions_bytes(length, count)]
+    values = cast(payload[..., positions_bytes(length, count) :], torch.float32)
     if not count:
         return values.long(), values
     if form_of(length, count) != GAPS:
         return places(unpack_bits(body, length), count), values
     low, high = gaps_shape(length, count)
     cut = packed_bytes(count, low)
-    indices = places(unpack_bits(body[cut:], high), count) - torch.arange(count, device=payload.device)
+    indices = places(unpack_bits(body[..., cut:], high), count) - torch.arange(count, device=payload.device)
     if low:
-        indices = (indices << low) | unpack(body[:cut], low, count)
+        indices = (indices << low) | unpack(body[..., :cut], low, count)
     return indices, values
 
 

@@ -61,10 +61,8 @@ def native_rounds(
         native.decompress(parts[i].compressor, total, out[parts[i].where], parts[i].draw(seed, work))
     if gathering:
         work.heard = everybody[:, :CODE_BYTES].contiguous().view(torch.int64).view(-1)
-        for rank, row in enumerate(everybody):
-            for i, payload in zip(gathering, row[CODE_BYTES:].split_with_sizes(lengths), strict=True):
-                part = parts[i]
-                native.add_to(part.compressor, payload, out[part.where], part.draw(seed, work, rank))
+        for i, rows in zip(gathering, everybody[:, CODE_BYTES:].split_with_sizes(lengths, dim=1), strict=True):
+            native.add_to(parts[i].compressor, rows, out[parts[i].where])
     else:
         sums.hear()
     for part in parts:
