@@ -327,13 +327,15 @@ def random_bases(method: GradiVeQ, model: nn.Module, parameters: Parameters) -> 
 def _compressing(bases: Mapping[str, LayerBasis]) -> dict[str, Any]:
     """The state of GradiVeQ's scheme in the middle of a window, as a checkpoint has it."""
     return {
-        "schedule": {"phase": "compress", "done": 1, "window": 0},
+        "windows": {
+            "schedule": {"phase": "compress", "done": 1, "window": 0},
+            "first_loss": None,
+            "vote": False,
+            "entries": [],
+        },
         "sampler": None,
         "fit_due": False,
         "bases": [_as_tensors(basis_state(basis)) for basis in bases.values()],
-        "first_loss": None,
-        "vote": False,
-        "log": [],
     }
 
 
@@ -353,12 +355,11 @@ def _multiplications(basis: LayerBasis) -> int:
 def _gradiveq_memory(method: GradiVeQ, bases: Mapping[str, LayerBasis]) -> tuple[int, int, int, int]:
     """(bases, µ and what is kept of their products; sums while sampling; samples of all layers; bytes of all bases)."""
     held = sums = samples = fit = 0
-    number = method.max_sample if method.sample == "auto" else method.sample
     for basis in bases.values():
         fitted = sum(one.components_.nbytes + one.explained_variance_.nbytes for one in basis.bases)
         held += fitted + 4 * basis.length + basis.payload_bytes
         sums += 12 * basis.length  # µ's sum in float64, and the sample itself
-        samples += sum(held_bytes(group, number, method.pca) for group in basis.groups)
+        samples += sum(held_bytes(group, method.most_samples, method.pca) for group in basis.groups)
         fit += fitted
     return held, sums, samples, fit
 

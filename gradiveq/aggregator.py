@@ -118,7 +118,7 @@ class Aggregator:
             "sample", "compress": Lt and Lc, so far;
             "ended_by": "count", "vote", or None while it lasts;
             "stable", "checks": with sample="auto", whether d was found stable, and [samples, sum of d] at each check;
-            "ratio": of the whole payload;
+            "ratio": bytes of all gradients / bytes of what travels in their place, once an iteration was compressed;
             "fit_bytes", "fit_s": sent and spent on collecting samples, fitting and sharing bases, by this rank;
             "held_out": records of "iteration", "held_out" and "layers", the latter two as in `Report.losses`;
             "after": such a record of the next window's first sample;

@@ -109,6 +109,11 @@ class GradiVeQ:
             raise ValueError(f"`stop_multiple` must be above 1, the window's first loss, got {self.stop_multiple}")
 
     @property
+    def most_samples(self) -> int:
+        """Lt, or how many it may be with sample="auto"."""
+        return self.max_sample if self.sample == "auto" else self.sample
+
+    @property
     def pca(self) -> PCAConfig:
         """What the fit needs to know."""
         return PCAConfig(

@@ -3,7 +3,7 @@
     | warm-up | sample Lt | compress Lc | sample Lt | compress Lc | ...
                 <---- one window ----->
 
-Lt and Lc are numbers, or "auto": then the caller says after each iteration whether d is stable, or whether most workers
+Lt and Lc are numbers, or open: then the caller says after each iteration whether d is stable, or whether most workers
 have voted to stop.
 """
 
@@ -25,8 +25,9 @@ class Schedule:
 
     Args:
         warmup: iterations of warm-up, from 0 on.
-        sample: Lt, or "auto" for at most `max_sample`.
+        samples: Lt, the most if `until_stable`.
         compress: Lc, or "auto".
+        until_stable: sampling ends as soon as d is stable.
 
     Attributes:
         phase: of the next iteration.
@@ -35,9 +36,9 @@ class Schedule:
     """
 
     def __init__(
-        self, warmup: int, sample: int | Literal["auto"], compress: int | Literal["auto"], max_sample: int = 400
+        self, warmup: int, samples: int, compress: int | Literal["auto"], *, until_stable: bool = False
     ) -> None:
-        self.sample, self.compress, self.max_sample, self.warmup = sample, compress, max_sample, warmup
+        self.warmup, self.samples, self.compress, self.until_stable = warmup, samples, compress, until_stable
         self.phase: Phase = "warm-up" if warmup else "sample"
         self.done = 0
         self.window = 0
@@ -45,13 +46,18 @@ class Schedule:
     @property
     def check_due(self) -> bool:
         """Whether to find out if d is stable, after the sample of this iteration and before `advance`."""
-        return self.phase == "sample" and self.sample == "auto" and (self.done + 1) % CHECK_EVERY == 0
+        return self.phase == "sample" and self.until_stable and (self.done + 1) % CHECK_EVERY == 0
+
+    @property
+    def fit_due(self) -> bool:
+        """Whether bases are needed after the sample of this iteration, before `advance`: to check, or to compress."""
+        return self.check_due or (self.phase == "sample" and self.done + 1 >= self.samples)
 
     def advance(self, *, stable: bool = False, stop: bool = False) -> bool:
         """Count an iteration.
 
         Args:
-            stable: d is stable; ends the sampling if its length is "auto".
+            stable: d is stable; ends the sampling if it is to last until then.
             stop: most workers want to stop; ends the compressed iterations if their number is "auto".
         Returns:
             Whether this was the last iteration of its phase.
@@ -60,8 +66,7 @@ class Schedule:
         if self.phase == "warm-up":
             ended, following = self.done >= self.warmup, "sample"
         elif self.phase == "sample":
-            enough = self.max_sample if self.sample == "auto" else self.sample
-            ended, following = self.done >= enough or (stable and self.sample == "auto"), "compress"
+            ended, following = self.done >= self.samples or (stable and self.until_stable), "compress"
         else:
             ended, following = stop if self.compress == "auto" else self.done >= self.compress, "sample"
         if ended:

@@ -118,16 +118,17 @@ class CodecStrategy(Strategy):
         length: of the gradient.
         seed: of QSGD's random numbers.
         mirror: where the gradient is on a device; None where it is on the host.
-
-    Attributes:
-        vote: what this worker says in the element VOTE.
     """
 
     def __init__(self, ring: Ring, length: int, seed: int, chunk_bytes: int, mirror: Mirror | None = None) -> None:
         self.ring, self.length, self.seed, self.chunk_bytes = ring, length, seed, chunk_bytes
         self.mirror = mirror
-        self.vote = False
         self._plain = Identity() if mirror is None else staged_plain(mirror, length, chunk_bytes)
+
+    @property
+    def vote(self) -> bool:
+        """What this worker says in the element VOTE."""
+        return False
 
     @abstractmethod
     def codec(self, iteration: int) -> tuple[Codec, int]:

@@ -7,7 +7,6 @@ Everything is a mean over the workers, not a sum: gradients, samples, and µ, wh
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,18 +19,19 @@ from gradiveq.device import Mirror, Piece, Staged, StagedLayers
 from gradiveq.flatten import Layout, Vector, slice_sizes
 from gradiveq.loss import Loss
 from gradiveq.methods import GradiVeQ, Plain
-from gradiveq.pca import Basis, Float64, Group, LayerBasis, PCASampler, is_stable
+from gradiveq.pca import Basis, Float64, Group, LayerBasis, PCASampler
 from gradiveq.projection import squares
-from gradiveq.report import FitError, Ongoing, listed
-from gradiveq.schedule import LossWatch, Schedule, majority
-from gradiveq.strategy import CONTROLS, FLOAT32, VOTE, CodecStrategy, payload_ratio
+from gradiveq.report import Ongoing
+from gradiveq.schedule import majority
+from gradiveq.strategy import CONTROLS, FLOAT32, VOTE, CodecStrategy
+from gradiveq.window_log import WindowLog, losses_on, raise_failures
 from ring.codec import Codec, Composite
 from ring.handle import Ring
 from ring.timeline import Timeline
 
 
 class Windows(CodecStrategy):
-    """Where in which window, samples, bases, losses."""
+    """Samples, bases, losses."""
 
     def __init__(
         self,
@@ -44,20 +44,19 @@ class Windows(CodecStrategy):
     ) -> None:
         super().__init__(ring, layout.length, seed, chunk_bytes, mirror)
         self.method = method
-        self.schedule = Schedule(method.warmup, method.sample, method.compress, method.max_sample)
-        self._log: list[dict[str, Any]] = []
+        self._log = WindowLog(method)
+        self.schedule = self._log.schedule
         self._layout = layout
         self._layers = tuple(block for block in layout.blocks if block.compressed)
         if not self._layers:
             raise ValueError("GradiVeQ compresses convolutions (groups=1); `model` has none: use Plain or QSGDRing")
         self._slice_sizes = slice_sizes(layout.blocks, method.slice_size)
-        self._new_sampler().check(method.max_sample if method.sample == "auto" else method.sample)
+        self._new_sampler().check(method.most_samples)
         self._sampler: PCASampler | None = None
         self._bases: list[LayerBasis] = []
         self._codec: Composite | None = None
         self._codecs: dict[str, PCACodec] = {}
         self._staged: StagedLayers | None = None  # in the place of the codec, with a mirror
-        self._watch = LossWatch(method.stop_multiple)
         # Of the iteration under way: this worker's gradient if its loss is measured, and the votes.
         self._own: Vector | Tensor | None = None
         self._votes = 0
@@ -68,12 +67,16 @@ class Windows(CodecStrategy):
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        return self._log
+        return self._log.entries
+
+    @property
+    def vote(self) -> bool:
+        return self._log.vote
 
     def _new_sampler(self) -> PCASampler:
-        expected = self.method.max_sample if self.method.sample == "auto" else self.method.sample
         return PCASampler(
-            self._layout.blocks, self._slice_sizes, self.method.pca, self.ring.rank, self.ring.size, expected
+            self._layout.blocks, self._slice_sizes, self.method.pca, self.ring.rank, self.ring.size,
+            self.method.most_samples,
         )  # fmt: skip
 
     @property
@@ -131,32 +134,20 @@ class Windows(CodecStrategy):
             with timeline.span("pack"):
                 self.mirror.to_host()  # the memory of `mean`, by which nothing has passed
         if self._sampler is None:
+            self._log.open(now.iteration)
             if self._codec is not None:
                 with timeline.span("measure"):
-                    self._evaluate_old_bases(mean, now)
+                    losses = losses_on(mean, self._layers, self._codecs.values())
+                    _report(self._log.replaced(now.iteration, losses), now)
                 self._codec, self._codecs, self._staged, self._bases = None, {}, None, []
             self._sampler = self._new_sampler()
-            self._log.append(
-                {
-                    "window": self.schedule.window, "iteration": now.iteration, "sample": 0, "compress": 0,
-                    "ended_by": None, "stable": None, "checks": [], "ratio": None, "fit_bytes": 0, "fit_s": 0.0,
-                    "held_out": [], "after": None, "layers": {},
-                }
-            )  # fmt: skip
-        window, start = self._log[-1], timeline.clock()
-        with timeline.span("fit"):
-            self._sampler.add(mean)
-        window["sample"] += 1
-        dims: Float64 | None = None
-        if self.schedule.check_due:
-            dims = self._fit(now)
-            window["checks"].append([window["sample"], int(dims.sum())])
-            window["stable"] = is_stable([d for _, d in window["checks"]])
-        ended = self.schedule.advance(stable=bool(window["stable"]))
-        if ended:
-            self._share(self._fit(now) if dims is None else dims, now)
-        window["fit_bytes"] += now.fit_bytes
-        window["fit_s"] += timeline.clock() - start
+        with self._log.fitting(timeline.clock):
+            with timeline.span("fit"):
+                self._sampler.add(mean)
+            if self._log.sampled():
+                dims = self._fit(now)
+                if self._log.checked(dims):
+                    self._share(dims, now)
 
     def _fit(self, now: Ongoing) -> Float64:
         """Fit this rank's share; the d of all groups.
@@ -168,10 +159,7 @@ class Windows(CodecStrategy):
         with now.timeline.span("fit"):
             dims = self._sampler.fit()
         self._count(self.ring.all_reduce(dims, timeline=now.timeline).bytes_sent, now)
-        failures = self._sampler.failures(dims)
-        if failures:
-            where = "; ".join(f"{listed(names)} on rank {rank} ({why})" for (rank, why), names in failures.items())
-            raise FitError(f"PCA failed in iteration {now.iteration}: {where}")
+        raise_failures(self._sampler, dims, f"in iteration {now.iteration}")
         return dims
 
     def _share(self, dims: Float64, now: Ongoing) -> None:
@@ -183,11 +171,7 @@ class Windows(CodecStrategy):
         with now.timeline.span("fit"):
             self._use(self._sampler.rebuild(dims, buffer))
             self._sampler = None
-        self._watch = LossWatch(self.method.stop_multiple)
-        window = self._log[-1]
-        window["ratio"] = payload_ratio(self._fitted, self._layout.length + CONTROLS)
-        for basis in self._bases:
-            window["layers"][basis.name] = layer_entry(basis, basis.name in self._codecs)
+        self._log.fitted(self._bases, self._codecs)
 
     def _use(self, bases: list[LayerBasis]) -> None:
         self._bases = bases
@@ -201,28 +185,16 @@ class Windows(CodecStrategy):
     def _count(self, num_bytes: int, now: Ongoing) -> None:
         now.bytes_sent += num_bytes
         now.fit_bytes += num_bytes
+        self._log.sent_for_fit(num_bytes)
 
     def _after_compressed(self, mean: Vector, now: Ongoing) -> None:
         own, self._own = self._own, None
-        window = self._log[-1]
-        window["compress"] += 1
         if own is not None:
             with now.timeline.span("measure"):
-                self._record(self._held_out(mean, own, now), now)
-                window["held_out"].append({"iteration": now.iteration, **now.losses})
-                for name, layer in window["layers"].items():
-                    losses = [record["layers"][name] for record in window["held_out"]]
-                    layer["held_out_loss"] = sum(losses) / len(losses)
-        stop = majority(self._votes, self.ring.size)
-        self.vote = False
+                _report(self._log.held_out(now.iteration, self._held_out(mean, own, now)), now)
         if self.method.compress == "auto" or own is not None:
-            local = sum((one.take_local_loss() for one in self._encoding), Loss())
-            now.losses["local"] = local.relative
-            if self.method.compress == "auto":
-                self.vote = self._watch.votes_to_stop(now.losses["local"])
-        if self.schedule.advance(stop=stop):
-            window["ended_by"] = "vote" if self.method.compress == "auto" else "count"
-            self.vote = False
+            now.losses["local"] = sum((one.take_local_loss() for one in self._encoding), Loss()).relative
+        self._log.compressed(now.ratio, majority(self._votes, self.ring.size), now.losses.get("local"))
 
     def _held_out(self, mean: Vector, own: Vector | Tensor, now: Ongoing) -> dict[str, Loss]:
         """By layer, after the exact all-reduce of the same gradients."""
@@ -236,33 +208,15 @@ class Windows(CodecStrategy):
         pairs = torch.stack([squares(self.mirror.values[part], own[part]) for part in parts.values()]).tolist()
         return {name: Loss(*pair) for name, pair in zip(parts, pairs, strict=True)}
 
-    def _evaluate_old_bases(self, mean: Vector, now: Ongoing) -> None:
-        """The held-out loss of the bases that are about to go, on the first gradient that isn't compressed by them."""
-        losses = {}
-        for block in self._layers:
-            gradient = mean[block.offset : block.stop]
-            codec = self._codecs.get(block.name)
-            losses[block.name] = Loss.between(gradient, gradient) if codec is None else codec.loss(gradient)
-        self._record(losses, now)
-        self._log[-1]["after"] = {"iteration": now.iteration, **now.losses}
-
-    @staticmethod
-    def _record(losses: Mapping[str, Loss], now: Ongoing) -> None:
-        now.losses["held_out"] = sum(losses.values(), Loss()).relative
-        now.losses["layers"] = {name: loss.relative for name, loss in losses.items()}
-
     def state_dict(self) -> dict[str, Any]:
         return {
-            "schedule": self.schedule.state_dict(),
+            "windows": self._log.state_dict(),
             "sampler": None if self._sampler is None else self._sampler.state_dict(),
             "bases": [basis_state(basis) for basis in self._bases],
-            "first_loss": self._watch.first,
-            "vote": self.vote,
-            "log": copy.deepcopy(self._log),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.schedule.load_state_dict(state["schedule"])
+        self._log.load_state_dict(state["windows"])
         self._sampler = None
         if state["sampler"] is not None:
             self._sampler = self._new_sampler()
@@ -270,21 +224,10 @@ class Windows(CodecStrategy):
         self._bases, self._codec, self._codecs, self._staged = [], None, {}, None
         if state["bases"]:
             self._use([basis_from(part) for part in state["bases"]])
-        self._watch = LossWatch(self.method.stop_multiple)
-        self._watch.first = state["first_loss"]
-        self.vote = state["vote"]
-        self._log = copy.deepcopy(state["log"])
 
 
-def layer_entry(basis: LayerBasis, compressed: bool) -> dict[str, Any]:
-    """A layer's line in a window's log; one that isn't made shorter goes uncompressed."""
-    return {
-        "d": [len(one.components_) for one in basis.bases],
-        "slice_size": basis.slice_size,
-        "ratio": basis.ratio if compressed else 1.0,
-        "in_sample_loss": basis.in_sample_loss if compressed else 0.0,
-        "held_out_loss": None,
-    }
+def _report(record: Mapping[str, Any], now: Ongoing) -> None:
+    now.losses |= {name: record[name] for name in ("held_out", "layers")}
 
 
 def basis_state(basis: LayerBasis) -> dict[str, Any]:

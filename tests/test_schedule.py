@@ -21,29 +21,29 @@ def phases(schedule: Schedule, count: int, **advance: bool) -> list[str]:
 
 
 def test_phases_follow_each_other() -> None:
-    schedule = Schedule(warmup=2, sample=3, compress=4)
+    schedule = Schedule(2, 3, 4)
     window = ["sample"] * 3 + ["compress"] * 4
     assert phases(schedule, 16) == ["warm-up"] * 2 + window * 2
     assert schedule.window == 2
 
 
 def test_no_warmup_starts_with_samples() -> None:
-    assert phases(Schedule(warmup=0, sample=2, compress=1), 4) == ["sample", "sample", "compress", "sample"]
+    assert phases(Schedule(0, 2, 1), 4) == ["sample", "sample", "compress", "sample"]
 
 
 def test_the_end_of_each_phase_is_reported() -> None:
-    schedule = Schedule(warmup=1, sample=2, compress=3)
+    schedule = Schedule(1, 2, 3)
     assert [schedule.advance() for _ in range(6)] == [True, False, True, False, False, True]
 
 
 def test_numbers_don_t_listen() -> None:
-    schedule = Schedule(warmup=0, sample=3, compress=3)
+    schedule = Schedule(0, 3, 3)
     assert not schedule.check_due
     assert phases(schedule, 6, stable=True, stop=True) == ["sample"] * 3 + ["compress"] * 3
 
 
 def test_automatic_lengths() -> None:
-    schedule = Schedule(warmup=0, sample="auto", compress="auto", max_sample=1000)
+    schedule = Schedule(0, 1000, "auto", until_stable=True)
     checks = []
     for i in range(25):
         checks += [i] if schedule.check_due else []
@@ -56,7 +56,7 @@ def test_automatic_lengths() -> None:
 
 
 def test_automatic_sampling_is_bounded() -> None:
-    assert phases(Schedule(warmup=0, sample="auto", compress=1, max_sample=7), 8) == ["sample"] * 7 + ["compress"]
+    assert phases(Schedule(0, 7, 1, until_stable=True), 8) == ["sample"] * 7 + ["compress"]
 
 
 @given(

@@ -158,11 +158,15 @@ class State:
 
     @property
     def window_log(self) -> list[dict[str, Any]]:
-        """GradiVeQ's windows, as `gradiveq.Aggregator.window_log` has them; of others there are none."""
+        """GradiVeQ's windows, as `gradiveq.Aggregator.window_log` has them; of others there are none.
+
+        What is sent is what is handed to the process group. Most of "fit_s" is spent on a thread, beside training.
+        """
         self._settle()
         return list(self._scheme.log)
 
     def compression_stats(self) -> CompressionStats:
+        """Bytes of this rank so far, as PyTorch's own hooks tell them. Not collective."""
         before, after = self.traffic.dense, self.traffic.payload
         return CompressionStats(before / after if after else 0.0, before, after)
 

@@ -13,7 +13,6 @@ rebuild the same bits, which a digest confirms.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -33,16 +32,16 @@ from gradiveq.ddp.scheme import Round, Rounds, Scheme, Traffic, Work, plain_roun
 from gradiveq.flatten import Block, slice_sizes
 from gradiveq.loss import Loss
 from gradiveq.methods import GradiVeQ
-from gradiveq.pca import Float64, LayerBasis, PCASampler, is_stable
+from gradiveq.pca import Float64, LayerBasis, PCASampler
 from gradiveq.projection import Projection, squares
-from gradiveq.report import FitError, listed
-from gradiveq.schedule import LossWatch, Schedule, majority
-from gradiveq.windows import basis_from, basis_state, layer_entry
+from gradiveq.schedule import majority
+from gradiveq.window_log import WindowLog, losses_on, raise_failures
+from gradiveq.windows import basis_from, basis_state
 from ring.algorithm import owned_segment
 
 
 class WindowsScheme(Scheme):
-    """Where in which window, samples, bases, losses.
+    """Samples, bases, losses.
 
     Args:
         layers: what may be compressed (`gradiveq.ddp.layers`).
@@ -59,20 +58,20 @@ class WindowsScheme(Scheme):
                 "gradient. Name others with `also`, as in also=('*.weight',), or use another method"
             )
         self.method, self.group, self.min_ratio = method, group, min_ratio
-        self.schedule = Schedule(max(method.warmup, start), method.sample, method.compress, method.max_sample)
-        self._log: list[dict[str, Any]] = []
+        self._log = WindowLog(method, max(method.warmup, start))
+        self.schedule = self._log.schedule
         self._layers = {layer.name: layer for layer in layers}
         self._blocks = {layer.name: replace(layer, offset=0) for layer in layers}
         self._slice_sizes = slice_sizes(layers, method.slice_size)
-        self._new_sampler().check(method.max_sample if method.sample == "auto" else method.sample)
+        self._new_sampler().check(method.most_samples)
         self._sampler: PCASampler | None = None
         self._vector = np.zeros(layers[-1].stop, np.float32)  # a sample
         self._bases: dict[str, LayerBasis] = {}
         self._projections: dict[tuple[str, torch.device], Projection] = {}
-        self._watch = LossWatch(method.stop_multiple)
         self._iteration = 0
         # Of the iteration under way.
         self._samples: dict[str, Later] = {}
+        self._traffic, self._dense_before, self._payload_before = Traffic(), 0, 0
         # Looked at when it is over: on a GPU nothing waits for them in between.
         self._held_out: dict[str, Later] = {}
         self._local: dict[str, Later] = {}
@@ -87,28 +86,28 @@ class WindowsScheme(Scheme):
         return self.schedule.phase
 
     @property
+    def vote(self) -> bool:  # type: ignore[override]
+        return self._log.vote
+
+    @property
     def log(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """Waits for what is still to be written."""
         if self._job is not None:
             self._job.result()
-        return self._log
+        return self._log.entries
 
     def begin(self, iteration: int, traffic: Traffic) -> None:
         dims = None if self._job is None else self._job.result()  # which reads what is set below
         self._job, self._iteration = None, iteration
         self._samples, self._held_out, self._local, self._votes = {}, {}, {}, None
-        if not self._fit_due:
-            return
-        assert self._sampler is not None
-        assert dims is not None
-        self._fit_due = False
-        window = self._log[-1]
-        dims = self._agree(dims, iteration, traffic)
-        if self.method.sample == "auto":
-            window["checks"].append([window["sample"], int(dims.sum())])
-            window["stable"] = is_stable([d for _, d in window["checks"]])
-        if self.schedule.advance(stable=bool(window["stable"])):
-            self._share(dims, traffic)
+        if self._fit_due:
+            assert dims is not None
+            self._fit_due = False
+            with self._log.fitting():
+                dims = self._agree(dims, iteration, traffic)
+                if self._log.checked(dims):
+                    self._share(dims, traffic)
+        self._traffic, self._dense_before, self._payload_before = traffic, traffic.dense, traffic.payload
 
     def rounds(self, work: Work) -> Rounds:
         layers = [place for place in work.plan.places if place.name in self._layers]
@@ -131,8 +130,7 @@ class WindowsScheme(Scheme):
     def _sampled(self, work: Work, layers: Sequence[Place]) -> Rounds:
         yield from plain_rounds(work)
         for place in layers:
-            mean = self._ordered(place, work.buffer)
-            self._samples[place.name] = Later(mean if work.scale is None else mean / work.scale)
+            self._samples[place.name] = Later(self._unscaled(place, work))
 
     def _after_sample(self) -> None:
         """Not collective; but for copies from a GPU, not waited for here."""
@@ -143,42 +141,32 @@ class WindowsScheme(Scheme):
         first = self._sampler is None
         if first:
             self._sampler = self._new_sampler()
-            self._log.append(
-                {
-                    "window": self.schedule.window, "iteration": self._iteration, "sample": 0, "compress": 0,
-                    "ended_by": None, "stable": None, "checks": [], "ratio": None, "fit_bytes": 0, "held_out": [],
-                    "after": None, "layers": {},
-                }
-            )  # fmt: skip
-        self._log[-1]["sample"] += 1
-        enough = self.method.max_sample if self.method.sample == "auto" else self.method.sample
-        self._fit_due = self.schedule.check_due or self.schedule.done + 1 >= enough
-        if not self._fit_due:
-            self.schedule.advance()
+            self._log.open(self._iteration)
+        self._fit_due = self._log.sampled()
         self._job = self._thread.submit(self._absorb, self._fit_due, first)
 
     def _absorb(self, fit: bool, first: bool) -> Float64 | None:
         """On the thread: take the sample, and fit this rank's share of the bases if they are due."""
         assert self._sampler is not None
         if first and self._bases:
-            losses = {name: self._old_loss(name) for name in self._layers}
-            self._log[-2]["after"] = self._record(losses)
+            codecs = map(PCACodec, self._bases.values())
+            self._log.replaced(self._iteration, losses_on(self._vector, self._layers.values(), codecs))
             self._bases, self._projections = {}, {}
-        self._sampler.add(self._vector)
-        return self._sampler.fit() if fit else None
+        with self._log.fitting():
+            self._sampler.add(self._vector)
+        return self._fit() if fit else None
 
-    def _old_loss(self, name: str) -> Loss:
-        """The held-out loss of a basis that is about to go, on the first gradient that isn't compressed by it."""
-        layer = self._layers[name]
-        gradient = self._vector[layer.offset : layer.stop]
-        basis = self._bases.get(name)
-        return Loss.between(gradient, gradient) if basis is None else PCACodec(basis).loss(gradient)
+    def _fit(self) -> Float64:
+        """On the thread."""
+        assert self._sampler is not None
+        with self._log.fitting():
+            return self._sampler.fit()
 
     def _new_sampler(self) -> PCASampler:
-        expected = self.method.max_sample if self.method.sample == "auto" else self.method.sample
         return PCASampler(
-            tuple(self._layers.values()), self._slice_sizes, self.method.pca, self.group.rank, self.group.size, expected
-        )
+            tuple(self._layers.values()), self._slice_sizes, self.method.pca, self.group.rank, self.group.size,
+            self.method.most_samples,
+        )  # fmt: skip
 
     def _agree(self, dims: Float64, iteration: int, traffic: Traffic) -> Float64:
         """Every group's d, once all ranks have fitted.
@@ -189,10 +177,7 @@ class WindowsScheme(Scheme):
         assert self._sampler is not None
         self._count(dims.nbytes, traffic)
         dims = self.group.sum_of(dims)
-        failures = self._sampler.failures(dims)
-        if failures:
-            where = "; ".join(f"{listed(names)} on rank {rank} ({why})" for (rank, why), names in failures.items())
-            raise FitError(f"PCA failed before iteration {iteration}: {where}")
+        raise_failures(self._sampler, dims, f"before iteration {iteration}")
         return dims
 
     def _share(self, dims: Float64, traffic: Traffic) -> None:
@@ -211,13 +196,7 @@ class WindowsScheme(Scheme):
         self._sampler = None
         self._compare(bases)
         self._use(bases)
-        self._watch, self.vote = LossWatch(self.method.stop_multiple), False
-        window = self._log[-1]
-        sent = sum(basis.payload_bytes for basis in self._bases.values())
-        left = sum(4 * layer.length for name, layer in self._layers.items() if name not in self._bases)
-        window["ratio"] = 4 * len(self._vector) / (sent + left)
-        for basis in bases:
-            window["layers"][basis.name] = layer_entry(basis, basis.name in self._bases)
+        self._log.fitted(bases, self._bases)
 
     def _compare(self, bases: Sequence[LayerBasis]) -> None:
         digests = np.array([int(basis.digest, 16) - 2**63 for basis in bases], np.int64)
@@ -238,7 +217,7 @@ class WindowsScheme(Scheme):
     def _count(self, num_bytes: int, traffic: Traffic) -> None:
         traffic.payload += num_bytes
         traffic.fit += num_bytes
-        self._log[-1]["fit_bytes"] += num_bytes
+        self._log.sent_for_fit(num_bytes)
 
     # Compressing
 
@@ -248,6 +227,7 @@ class WindowsScheme(Scheme):
         return every > 0 and self.schedule.done % every == 0
 
     def _compressed(self, work: Work, layers: Sequence[Place]) -> Rounds:
+        left = [place for place in layers if place.name not in self._bases]
         layers = [place for place in layers if place.name in self._bases]
         projections = [self._projection(place.name, work.buffer.device) for place in layers]
         coded_length = sum(projection.length for projection in projections)
@@ -292,12 +272,21 @@ class WindowsScheme(Scheme):
             stop = start + where.stop - where.start
             work.write(mean[start:stop], work.buffer[where])
             start = stop
+        if measure:
+            for place in left:  # nothing of them is lost, but they are part of the whole
+                own = self._unscaled(place, work)
+                self._held_out[place.name] = Later(squares(own, own))
 
     def _projection(self, name: str, device: torch.device) -> Projection:
         found = self._projections.get((name, device))
         if found is None:
             found = self._projections[name, device] = Projection(self._bases[name], device)
         return found
+
+    def _unscaled(self, place: Place, work: Work) -> Tensor:
+        """A layer's part of the mean in the buffer, `_ordered`."""
+        mean = self._ordered(place, work.buffer)
+        return mean if work.scale is None else mean / work.scale
 
     def _ordered(self, place: Place, values: Tensor) -> Tensor:
         """A layer's gradient, (length,), with neighbours that correlate (`gradiveq.flatten`); a copy."""
@@ -306,40 +295,27 @@ class WindowsScheme(Scheme):
         return out
 
     def _after_compressed(self) -> None:
-        window = self._log[-1]
-        window["compress"] += 1
         if self._held_out:
-            window["held_out"].append(self._record(_losses(self._held_out)))
-            for name, layer in window["layers"].items():
-                losses = [record["layers"].get(name, 0.0) for record in window["held_out"]]
-                layer["held_out_loss"] = sum(losses) / len(losses)
+            self._log.held_out(self._iteration, self._losses(self._held_out))
+        local = sum(self._losses(self._local).values(), Loss()).relative if self._local else None
         stop = self._votes is not None and majority(flaws.votes(self._votes.value), self.group.size)
-        self.vote = False
-        if self.method.compress == "auto":
-            self.vote = self._watch.votes_to_stop(sum(_losses(self._local).values(), Loss()).relative)
-        if self.schedule.advance(stop=stop):
-            window["ended_by"] = "vote" if self.method.compress == "auto" else "count"
-            self.vote = False
+        dense, payload = self._traffic.dense - self._dense_before, self._traffic.payload - self._payload_before
+        self._log.compressed(dense / payload, stop, local)
 
-    def _record(self, losses: Mapping[str, Loss]) -> dict[str, Any]:
-        return {
-            "iteration": self._iteration,
-            "held_out": sum(losses.values(), Loss()).relative,
-            "layers": {name: loss.relative for name, loss in losses.items()},
-        }
+    def _losses(self, seen: Mapping[str, Later]) -> dict[str, Loss]:
+        """In the layers' order, whatever that of the buckets' callbacks was."""
+        return {name: Loss(*seen[name].value.tolist()) for name in self._layers if name in seen}
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        log = copy.deepcopy(self.log)
+        if self._job is not None:
+            self._job.result()
         state = {
-            "schedule": self.schedule.state_dict(),
+            "windows": self._log.state_dict(),
             "sampler": None if self._sampler is None else self._sampler.state_dict(),
             "fit_due": self._fit_due,
             "bases": [basis_state(basis) for basis in self._bases.values()],
-            "first_loss": self._watch.first,
-            "vote": self.vote,
-            "log": log,
         }
         tensors: dict[str, Any] = _converted(state, np.ndarray, lambda array: torch.from_numpy(array.copy()))
         return tensors
@@ -351,28 +327,20 @@ class WindowsScheme(Scheme):
             self._sampler = self._new_sampler()
             self._sampler.load_state_dict(_arrays(state["sampler"]))
             if self._fit_due:
-                self._job = self._thread.submit(self._sampler.fit)
+                self._job = self._thread.submit(self._fit)
 
     def load_others(self, states: Sequence[Mapping[str, Any]], memories: Memories, rank: int, size: int) -> None:
         """µ and the bases are of the mean gradient. Samples are divided among the ranks: sampling begins anew."""
-        state = states[0]
-        self._load_common(state)
-        if state["schedule"]["phase"] == "sample":
-            self.schedule.load_state_dict({**state["schedule"], "done": 0})
-            if state["sampler"] is not None:
-                self._log.pop()
+        self._load_common(states[0])
+        self._log.restart_sampling()
 
     def _load_common(self, state: Mapping[str, Any]) -> None:
         if self._job is not None:
             self._job.exception()
         self._job, self._fit_due, self._sampler = None, False, None
-        self.schedule.load_state_dict(state["schedule"])
+        self._log.load_state_dict(state["windows"])
         self._bases = {part["name"]: basis_from(_arrays(part)) for part in state["bases"]}
         self._projections = {}
-        self._watch = LossWatch(self.method.stop_multiple)
-        self._watch.first = state["first_loss"]
-        self.vote = state["vote"]
-        self._log = copy.deepcopy(state["log"])
 
 
 def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
@@ -389,10 +357,6 @@ def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
 def _arrays(tree: Any) -> Any:
     """Of a state with tensors, that with NumPy arrays."""
     return _converted(tree, Tensor, lambda tensor: tensor.numpy())
-
-
-def _losses(seen: Mapping[str, Later]) -> dict[str, Loss]:
-    return {name: Loss(*later.value.tolist()) for name, later in seen.items()}
 
 
 def _between(layers: Sequence[Place], length: int) -> list[slice]:
