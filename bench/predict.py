@@ -55,10 +55,6 @@ class Gradient:
         """Elements of the vector, control values included."""
         return self.blocks[-1].stop + CONTROLS
 
-    @property
-    def compressed_elements(self) -> int:
-        return sum(block.length for block in self.blocks if block.compressed)
-
     def codec(self, phase: str) -> tuple[Codec, int]:
         """What encodes it, and the most bytes of a message; as in `Aggregator`."""
         if phase == "rar":

@@ -48,6 +48,8 @@ class ErrorFeedback:
     Attributes:
         form: which of the three.
         momentum: λ of "update"; 0 for plain SGD.
+    Raises:
+        ValueError: there is no such form, or the momentum is out of its range or not of that form.
     """
 
     form: Form = "gradient"

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradiveq.loss import Loss
 from gradiveq.pca import LayerBasis
 
 
@@ -24,7 +23,7 @@ class Projection:
     """
 
     def __init__(self, basis: LayerBasis, device: torch.device) -> None:
-        self._k, self._num_elements = basis.slice_size, basis.length
+        self._k = basis.slice_size
         self._mean = torch.from_numpy(basis.mean_).to(device)
         self._groups: list[tuple[slice, int, Tensor, Tensor]] = []  # elements, slices, U (d, K), Uᵀµ (slices, d)
         self.length = 0
@@ -72,8 +71,3 @@ def squares(estimate: Tensor, exact: Tensor) -> Tensor:
     """‖ĝ - g‖² and ‖g‖² of float32 vectors: shape (2,), on their device, so that nothing waits for them."""
     difference = estimate - exact
     return torch.stack([difference @ difference, exact @ exact])
-
-
-def loss_between(estimate: Tensor, exact: Tensor) -> Loss:
-    """The same, looked at."""
-    return Loss(*squares(estimate, exact).tolist())

@@ -26,7 +26,8 @@ class Report:
 
     Attributes:
         iteration: from 0 on.
-        phase: "plain", "qsgd", "compressed", or GradiVeQ's "warm-up", "sample" and "compress".
+        phase: "plain", "qsgd", "compressed", GradiVeQ's "warm-up", "sample" and "compress", or while a threshold's
+            formula measures noise (`AutoThreshold`), "warm-up".
         bytes_sent: payload bytes, those of a fit included. The first call after `load_state_dict` compares iterations;
             these 16(N-1) bytes are not counted, so that a resumed run reports what an uninterrupted one does.
         dense_bytes: what plain ring all-reduce would have sent.

@@ -27,8 +27,9 @@ from gradiveq.ddp.flaws import NOT_FINITE, REPLACED, UNKNOWN, Codes, any_flaw, f
 from gradiveq.ddp.group import Group
 from gradiveq.ddp.memory import Memory, summed
 from gradiveq.flatten import Block
+from gradiveq.loss import Loss
 from gradiveq.pca import PCAConfig, PCASampler
-from gradiveq.projection import Projection, loss_between
+from gradiveq.projection import Projection, squares
 from ring.codec import Hop
 
 TORCHRUN = Path(sys.executable).parent / "torchrun"
@@ -154,7 +155,7 @@ def test_projection_is_the_codecs(fit_slices: Any, reuse: int | None) -> None:
     codec.decode(payload, 0, estimate, 1)
     decoded = projection.decode(coded)
     np.testing.assert_allclose(decoded.numpy(), estimate, rtol=1e-4, atol=1e-5)
-    loss = loss_between(decoded, torch.from_numpy(gradient))
+    loss = Loss(*squares(decoded, torch.from_numpy(gradient)).tolist())
     np.testing.assert_allclose(loss.relative, codec.loss(gradient).relative, rtol=1e-3)
 
 

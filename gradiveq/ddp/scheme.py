@@ -207,11 +207,10 @@ class Flight:
 
     Attributes:
         launched: whether the last round has begun.
-        landed: whether all is over.
     """
 
     def __init__(self, rounds: Rounds, work: Work, judge: Judge) -> None:
-        self.work, self.launched, self.landed = work, False, False
+        self.work, self.launched = work, False
         self._error: Exception | None = None
         self._rounds, self._judge = rounds, judge
         devices: list[Any] = [work.buffer.device] if work.buffer.is_cuda else []
@@ -261,7 +260,7 @@ class Flight:
             self._land(None)
 
     def _land(self, error: Exception | None) -> None:
-        self.launched = self.landed = True
+        self.launched = True
         try:
             self._error = self._judge(self.work, error)
         except Exception as failure:  # or DDP would wait for ever
