@@ -83,7 +83,7 @@ class NativePowerSGDScheme(Scheme):
                 torch.sub(matrix.view(values), p @ q.T, out=matrix.view(left))
             self._memory.stage(work.plan, left)
         if matrices:
-            second = to_wire(torch.cat([q.view(-1) for q in own]), work)
+            second = to_wire(torch.cat([q.reshape(-1) for q in own]), work)
             work.kept += [second, *means, *finite, *ps]
             yield Round([work.all_reduce(second)], last=True)
             qs = _mean(second, work).split_with_sizes([q.numel() for q in own])
