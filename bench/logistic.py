@@ -34,6 +34,7 @@ from scipy.sparse.linalg import eigsh
 
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
+from gradiveq.float32 import LARGEST
 from gradiveq.jit import jit
 from gradiveq.message import LENGTH_BYTES
 
@@ -361,9 +362,8 @@ class Crowd:
 
 def message_bytes(compressor: Compressor, length: int, count: int) -> int:
     """Bytes that a worker sends when `count` elements of a vector are sent."""
-    largest = np.finfo(np.float32).max
     values = np.zeros(length, np.float32)
-    values[:count] = largest
+    values[:count] = LARGEST
     payload = compressor.compress(values, Draw(0, 0, 0, 0))
     gathered = compressor.collective == "all_gather" and not compressor.fixed_size
     return int(payload.nbytes) + (LENGTH_BYTES if gathered else 0)

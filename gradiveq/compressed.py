@@ -34,8 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from gradiveq.compressors.base import Array, Draw
-from gradiveq.exchange import Master, Outgoing, Part, Worker
+from gradiveq.compressors.base import Array
+from gradiveq.exchange import Master, Outgoing, Part, Worker, check_size
 from gradiveq.flatten import Layout, Vector
 from gradiveq.methods import Compressed
 from gradiveq.report import Ongoing
@@ -65,7 +65,7 @@ class CompressedStrategy(WorkerStrategy):
     def __init__(self, method: Compressed, ring: Ring, layout: Layout, seed: int, chunk_bytes: int) -> None:
         self.ring, self.length, self.chunk_bytes = ring, layout.length, chunk_bytes
         parts = method.parts(layout.blocks)
-        check_size(parts, ring.size)
+        check_size((part.compressor for part in parts), ring.size)
         self.worker = Worker(
             parts, self.length, rank=ring.rank, size=ring.size, seed=seed, feedback=method.feedback
         )  # fmt: skip
@@ -195,13 +195,6 @@ class CompressedStrategy(WorkerStrategy):
             options: dict[str, Any] = {} if bounds is None else {"bounds": bounds}
             stats = collective(vector, chunk_bytes=self.chunk_bytes, timeline=now.timeline, **options)
             now.bytes_sent += stats.bytes_sent
-
-
-def check_size(parts: Sequence[Part], size: int) -> None:
-    """Raises ValueError if a sum of `size` payloads doesn't fit a compressor's dtype, before anything is sent."""
-    one, draw = np.zeros(1, np.float32), Draw(0, 0, 0, 0)
-    for compressor in {part.compressor for part in parts if part.compressor.collective == "all_reduce"}:
-        compressor.decompress(compressor.compress(one, draw, one), one.copy(), draw, size)
 
 
 def _varies(part: Part) -> bool:

@@ -27,7 +27,7 @@ and sends it back through a compressor Q_M of its own, here `Master`. With the i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -385,6 +385,17 @@ def _check_parts(parts: Sequence[Part], length: int) -> None:
         place = part.stop
     if place != length:
         raise ValueError(f"the parts must cover {length} elements, got {place}")
+
+
+def check_size(compressors: Iterable[Compressor], size: int) -> None:
+    """Refuse what can't be added, before anything is sent.
+
+    Raises:
+        ValueError: a sum of `size` payloads doesn't fit a compressor's dtype.
+    """
+    zero, draw = np.zeros(1, np.float32), Draw(0, 0, 0, 0)
+    for compressor in {one for one in compressors if one.collective == "all_reduce"}:
+        compressor.decompress(compressor.compress(zero, draw, zero), zero.copy(), draw, size)
 
 
 def exchange_here(

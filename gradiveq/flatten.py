@@ -104,8 +104,8 @@ def slice_sizes(blocks: Sequence[Block], slice_size: int | None = None) -> dict[
     return {block.name: min(slice_size, block.length) for block in layers}
 
 
-def _convolution_weights(model: nn.Module) -> set[int]:
-    """The ids of the weights that are flattened as in Fig. 3a."""
+def convolution_weights(model: nn.Module) -> set[int]:
+    """The ids of the weights of convolutions without groups: those that are flattened as in Fig. 3a."""
     return {
         id(module.weight)
         for module in model.modules()
@@ -138,7 +138,7 @@ class Layout:
         for name, p in named:
             if not p.is_floating_point():
                 raise ValueError(f"gradients must be real numbers, {name} is {p.dtype}")
-        convolutions = _convolution_weights(model)
+        convolutions = convolution_weights(model)
 
         def place(item: tuple[str, nn.Parameter]) -> tuple[int, bool]:
             group = next((i for i, pattern in enumerate(groups) if fnmatchcase(item[0], pattern)), len(groups))

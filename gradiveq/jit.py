@@ -11,6 +11,7 @@ from numba import types
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Argument types of what is only read. A contiguous array that may be written is `types.float32[::1]` and so on.
+BYTES = types.Array(types.uint8, 1, "C", readonly=True)
 FLOATS = types.Array(types.float32, 1, "C", readonly=True)
 WORDS = types.Array(types.uint32, 1, "C", readonly=True)
 

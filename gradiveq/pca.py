@@ -43,6 +43,7 @@ import scipy.linalg
 from scipy.linalg import blas
 
 from gradiveq.flatten import Block
+from gradiveq.float32 import LARGEST
 from ring.algorithm import owned_segment
 
 Float32 = npt.NDArray[np.float32]
@@ -53,8 +54,6 @@ EXACT_SIZE = 1024
 RANK_TOLERANCE = float(np.finfo(np.float32).eps)
 #: Rows that a group collects before it adds them to its covariance: enough for the matrix product to be efficient.
 BLOCK_ROWS = 256
-#: Variances are shared as float32.
-LARGEST = float(np.finfo(np.float32).max)
 #: Why a group could not be fitted, and what `PCASampler.fit` says instead of d, so that every rank can tell.
 FAILURES: dict[float, tuple[type[Exception], str]] = {
     -1.0: (FloatingPointError, "the variance of the samples is not finite in float32"),
@@ -439,7 +438,7 @@ class GroupSamples:
             self._merge()
             matrix = self._scatter
         total = float(np.trace(matrix, dtype=np.float64))
-        if not total / dof <= LARGEST:
+        if not total / dof <= LARGEST:  # variances are shared as float32
             raise FloatingPointError(f"the variance of the samples of {self.group.layer} is not finite in float32")
         values, vectors = leading_eigenpairs(matrix, config.wanted_components(k), config.loss_threshold)
         if samples is not None:  # U = Vᵀ X, V = eigenvectors / sqrt(eigenvalues): rows of unit length

@@ -39,6 +39,7 @@ import numpy as np
 from numba import types
 
 from gradiveq.counter_random import mix64, random24, stream_key
+from gradiveq.float32 import INFINITY_BITS, LARGEST
 from gradiveq.jit import FLOATS, WORDS, jit
 from ring.codec import Array, Codec, Hop, Payload
 from ring.segments import Region
@@ -46,8 +47,6 @@ from ring.segments import Region
 Norm = Literal["max", "l2"]
 
 _BITS = (2, 4, 8)
-_INFINITY = 0x7F800000  # as float32 bits; those of finite magnitudes are smaller, of NaNs larger
-_LARGEST = np.finfo(np.float32).max
 
 
 @jit()
@@ -63,14 +62,14 @@ def _encode_bucket(values: Array, key: np.uint64, bits: int, l2: bool, wire: Arr
     norm = wire.view(np.float32)
     if largest == 0:
         return
-    if largest >= _INFINITY:
+    if largest >= INFINITY_BITS:
         norm[0] = np.nan
         return
     if l2:
         squares = 0.0  # in float64 nothing over- or underflows, and the root is never below the largest magnitude
         for i in range(len(values)):
             squares += np.float64(values[i]) * np.float64(values[i])
-        norm[0] = min(np.sqrt(squares), np.float64(_LARGEST))
+        norm[0] = min(np.sqrt(squares), np.float64(LARGEST))
     else:
         wire[0] = largest
     divisor = norm[0]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from gradiveq.accordion import CriticalRegimes, Span
-from gradiveq.compressed import CompressedStrategy, check_size
+from gradiveq.compressed import CompressedStrategy
+from gradiveq.exchange import check_size
 from gradiveq.flatten import Layout, Vector
 from gradiveq.lowrank import PowerSGDStrategy
 from gradiveq.methods import Accordion, AutoThreshold, Compressed, Plain
@@ -33,7 +34,7 @@ class AccordionStrategy(Strategy):
             assert isinstance(method.high, Compressed)
             self._inner = CompressedStrategy(method.low, ring, layout, seed, chunk_bytes)
             self._low, self._high = self._inner.worker.parts, tuple(method.high.parts(layout.blocks))
-            check_size(self._high, ring.size)
+            check_size((part.compressor for part in self._high), ring.size)
             spans = [Span(part.name, part.start, part.stop) for part in self._low]
         self.method = method
         self.regimes = CriticalRegimes(spans, interval=method.interval, window=method.window, eta=method.eta)
@@ -85,9 +86,8 @@ class AutoThresholdStrategy(CodecStrategy):
         self._inner: CompressedStrategy | None = None
         self._window: NoiseWindow | None = None
         self._num_kept = method.num_kept(layout.length)
-        check_size(
-            method.compressed(0.0).parts(layout.blocks), ring.size
-        )  # patterns, too, now and not after the warm-up
+        parts = method.compressed(0.0).parts(layout.blocks)  # whose patterns are looked at now, not after the warm-up
+        check_size((part.compressor for part in parts), ring.size)
         if method.formula == "auto":
             self._window = NoiseWindow(layout.length, ring.size, method.warmup)
         else:

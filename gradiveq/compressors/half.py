@@ -19,7 +19,7 @@ import numpy as np
 from numba import types
 
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
-from gradiveq.compressors.reductions import INFINITY_BITS
+from gradiveq.float32 import INFINITY_BITS
 from gradiveq.jit import FLOATS, jit
 
 HalfType = Literal["float16", "bfloat16"]

@@ -17,10 +17,10 @@ import numpy as np
 from numba import types
 
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
-from gradiveq.compressors.reductions import INFINITY_BITS
-from gradiveq.compressors.signs import BYTES, pack_signs, unpack_signs
+from gradiveq.compressors.signs import pack_signs, unpack_signs
 from gradiveq.counter_random import random24, stream_key
-from gradiveq.jit import FLOATS, jit
+from gradiveq.float32 import INFINITY_BITS
+from gradiveq.jit import BYTES, FLOATS, jit
 
 
 @jit(types.void(FLOATS, types.uint64, types.uint8[::1]), cache=True)

@@ -23,10 +23,10 @@ from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float3
 from gradiveq.compressors.bits import UInt32, pack, packed_bytes, unpack
 from gradiveq.compressors.reductions import largest, sum_of_squares
 from gradiveq.counter_random import random24, stream_key
+from gradiveq.float32 import LARGEST
 from gradiveq.jit import FLOATS, WORDS, jit
 from gradiveq.qsgd import Norm, level_variance
 
-_LARGEST = np.finfo(np.float32).max
 _MOST_LEVELS = 2**16
 #: Elements that are quantised and packed at a time: 1.4 times as fast as a vector of codes, as these stay in the cache.
 #: Whole blocks of `pack`, so that stretches of packed codes join without gaps.
@@ -39,7 +39,7 @@ def _norms(values: Float32, bucket: int, l2: bool, norms: Float32) -> None:
         part = values[index * bucket : (index + 1) * bucket]
         norms[index] = largest(part)
         if l2 and norms[index] < np.inf:  # also not NaN
-            norms[index] = min(np.sqrt(sum_of_squares(part)), np.float64(_LARGEST))
+            norms[index] = min(np.sqrt(sum_of_squares(part)), np.float64(LARGEST))
 
 
 @jit(types.void(FLOATS, types.int64, FLOATS, types.int64, types.int64, types.uint64, types.uint32[::1]), cache=True)

@@ -9,8 +9,7 @@ import numpy.typing as npt
 
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
 from gradiveq.compressors.select import check_kept, num_kept
-
-_LARGEST = float(np.finfo(np.float32).max)
+from gradiveq.float32 import LARGEST
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class RandomK(Compressor):
         sent = values[self.indices(len(values), draw)]
         if self.unbiased and len(sent):
             scaled = sent.astype(np.float64) * (len(values) / len(sent))
-            sent = np.clip(scaled, -_LARGEST, _LARGEST).astype(np.float32)
+            sent = np.clip(scaled, -LARGEST, LARGEST).astype(np.float32)
         return sent
 
     def decompress(self, payload: Array, out: Float32, draw: Draw, size: int = 1) -> None:

@@ -15,8 +15,6 @@ from gradiveq.compressors.base import Float32
 from gradiveq.jit import FLOATS, jit
 
 LANES = 16
-#: Of finite float32 numbers without their signs, read as integers, all are below this; NaNs are above it.
-INFINITY_BITS = 0x7F800000
 
 
 @jit(types.float32(FLOATS), cache=True)

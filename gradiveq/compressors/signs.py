@@ -6,9 +6,7 @@ import numpy as np
 from numba import types
 
 from gradiveq.compressors.base import Array, Float32
-from gradiveq.jit import jit
-
-BYTES = types.Array(types.uint8, 1, "C", readonly=True)
+from gradiveq.jit import BYTES, jit
 
 
 def pack_signs(values: Float32) -> Array:

@@ -23,12 +23,11 @@ from numba import types
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
 from gradiveq.compressors.reductions import largest, standard_deviation
 from gradiveq.counter_random import random24, stream_key
-from gradiveq.jit import FLOATS, jit
+from gradiveq.jit import BYTES, FLOATS, jit
 
 TRITS = 5
 #: ⌊byte / 3^k⌋ is (byte · _INVERSES[k]) >> 16 for every byte up to 242.
 _INVERSES = tuple(-(-65536 // 3**k) for k in range(TRITS + 1))
-_BYTES = types.Array(types.uint8, 1, "C", readonly=True)
 
 
 @jit(types.void(FLOATS, types.float32, types.uint64, types.uint8[::1]), cache=True)
@@ -49,7 +48,7 @@ def _ternarise(values: Float32, scale: np.float32, key: np.uint64, trits: Array)
         weight *= 3
 
 
-@jit(types.void(_BYTES, types.float32, types.float32[::1]), cache=True)
+@jit(types.void(BYTES, types.float32, types.float32[::1]), cache=True)
 def _estimate(trits: Array, scale: np.float32, out: Float32) -> None:
     stride = len(trits)
     for field in range(TRITS):

@@ -10,8 +10,7 @@ from gradiveq.compressors.base import Constants, Float32
 from gradiveq.compressors.bits import UInt32
 from gradiveq.compressors.select import at_least
 from gradiveq.compressors.sparse import Sparsifier, positions_bytes
-
-_LARGEST = float(np.finfo(np.float32).max)
+from gradiveq.float32 import LARGEST
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Threshold(Sparsifier):
     fixed_size = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.value <= _LARGEST:
-            raise ValueError(f"`value` must be in [0, {_LARGEST:.4g}], float32's largest, got {self.value}")
+        if not 0 <= self.value <= LARGEST:
+            raise ValueError(f"`value` must be in [0, {LARGEST:.4g}], float32's largest, got {self.value}")
 
     def select(self, values: Float32) -> tuple[UInt32, Float32]:
         return at_least(values, np.float32(self.value))

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from gradiveq.ddp.bucket import COMPRESSIBLE, Parameters
-from gradiveq.flatten import Block
+from gradiveq.flatten import Block, convolution_weights
 
 
 def compressible_layers(model: nn.Module, parameters: Parameters, also: Sequence[str]) -> list[Block]:
@@ -31,11 +31,7 @@ def compressible_layers(model: nn.Module, parameters: Parameters, also: Sequence
     Raises:
         ValueError: it doesn't, or what it matches is a vector.
     """
-    wanted = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
-    }
+    wanted = convolution_weights(model)
     asked = dict.fromkeys(also, False)
     blocks, offset = [], 0
     for name, p in zip(parameters.names, parameters.tensors, strict=True):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import nn
 
-from gradiveq.compressors.base import Compressor, Draw
+from gradiveq.compressors.base import Compressor
 from gradiveq.compressors.identity import Identity
 from gradiveq.ddp.bucket import Parameters
 from gradiveq.ddp.compressors import CompressorScheme
@@ -17,6 +16,7 @@ from gradiveq.ddp.lowrank import PowerSGDScheme
 from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
 from gradiveq.ddp.scheme import Scheme, Uncompressed
 from gradiveq.ddp.windows import WindowsScheme
+from gradiveq.exchange import check_size
 from gradiveq.flatten import Block
 from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Plain, QSGDRing, takes_mean
 from gradiveq.powersgd import PowerSGD
@@ -91,9 +91,7 @@ def _compressors(
             f"different buckets; got {method.granularity!r}"
         )
     compressors = [method.compressor, *(one for _, one in method.overrides)]
-    for compressor in {one for one in compressors if one.collective == "all_reduce"}:
-        zero, draw = np.zeros(1, np.float32), Draw(0, 0, 0, 0)  # raises ValueError if so many workers don't fit
-        compressor.decompress(compressor.compress(zero, draw, zero), zero.copy(), draw, group.size)
+    check_size(compressors, group.size)
     if method.granularity == "model":
         return CompressorScheme(method, None, seed)
     blocks, offset = [], 0

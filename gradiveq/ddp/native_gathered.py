@@ -26,13 +26,13 @@ from gradiveq.compressors.base import Draw
 from gradiveq.compressors.bits import packed_bytes
 from gradiveq.compressors.natural import Natural
 from gradiveq.compressors.qsgd_gather import QSGDGather
-from gradiveq.compressors.reductions import INFINITY_BITS
 from gradiveq.compressors.select import num_kept
 from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.sparse import GAPS, HEADER_BYTES, form_of, gaps_shape, positions_bytes
 from gradiveq.compressors.terngrad import TRITS, TernGrad
 from gradiveq.compressors.topk import TopK
 from gradiveq.ddp.native_bits import cast, constant, pack, pack_bits, places, random24, unpack, unpack_bits
+from gradiveq.float32 import INFINITY_BITS
 
 _LARGEST = torch.finfo(torch.float32).max
 
