@@ -116,7 +116,7 @@ def _unpack(words: Tensor, bits: int, lanes: int) -> Tensor:
     """The inverse of `_pack`: (..., groups·bits·lanes) -> (..., groups·32·lanes)."""
     start = bits * torch.arange(32, device=words.device)
     word = start >> 5
-    words = words.unflatten(-1, (words.shape[-1] // (bits * lanes), bits, lanes)).long() & _WORD
+    words = words.view(*words.shape[:-1], words.shape[-1] // (bits * lanes), bits, lanes).long() & _WORD
     first, second = words.index_select(-2, word), words.index_select(-2, (word + 1).clamp(max=bits - 1))
     return (((second << 32 | first) >> (start & 31).view(32, 1)) & ((1 << bits) - 1)).flatten(-3)
 
