@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from gradiveq.accordion import check as check_regimes
+from gradiveq.checks import at_least, is_number
 from gradiveq.compressors.base import Compressor
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.exchange import ErrorFeedback, Part
@@ -36,6 +37,8 @@ class QSGDRing:
         bits, bucket, norm: see `gradiveq.qsgd.QSGD`.
         pipelined: cut segments into chunks, so that a hop quantises one while the next arrives; False for one chunk a
             segment, as in the paper.
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     bits: int = 4
@@ -93,20 +96,20 @@ class GradiVeQ:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_threshold", self.pca.loss_threshold)
-        _at_least("warmup", self.warmup, 0)
-        _at_least("holdout_every", self.holdout_every, 0)
-        _at_least("max_sample", self.max_sample, 2, ", as PCA needs 2 samples")
+        at_least("warmup", self.warmup, 0)
+        at_least("holdout_every", self.holdout_every, 0)
+        at_least("max_sample", self.max_sample, 2, ", as PCA needs 2 samples")
         if self.sample != "auto":
-            _at_least("sample", self.sample, 2, ", as PCA needs 2 samples, or 'auto'")
+            at_least("sample", self.sample, 2, ", as PCA needs 2 samples, or 'auto'")
         elif self.loss_threshold is None:
             fixed = "n_components" if self.ratio is None else "ratio"
             raise ValueError(f"sample='auto' waits for a stable number of components, which `{fixed}` fixes already")
         if self.compress != "auto":
-            _at_least("compress", self.compress, 1, " or 'auto'")
+            at_least("compress", self.compress, 1, " or 'auto'")
         if not isinstance(self.sampling, QSGDRing | Plain):
             raise ValueError(f"`sampling` must be QSGDRing(...) or Plain(), got {self.sampling!r}")
-        if not self.stop_multiple > 1:
-            raise ValueError(f"`stop_multiple` must be above 1, the window's first loss, got {self.stop_multiple}")
+        if not (is_number(self.stop_multiple) and self.stop_multiple > 1):
+            raise ValueError(f"`stop_multiple` must be above 1, the window's first loss, got {self.stop_multiple!r}")
 
     @property
     def most_samples(self) -> int:
@@ -282,8 +285,8 @@ class AutoThreshold:
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"`ratio` must be above 0 and at most 1, got {self.ratio}")
         if self.count is not None:
-            _at_least("count", self.count, 1)
-        _at_least("warmup", self.warmup, 2 * NOISE_BLOCK, f" (two blocks of {NOISE_BLOCK})")
+            at_least("count", self.count, 1)
+        at_least("warmup", self.warmup, 2 * NOISE_BLOCK, f" (two blocks of {NOISE_BLOCK})")
         if not isinstance(self.applied, Compressed):
             raise TypeError(f"`applied` must be Compressed, got {self.applied!r}")
 
@@ -324,8 +327,3 @@ def applied(method: Method) -> Compressed | None:
 METHODS: dict[str, type[Plain] | type[QSGDRing] | type[GradiVeQ] | type[PowerSGD]] = {
     method.name: method for method in (Plain, QSGDRing, GradiVeQ, PowerSGD)
 }
-
-
-def _at_least(name: str, value: object, bound: int, remark: str = "") -> None:
-    if not isinstance(value, int) or value < bound:
-        raise ValueError(f"`{name}` must be a whole number of at least {bound}{remark}, got {value!r}")

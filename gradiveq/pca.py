@@ -42,6 +42,7 @@ import numpy.typing as npt
 import scipy.linalg
 from scipy.linalg import blas
 
+from gradiveq.checks import at_least, is_number
 from gradiveq.flatten import Block
 from gradiveq.float32 import LARGEST
 from ring.algorithm import owned_segment
@@ -76,6 +77,8 @@ class PCAConfig:
         loss_threshold: λ in [0, 1): the least d whose in-sample loss is at most λ (Eq. 6, read >=). By default 0.01.
         n_components: d; K where a slice is smaller than that.
         ratio: wanted K/d; d = max(1, floor(K / ratio)).
+    Raises:
+        ValueError: a value is out of its range, or none; or several decide d.
     """
 
     slice_size: int | None = None
@@ -91,18 +94,19 @@ class PCAConfig:
             raise ValueError(f"only one of them can decide the number of components, got {' and '.join(given)}")
         if not given:
             object.__setattr__(self, "loss_threshold", DEFAULT_LOSS_THRESHOLD)
-        if self.slice_size is not None and self.slice_size < 1:
-            raise ValueError(f"`slice_size` must be at least 1, got {self.slice_size}")
-        if self.reuse not in (None, math.inf) and not (self.reuse >= 1 and self.reuse == int(self.reuse)):
-            raise ValueError(f"`reuse` must be a whole number of slices from 1 on, or inf, got {self.reuse}")
+        for name, value in (("slice_size", self.slice_size), ("n_components", self.n_components)):
+            if value is not None:
+                at_least(name, value, 1)
+        reuse = self.reuse
+        if reuse not in (None, math.inf) and not (is_number(reuse) and reuse >= 1 and reuse == int(reuse)):
+            raise ValueError(f"`reuse` must be a whole number of slices from 1 on, or inf, got {reuse!r}")
         if self.fit_slices not in ("first", "all"):
             raise ValueError(f"`fit_slices` must be 'first' or 'all', got {self.fit_slices!r}")
-        if self.loss_threshold is not None and not 0 <= self.loss_threshold < 1:
-            raise ValueError(f"`loss_threshold` must be in [0, 1), got {self.loss_threshold}")
-        if self.n_components is not None and self.n_components < 1:
-            raise ValueError(f"`n_components` must be at least 1, got {self.n_components}")
-        if self.ratio is not None and not 1 <= self.ratio < math.inf:
-            raise ValueError(f"`ratio` must be at least 1, got {self.ratio}")
+        share, ratio = self.loss_threshold, self.ratio
+        if share is not None and not (is_number(share) and 0 <= share < 1):
+            raise ValueError(f"`loss_threshold` must be in [0, 1), got {share!r}")
+        if ratio is not None and not (is_number(ratio) and 1 <= ratio < math.inf):
+            raise ValueError(f"`ratio` must be at least 1, got {ratio!r}")
 
     def wanted_components(self, slice_size: int) -> int | None:
         """d as given or from the ratio, at most K; None if the loss threshold decides."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -205,17 +206,21 @@ def test_more_components_than_samples_show() -> None:
         ({"loss_threshold": -0.1}, r"`loss_threshold` must be in \[0, 1\), got -0.1"),
         ({"loss_threshold": math.nan}, r"`loss_threshold` must be in \[0, 1\), got nan"),
         ({"loss_threshold": 0.1, "ratio": 8.0}, "got loss_threshold and ratio"),
-        ({"n_components": 0}, "`n_components` must be at least 1, got 0"),
+        ({"n_components": 0}, "`n_components` must be a whole number of at least 1, got 0"),
         ({"ratio": 0.5}, "`ratio` must be at least 1, got 0.5"),
+        ({"ratio": "8"}, "`ratio` must be at least 1, got '8'"),
+        ({"loss_threshold": "0.1"}, r"`loss_threshold` must be in \[0, 1\), got '0.1'"),
+        ({"reuse": "2"}, "`reuse` must be a whole number of slices from 1 on, or inf, got '2'"),
         ({"reuse": 0}, "`reuse` must be a whole number of slices from 1 on, or inf, got 0"),
         ({"reuse": 1.5}, "got 1.5"),
         ({"fit_slices": "some"}, "`fit_slices` must be 'first' or 'all', got 'some'"),
-        ({"slice_size": 0}, "`slice_size` must be at least 1, got 0"),
+        ({"slice_size": 0}, "`slice_size` must be a whole number of at least 1, got 0"),
+        ({"slice_size": 2.5}, "`slice_size` must be a whole number of at least 1, got 2.5"),
     ],
 )
-def test_refused_configurations(options: dict[str, float], message: str) -> None:
+def test_refused_configurations(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PCAConfig(**options)  # type: ignore[arg-type]
+        PCAConfig(**options)
 
 
 def test_non_finite_samples_are_named() -> None:
