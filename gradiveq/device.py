@@ -78,7 +78,7 @@ class Lane:
 
     def host_memory(self, length: int) -> Tensor:
         """float32 of shape (length,) that copies need not wait for: pinned, if there is a GPU."""
-        return torch.empty(length, pin_memory=self._stream is not None)
+        return torch.empty(length, dtype=torch.float32, device="cpu", pin_memory=self._stream is not None)
 
     def fetch(self, host: Tensor, source: Tensor) -> Mark:
         """Begin to copy to the host what `source` is once all is computed that has been asked for until now."""
@@ -146,7 +146,7 @@ class Mirror:
     def __init__(self, length: int, device: torch.device, *, direct: bool = False) -> None:
         self.device, self.direct = device, direct
         self.lane = Lane(device)
-        self.values = torch.zeros(length, device=device)
+        self.values = torch.zeros(length, dtype=torch.float32, device=device)
         self.pinned = self.lane.host_memory(length)
         self.host: Vector = self.pinned.numpy()
 
@@ -335,7 +335,8 @@ class StagedLayers:
         self._squares: list[Tensor] = []
         most = max(1, chunk_bytes // 4)
         sizes = [*_runs(blocks, {name: Projection(basis, mirror.device) for name, basis in bases.items()}, most)]
-        payload = torch.zeros(sum(length for _, length, _ in sizes) + trailing, device=mirror.device)
+        floats = sum(length for _, length, _ in sizes) + trailing
+        payload = torch.zeros(floats, dtype=torch.float32, device=mirror.device)
         pieces: list[Piece] = []
         together: list[_Part] = []
         start = stop = 0

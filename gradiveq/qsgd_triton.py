@@ -122,10 +122,11 @@ def recode(incoming: Tensor | None, values: Tensor, base: int, codec: QSGD, out:
     grid, words = _sizes(values, codec)
     has_incoming = incoming is not None
     base = (base + 2**63) % 2**64 - 2**63  # as an int64, whatever its size
-    _recode_kernel[grid](
-        incoming if has_incoming else out, values, out, base, len(values),
-        has_incoming, codec.bits, codec.bucket, codec.norm == "l2", words, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(values):  # where Triton launches, whatever device is this thread's
+        _recode_kernel[grid](
+            incoming if has_incoming else out, values, out, base, len(values),
+            has_incoming, codec.bits, codec.bucket, codec.norm == "l2", words, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def decode(incoming: Tensor, codec: QSGD, values: Tensor, divisor: int) -> None:
@@ -136,9 +137,10 @@ def decode(incoming: Tensor, codec: QSGD, values: Tensor, divisor: int) -> None:
         values: float32 of shape (length,), overwritten.
     """
     grid, words = _sizes(values, codec)
-    _decode_kernel[grid](
-        incoming, values, len(values), float(divisor), codec.bits, codec.bucket, words, enable_fp_fusion=False
-    )  # fmt: skip
+    with torch.cuda.device_of(values):
+        _decode_kernel[grid](
+            incoming, values, len(values), float(divisor), codec.bits, codec.bucket, words, enable_fp_fusion=False
+        )
 
 
 def _sizes(values: Tensor, codec: QSGD) -> tuple[tuple[int], int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,23 @@ def assert_losses(report: Report, other: Report) -> None:
 @pytest.mark.parametrize(("size", "chunk_bytes"), [(1, 64), (2, 256), (4, 64), (3, None)])
 def test_plain_is_the_hosts_bit_by_bit(size: int, chunk_bytes: int | None) -> None:
     assert_bitwise(*both(Plain(), 3, size=size, chunk_bytes=chunk_bytes))
+
+
+@pytest.fixture
+def wide_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("wide_by_default")
+@pytest.mark.parametrize("method", [Plain(), PHASES], ids=brief)
+def test_what_travels_is_float32_whatever_the_default(method: Any) -> None:
+    gradients = subspace(4)
+    host, device = both(method, 7, lambda *which: gradients(*which).double())
+    for (_, _, theirs), (_, _, ours) in zip(host, device, strict=True):
+        for name, value in theirs[-1].items():
+            np.testing.assert_allclose(ours[-1][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.usefixtures("lane")
