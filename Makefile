@@ -29,10 +29,9 @@ timing: setup
 scaling: setup
 	$(BIN)/python -m bench.scaling $(ARGS)
 
-# Draw everything again from what was recorded; trains nothing.
+# Draw every figure again from what was recorded, and the tables made of the same; trains and measures nothing.
 figures: setup
 	$(BIN)/python -m bench.figures results
-	for record in results/gantt/*.json; do case $$record in *.perfetto.json) ;; *) $(BIN)/python -m bench.gantt --draw $$record || exit;; esac; done
 
 # All kinds of methods on one cluster, in one table: trained for real, by the clocks of this machine and of the K80 nodes.
 METHODS := rar,qsgd,gradiveq,powersgd:4,topk:0.01+ef,threshold:auto:0.01:warmup=20+ef,sign:scaled+ef,terngrad,natural,half,randomk:0.1,adacomp+ef

@@ -45,7 +45,7 @@ from bench.advise_report import Answer, Asked, draw, record, table, words
 from bench.advise_risk import Probed, closest, held_out_of, probe_losses, recorded
 from bench.data import DataError, load
 from bench.options import Parser, UsageError, positive
-from bench.record import environment, plain, write_atomically, write_json
+from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
 from bench.scaling import PAYS, stretches
 from gradiveq.methods import GradiVeQ, Method, Plain
 from gradiveq.specs import parse as parse_method
@@ -60,6 +60,8 @@ METHODS = (
 LEAST_GBPS, MOST_GBPS, PER_DECADE = 0.01, 100.0, 4
 #: Iterations of a probe that nobody asked for: 64 samples are what GradiVeQ needs at ratio 8 on the models of ours.
 PROBE = 80
+#: Of weights, inputs and what methods draw.
+SEED = 0
 #: Examples of a batch of the probe, and of what proportions are measured with, at most if nothing else is said.
 PROBE_BATCH, PROFILE_BATCH = 32, 8
 LATENCY_US = 50.0
@@ -338,7 +340,7 @@ def advise(options: argparse.Namespace, command: str, asked: Asked | None = None
     """
     cluster_of(options)  # so that nothing is measured in vain
     about = environment(("numpy", "scipy", "torch", "numba", "matplotlib")) | {
-        "command": command, "cores": usable_cores(), "threads": torch.get_num_threads(),
+        "command": command, "cores": usable_cores(), "threads": torch.get_num_threads(), "seed": SEED,
     }  # fmt: skip
     asked = asked or ask(options)
     found = answer(options, asked)
@@ -347,12 +349,13 @@ def advise(options: argparse.Namespace, command: str, asked: Asked | None = None
     title = f"Should I compress? {asked.task} on {found.situation.cluster.name}"
     wrapped = [textwrap.fill(line, 118) for line in lines]
     print("\n\n".join([title, wrapped[0], table(found), *wrapped[1:]]))
-    out.mkdir(parents=True, exist_ok=True)
     page = "\n\n".join([f"# {title}", lines[0], table(found, "github"), *lines[1:], f"Command: `{command}`."]) + "\n"
-    write_json(out / "record.json", plain(record(found, lines, about)))
-    write_atomically(out / "table.md", page.encode())
-    figures.write_figure(draw(found, lines, about), out / "figure.png")
-    print(f"\nwritten to {out}\n")
+    written = plain(record(found, lines, about))
+    with writing(out):
+        write_json(out / "record.json", written)
+        write_atomically(out / "table.md", page.encode())
+        figures.write_figure(draw(written), out / "figure.png")
+        print()
     return asked
 
 
@@ -377,12 +380,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(words_given)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         if options.examples:
             examples(options.out or Path("results/advise"))
         else:
             advise(options, command)
-    except (UsageError, ModelError, DataError, ClusterError, ValueError) as error:
+    except (UsageError, ModelError, DataError, ClusterError, CannotWrite, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

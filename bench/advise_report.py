@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bench import figures
 from bench.advise_costs import PLAIN, Measured
 from bench.advise_predict import Against, Compared, Prediction, Situation
 from bench.advise_risk import Elsewhere, Probed
-from bench.scaling import PAYS, shown, stretch_text
+from bench.scaling import PAYS, bandwidth_text, stretch_text
 from ring.cluster import as_table
 
 
@@ -140,7 +141,7 @@ def words(found: Answer) -> list[str]:
     lines.append(
         f"{asked.task}: {sum(measured.lengths):,} parameters, {bytes_text(4 * sum(measured.lengths))} of gradient in "
         f"{len(measured.lengths)} bucket{'s' if len(measured.lengths) > 1 else ''}, {found.batch_size} "
-        f"examples per node. {cluster.name}: {cluster.nodes} nodes, {shown(_any(found), found.gbps)}, latency "
+        f"examples per node. {cluster.name}: {cluster.nodes} nodes, {bandwidth_text(found.gbps)}, latency "
         f"{cluster.link.latency_us:g} us ({cluster.source or 'no source given'})."
     )
     lines.append(f"Computing: {found.computing}.")
@@ -193,7 +194,7 @@ def _verdict(found: Answer, limit: float) -> str:
         else:
             why = "what it saves on the network is hidden behind backward, or lost again by encoding and decoding"
         below = [ends[1] for name in found.pays for ends in found.pays[name] if ends[1] is not None]
-        begins = f" Compression would begin to pay below {shown(_any(found), max(below))}." if below else ""
+        begins = f" Compression would begin to pay below {bandwidth_text(max(below))}." if below else ""
         return (
             f"No: nothing pays here (an iteration {PAYS - 1:.0%} faster or more). The best, {best}, is "
             f"{found.speedup(best):.2f} times as fast, as {why}.{begins}"
@@ -215,43 +216,45 @@ def _verdict(found: Answer, limit: float) -> str:
     return text
 
 
-def _any(found: Answer) -> Against:
-    return Against(found.situation, PLAIN)
-
-
 # --- figure and record -----------------------------------------------------------------------------------------------
 
 
-def draw(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> Figure:
-    """Seconds per iteration against bandwidth, the cluster's marked."""
-    cluster, names = found.situation.cluster, list(found.sweep)
+def draw(record: Mapping[str, Any]) -> Figure:
+    """Seconds per iteration against bandwidth, the cluster's marked; of what `record` holds."""
+    cluster, about, methods = record["cluster"], record["environment"], record["methods"]
+    names = [name for name in methods if name != PLAIN]
+    machine = figures.machine_text(about, about)
     caption = [
-        lines[0],
+        record["words"][0],
         figures.sentences(
             [
-                f"{found.batch_size} examples per node; computing: {found.computing}",
-                f"cluster: {cluster.source or 'no source given'}; {cluster.nodes} nodes, latency "
-                f"{cluster.link.latency_us:g} us",
+                f"{record['batch_size']} examples per node; computing: {record['computing']}",
+                f"cluster: {cluster.get('source') or 'no source given'}; {cluster['nodes']} nodes, latency "
+                f"{cluster['link']['latency_us']:g} us",
+                *(
+                    [f"methods measured on {machine}, inputs and weights by seed {about['seed']}"]
+                    if "seed" in about
+                    else []
+                ),
                 f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
                 f"command: {about['command']}",
             ]
         ),
     ]
-    title = f"Time per iteration under DDP against bandwidth: {found.asked.task} on {cluster.name}"
+    title = f"Time per iteration under DDP against bandwidth: {record['model']} on {cluster['name']}"
     with figures.figure_style():
         figure = figures.new_figure(9.5, 4.8, title, "\n".join(caption))
         axis = figure.subplots()
-        if names:
-            xs = [point.x for point in found.sweep[names[0]]]
-            style = figures.method_style("rar") | {"label": PLAIN, "linewidth": 2.6}
-            axis.plot(xs, [point.plain_s for point in found.sweep[names[0]]], **style)
-        for name in names:
-            axis.plot(xs, [point.time_s for point in found.sweep[name]], **figures.method_style(name, names))
-        computing_s = found.situation.computing_s
-        axis.axhline(computing_s, color="#888888", linestyle=":", linewidth=1.2, label="computing alone")
-        axis.axvline(found.gbps, color="#BBBBBB", linewidth=1.2, zorder=0.5)
+        plain_style = figures.method_style("rar") | {"label": PLAIN, "linewidth": 2.6}
+        for name in [PLAIN, *names] if names else ():
+            style = plain_style if name == PLAIN else figures.method_style(name, names)
+            points = methods[name]["by_bandwidth"]
+            axis.plot([one["gbps"] for one in points], [one["iteration_s"] for one in points], **style)
+        axis.axhline(record["computing_s"], color="#888888", linestyle=":", linewidth=1.2, label="computing alone")
+        gbps = cluster["link"]["bandwidth_gbps"]
+        axis.axvline(gbps, color="#BBBBBB", linewidth=1.2, zorder=0.5)
         axis.annotate(
-            f" {cluster.name}", (found.gbps, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8.5,
+            f" {cluster['name']}", (gbps, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8.5,
             color="#666666",
         )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="bandwidth of a link", ylabel="seconds per iteration")
@@ -259,10 +262,19 @@ def draw(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> Figur
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: shown(_any(found), float(x))))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bandwidth_text(float(x))))
         axis.xaxis.set_minor_formatter(NullFormatter())
         figures.add_legend(axis)
     return figure
+
+
+def redraw(path: Path) -> list[Path]:
+    """The figure again, of the record.json at `path`.
+
+    Raises:
+        LookupError, TypeError, ValueError: the record isn't as it should be.
+    """
+    return [figures.write_figure(draw(figures.read_object(path)), path.with_name("figure.png"))]
 
 
 def record(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,7 +293,10 @@ def record(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> dic
             "decode_s": [bucket.decoding_s(found.situation.cluster.nodes) for bucket in cost.buckets],
             "payload_bytes": cost.payload_bytes,
         }  # fmt: skip
-        if name != PLAIN:
+        if name == PLAIN:
+            points = next(iter(found.sweep.values()), ())
+            entry["by_bandwidth"] = [{"gbps": point.x, "iteration_s": point.plain_s} for point in points]
+        else:
             probed = asked.probed.get(name)
             entry |= {
                 "gains_gbps": found.gains[name], "pays_gbps": found.pays[name],
@@ -294,6 +309,7 @@ def record(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> dic
     profiled = found.situation.profile
     return {
         "environment": about, "words": lines, "model": asked.task, "batch_size": found.batch_size,
+        "computing_s": found.situation.computing_s,
         "parameters": sum(measured.lengths), "bucket_bytes": [4 * length for length in measured.lengths],
         "cluster": as_table(found.situation.cluster), "computing": found.computing,
         "forward_s": profiled.forward_s, "backward_s": profiled.backward_s, "update_s": profiled.update_s,

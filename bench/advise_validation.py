@@ -284,14 +284,19 @@ def draw(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], about: M
                 marker=MARKERS[models.index(row["model"]) % len(MARKERS)],
                 markerfacecolor=color if row["hosts"] == hosts[0] else "white",
             )  # fmt: skip
-        for method, color in colors.items():
-            axis.plot([], [], linestyle="none", marker="o", color=color, label=method)
-        for model, marker in zip(models, MARKERS, strict=False):
-            axis.plot([], [], linestyle="none", marker=marker, color="#444444", label=model)
-        for number in hosts:
-            filling = "#444444" if number == hosts[0] else "white"
-            label = f"{number} hosts"
-            axis.plot([], [], linestyle="none", marker="o", color="#444444", markerfacecolor=filling, label=label)
+        dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "#444444"}
+        groups = {
+            "method": [(name, dot | {"color": color}) for name, color in colors.items()],
+            "model": [(name, dot | {"marker": marker}) for name, marker in zip(models, MARKERS, strict=False)],
+            "hosts": [
+                (str(number), dot | {"markerfacecolor": "#444444" if number == hosts[0] else "white"})
+                for number in hosts
+            ],
+        }
+        for group, entries in groups.items():
+            axis.plot([], [], linestyle="none", label=f"{group}:")
+            for label, style in entries:
+                axis.plot([], [], label=label, **style)
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured s", ylabel="predicted s")
         for one in (axis.xaxis, axis.yaxis):
             one.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -299,6 +304,17 @@ def draw(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], about: M
             one.set_minor_formatter(NullFormatter())
         figures.add_legend(axis)
     return figure
+
+
+def redraw(path: Path) -> list[Path]:
+    """The figure again, of the record.json at `path`.
+
+    Raises:
+        LookupError, TypeError, ValueError: the record isn't as it should be.
+    """
+    record = figures.read_object(path)
+    figure = draw(record["cells"], record["verdict"], record["environment"])
+    return [figures.write_figure(figure, path.with_name("figure.png"))]
 
 
 def measure(options: argparse.Namespace) -> tuple[list[Job], list[dict[str, Any]]]:

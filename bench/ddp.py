@@ -45,7 +45,7 @@ from typing import IO, Any
 import torch
 
 from bench import ddp_figures, figures
-from bench.data import DataError, Dataset, load
+from bench.data import DataError, load
 from bench.ddp_findings import Runs, extras_table, group_table, methods_table, reached_accuracy, rows, times_table
 from bench.ddp_runs import TIME, TRAIN, Plan, several_by_default, work
 from bench.ddp_sizes import PLAIN, TOLERANCE, Entry, Length, blocks_of, entries
@@ -54,7 +54,7 @@ from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from bench.launch import INTERRUPTED, for_ranks
 from bench.models import MODELS
 from bench.options import Parser, UsageError
-from bench.record import environment, file_name, plain, write_atomically, write_json
+from bench.record import environment, file_name, plain, write_atomically, write_json, writing
 from gradiveq.ddp.state import FIRST_START
 from ring.machine import usable_cores
 
@@ -295,15 +295,16 @@ def _wait_for(processes: Sequence[subprocess.Popen[Any]], said: Sequence[IO[str]
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def caption(options: argparse.Namespace, dataset: Dataset, about: Mapping[str, Any], num_parameters: int) -> str:
+def caption(options: argparse.Namespace, runs: Runs, about: Mapping[str, Any]) -> str:
     """How the numbers came about."""
+    trained = next(run["result"] for run in runs.values() if run["spec"]["kind"] == TRAIN)
     width = "" if options.width is None else f" (width {options.width:g})"
     parts = [
-        f"Data: {dataset.source}",
-        f"{options.model}{width}, {num_parameters:,} parameters; {options.nproc} ranks x {options.batch_size} images "
-        f"over {options.backend}, {options.iterations} iterations, SGD with Nesterov momentum {options.momentum:g}, "
-        f"weight decay {options.weight_decay:g}, learning rate 0 to {options.lr:g} in {LR_WARMUP:.0%} of the run, "
-        "then to 0",
+        f"Data: {trained['source']}",
+        f"{options.model}{width}, {trained['num_parameters']:,} parameters; {options.nproc} ranks x "
+        f"{options.batch_size} images over {options.backend}, {options.iterations} iterations, SGD with Nesterov "
+        f"momentum {options.momentum:g}, weight decay {options.weight_decay:g}, learning rate 0 to "
+        f"{options.lr:g} in {LR_WARMUP:.0%} of the run, then to 0",
         f"the first {options.start} iterations go uncompressed with all methods; one bucket for all; GradiVeQ's times "
         "are of compressed iterations",
         f"seeds 0 to {options.seeds - 1}" if options.seeds > 1 else "seed 0",
@@ -355,28 +356,26 @@ def report(
     return "\n\n".join(parts) + "\n", [row.as_dict() for row in each]
 
 
-def write(
-    options: argparse.Namespace,
-    runs: Runs,
-    found: Sequence[Entry],
-    words: str,
-    notes: Sequence[str],
-    about: Mapping[str, Any],
-) -> None:
-    """Record, table and figure into --out; prints the table."""
-    text, each = report(runs, found, options, words, notes)
-    record = {
-        "environment": about, "options": vars(options), "expected": [asdict(entry) for entry in found],
-        "reached": reached_accuracy(runs), "notes": notes, "rows": each, "runs": runs,
-    }  # fmt: skip
-    write_json(options.out / "ddp.json", plain(record))
-    write_atomically(options.out / "table.md", text.encode())
+def write(record: Mapping[str, Any], out: Path) -> list[Path]:
+    """table.md and ddp.png, of what ddp.json holds."""
+    options, about, runs = argparse.Namespace(**record["options"]), record["environment"], record["runs"]
+    found = [Entry(**entry) for entry in record["expected"]]
+    words = caption(options, runs, about)
+    text, _ = report(runs, found, options, words, record["notes"])
+    write_atomically(out / "table.md", text.encode())
     with figures.figure_style():
         title = "PyTorch's communication hooks beside ours"
         figure = ddp_figures.draw(rows(runs, found, options.nproc), title, words)
-        figures.write_figure(figure, options.out / "ddp.png")
-    print(text)
-    print(f"written to {options.out}", flush=True)
+        return [out / "table.md", figures.write_figure(figure, out / "ddp.png")]
+
+
+def redraw(path: Path) -> list[Path]:
+    """Figure and table again, of the ddp.json at `path`.
+
+    Raises:
+        LookupError, TypeError, ValueError: the record isn't as it should be.
+    """
+    return write(figures.read_object(path), path.parent)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -463,7 +462,17 @@ def run(options: argparse.Namespace, words: Sequence[str], launched: bool, lead:
                 hosts.reshape(grid[name]["rate_mbps"])
                 on_hosts(plan([name], hosts.describe()), options, hosts)
     runs = run_grid(_nothing, grid, folder, processes=1, resume=True)
-    write(options, runs, found, caption(options, dataset, about, num_parameters), notes, about)
+    record = plain(
+        {
+            "environment": about, "options": vars(options), "expected": [asdict(entry) for entry in found],
+            "reached": reached_accuracy(runs), "notes": notes,
+            "rows": [row.as_dict() for row in rows(runs, found, options.nproc)], "runs": runs,
+        }
+    )  # fmt: skip
+    with writing(options.out):
+        write_json(options.out / "ddp.json", record)
+        write(record, options.out)
+        print((options.out / "table.md").read_text())
     return 0
 
 

@@ -1,6 +1,6 @@
 """The figure of `bench.ddp`: accuracy, and time per iteration, against bytes.
 
-A method looks the same whatever its settings are; the bytes tell these apart.
+A method looks the same whatever its numbers are; the bytes tell these apart.
 """
 
 from __future__ import annotations
@@ -14,14 +14,25 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bench import figures
 from bench.ddp_findings import Row
-from bench.ddp_sizes import TORCH
+from bench.ddp_sizes import PLAIN, TORCH, TORCH_POWERSGD
+
+#: Families -> their names in the figure, where these are others.
+LABELS = {
+    PLAIN: "plain DDP",
+    "rar": "ours, uncompressed (rar)",
+    f"{TORCH}fp16": "PyTorch's fp16",
+    f"{TORCH}bf16": "PyTorch's bf16",
+    TORCH_POWERSGD: "PyTorch's PowerSGD",
+    "powersgd": "PowerSGD, ours",
+}
 
 
 def family(method: str) -> str:
-    """A method without its settings: "topk+ef" of "topk:0.1+ef"."""
-    first, *rest = method.removeprefix(TORCH).split(":")
-    name = (TORCH if method.startswith(TORCH) else "") + first
-    return f"{name}+ef" if rest and rest[-1].endswith("+ef") else name
+    """A method without its numbers and named settings: "topk+ef" of "topk:0.1+ef", but "sign:scaled+ef" as it is."""
+    torch = TORCH if method.startswith(TORCH) else ""
+    text, plus, feedback = method.removeprefix(TORCH).partition("+ef")
+    first, *rest = text.split(":")
+    return torch + ":".join([first, *(word for word in rest if word.isidentifier())]) + plus + feedback
 
 
 def draw(rows: Sequence[Row], title: str, caption: str) -> Figure:
@@ -34,7 +45,8 @@ def draw(rows: Sequence[Row], title: str, caption: str) -> Figure:
     for row in rows:
         name = family(row.method)
         style = {**figures.method_style(name, families), "marker": figures.method_marker(name, families)}
-        style |= {"label": None if name in drawn else name, "linestyle": "none", "capsize": 2.5, "elinewidth": 1}
+        label = LABELS.get(name, style["label"])
+        style |= {"label": None if name in drawn else label, "linestyle": "none", "capsize": 2.5, "elinewidth": 1}
         drawn.add(name)
         percent = [100 * value for value in row.accuracies]
         middle = statistics.fmean(percent)

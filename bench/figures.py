@@ -1,4 +1,6 @@
-"""Figures of what was recorded; nothing is run: `python -m bench.figures results`.
+"""Figures of what was recorded; nothing is run: `python -m bench.figures results` (`bench.redraw`).
+
+Here are the page that all figures share, and the figures of
 
     a run's folder (`bench.record`)        accuracy.png     test accuracy against training time (Fig. 7a) and iterations
                                            breakdown.png    where the time went (Fig. 7b), and by phase
@@ -11,16 +13,16 @@
                                            fig5.png/.json   slice size against ratio and loss (Fig. 5)
 
 Fig. 5 is there if a (3, 3, 16, 16) layer was recorded. A recording by another name has that in front of its figures'.
+Their numbers are computed once: where the JSON files are, figures are drawn from these.
 The same record gives the same bytes (with the same version of Matplotlib).
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
+import re
 import sys
-import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -418,8 +420,8 @@ def _loss(run: Run) -> Figure | None:
     axis.set(xlabel="iteration", ylabel="cross-entropy (mean over all ranks)", xlim=(0, None))
     axis.set_ylim(0, 1.1 * smooth_top or 1)
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=STEPS))
-    faint = "; faint: each iteration" if len(names) <= MOST_FAINT else ""
-    axis.set_title(f"thick: mean of the last {_span(len(lines))}{faint}", fontsize=9)
+    thick, faint = ("thick: ", "; faint: each iteration") if len(names) <= MOST_FAINT else ("", "")
+    axis.set_title(f"{thick}mean of the last {_span(len(lines))} iterations{faint}", fontsize=9)
     add_legend(axis)
     return figure
 
@@ -496,10 +498,10 @@ def draw_bandwidth(path: Path) -> list[Path]:
     record = read_object(path)
     try:
         rows, environment = record["rows"], record["environment"]
-        ranks = rows[0]["ranks"]
+        ranks, cores = rows[0]["ranks"], environment["cores"]
         names = list(dict.fromkeys(row["implementation"] for row in rows))
         parts = [
-            f"{_ranks(ranks)} on {environment['cores']} cores ({environment['cpu']})",
+            f"{_ranks(ranks)} on {cores} core{'' if cores == 1 else 's'} ({environment['cpu']})",
             environment["mpi"],
             f"median of {rows[0]['repeats']} measurements in turn, bars are quartiles",
             f"command: {environment['command']}",
@@ -508,7 +510,8 @@ def draw_bandwidth(path: Path) -> list[Path]:
             parts.insert(0, "SOME RESULTS WERE WRONG")
         caption = sentences(parts)
         with figure_style():
-            figure = new_figure(8.5, 3.9, f"All-reduce of {rows[0]['dtype']}, {_ranks(ranks)}", caption)
+            title = f"All-reduce of {rows[0]['dtype']}, {_ranks(ranks)}, {_mpi_name(environment['mpi'])}"
+            figure = new_figure(8.5, 3.9, title, caption)
             axis = figure.subplots()
             for name in names:
                 _bandwidth_line(axis, name, [row for row in rows if row["implementation"] == name])
@@ -524,6 +527,11 @@ def draw_bandwidth(path: Path) -> list[Path]:
         raise FigureError(f"{path} is damaged, its rows or environment aren't ring.bench's ({error!r})") from error
 
 
+def _mpi_name(text: str) -> str:
+    """ "MPICH 5.0.2", of what the library says about itself."""
+    return re.sub(r"(?: Version:)?\s+v?(?=\d)", " ", text.partition(",")[0], count=1)
+
+
 def _bandwidth_line(axis: Axes, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     speed = np.array([row["busbw_gb_per_s"] for row in rows])
     time_s = np.array([row["time_s"] for row in rows])
@@ -537,27 +545,46 @@ def _bandwidth_line(axis: Axes, name: str, rows: Sequence[Mapping[str, Any]]) ->
 
 
 def draw_gradients(path: Path) -> list[Path]:
-    """Fig. 4 of the first layer in a recording, Fig. 5 of its first (3, 3, 16, 16) one, and their numbers as JSON.
+    """Fig. 4 of the first layer in a recording, Fig. 5 of its first (3, 3, 16, 16) one.
 
+    Their numbers are computed and written as JSON, unless that is there already.
+
+    Returns:
+        The files written.
     Raises:
-        FigureError: if the recording is damaged or too short.
+        FigureError: if the recording or its numbers are damaged, or it is too short.
     """
+    prefix = "" if path.stem == "gradients" else f"{path.stem}-"
+    names = [path.with_name(f"{prefix}{name}.json") for name in ("fig4", "fig5")]
+    if any(name.exists() for name in names):
+        recorded = {name: read_object(name) for name in names if name.exists()}
+        written = []
+    else:
+        recorded = _numbers(path, *names)
+        for name, numbers in recorded.items():
+            write_json(name, numbers)
+        written = list(recorded)
+    try:
+        with figure_style():
+            for name, numbers in recorded.items():
+                drawing = _fig4 if numbers["figure"] == "4" else _fig5
+                written.append(write_figure(drawing(numbers), name.with_suffix(".png")))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise FigureError(f"{name} is damaged: it isn't as it should be ({error!r})") from error
+    return written
+
+
+def _numbers(path: Path, fig4: Path, fig5: Path) -> dict[Path, dict[str, Any]]:
+    """What the figures of a recording show, by the file that it belongs in."""
     try:
         recording = gradients.load(path)
-        fig4 = gradients.adjacent(recording, next(iter(recording.shapes)))
+        found = {fig4: gradients.adjacent(recording, next(iter(recording.shapes)))}
         layer = next((name for name, shape in recording.shapes.items() if shape == FIG5_SHAPE), None)
-        fig5 = gradients.slice_sweep(recording, layer) if layer else None
+        if layer:
+            found[fig5] = gradients.slice_sweep(recording, layer)
     except (OSError, ValueError) as error:
         raise FigureError(str(error)) from error
-    prefix = "" if path.stem == "gradients" else f"{path.stem}-"
-    written = []
-    with figure_style():
-        for name, numbers, drawing in (("fig4", fig4, _fig4), ("fig5", fig5, _fig5)):
-            if numbers is not None:
-                written.append(write_figure(drawing(numbers), path.with_name(f"{prefix}{name}.png")))
-                write_json(path.with_name(f"{prefix}{name}.json"), numbers)
-                written.append(path.with_name(f"{prefix}{name}.json"))
-    return written
+    return found
 
 
 def findings(path: Path) -> list[str]:
@@ -782,69 +809,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _is_bandwidth(path: Path) -> bool:
-    """Of `ring.bench`; `bench.shaped_busbw` also has rows of implementations, on hosts."""
-    rows = read_object(path).get("rows")
-    if not (isinstance(rows, list) and rows and isinstance(rows[0], dict)):
-        return False
-    return "implementation" in rows[0] and "hosts" not in rows[0]
-
-
-def _is_recording(path: Path) -> bool:
-    """Whether it has what a recording has; a file that is no archive at all may be a damaged one."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return f"{gradients.ABOUT}.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return True
-
-
-def draw_all(folder: Path) -> tuple[list[Path], list[str]]:
-    """Draw every record under a folder. A damaged one doesn't keep the others from being drawn.
-
-    Returns:
-        The files written, and one line for each damaged record.
-    Raises:
-        FigureError: if the folder is missing.
-    """
-    if not folder.is_dir():
-        raise FigureError(f"there is no folder {folder}")
-    written: list[Path] = []
-    errors: list[str] = []
-    hidden = {".", "checkpoint"}
-    for path in sorted(folder.rglob("*")):
-        if any(part[0] in hidden or part in hidden for part in path.relative_to(folder).parts) or not path.is_file():
-            continue
-        try:
-            if path.name == SUMMARY:
-                written += draw(path.parent)
-            elif path.suffix == ".npz" and _is_recording(path):
-                written += draw_gradients(path)
-            elif path.suffix == ".json" and path.name != ENVIRONMENT and _is_bandwidth(path):
-                written += draw_bandwidth(path)
-        except FigureError as error:
-            errors.append(str(error))
-    return written, errors
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="looked through for records, such as results")
-    folder: Path = parser.parse_args(arguments).folder
-    try:
-        written, errors = draw_all(folder)
-    except FigureError as error:
-        written, errors = [], [str(error)]
-    for path in written:
-        print(path)
-        if path.suffix == ".json":
-            print("\n".join(f"    {line}" for line in findings(path)))
-    for line in errors:
-        print(f"error: {line}", file=sys.stderr)
-    if not written and not errors:
-        print(f"nothing recorded in {folder}, so nothing to draw")
-    return 2 if errors else 0
-
-
 if __name__ == "__main__":
+    from bench.redraw import main  # which draws the figures of experiments too, and so imports this
+
     sys.exit(main())

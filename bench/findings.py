@@ -46,12 +46,16 @@ class Finding:
         }  # fmt: skip
 
 
-def table(findings: Sequence[Finding], form: str = "github") -> str:
-    """The findings as a table; rules are numbered and listed below it, each once."""
+def table(findings: Sequence[Finding], form: str = "github", ours: str = "ours") -> str:
+    """The findings as a table; rules are numbered and listed below it, each once.
+
+    Args:
+        ours: heads the column of what was found here.
+    """
     rules = list(dict.fromkeys(finding.rule for finding in findings if finding.rule != NO_RULE))
     numbers = {rule: number for number, rule in enumerate(rules, 1)}
     rows = [[f.where, f.claim, f.data, f.ours, f.verdict, numbers.get(f.rule, "")] for f in findings]
-    heads = ["in the paper", "finds", "tested on", "ours", "verdict", "rule"]
+    heads = ["in the paper", "finds", "tested on", ours, "verdict", "rule"]
     listed = "\n".join(f"{number}. {rule}" for rule, number in numbers.items())
     return f"{tabulate(rows, heads, tablefmt=form, disable_numparse=True)}\n\nConfirmed means:\n\n{listed}\n"
 

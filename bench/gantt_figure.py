@@ -40,6 +40,15 @@ LEGEND_INCHES = 0.35
 WIDE = 0.15
 
 
+def redraw(path: Path) -> list[Path]:
+    """The picture again, of the record at `path`.
+
+    Raises:
+        LookupError, TypeError, ValueError: the record isn't as it should be.
+    """
+    return [draw(figures.read_object(path), path.with_suffix(".png"))]
+
+
 def draw(record: Mapping[str, Any], path: Path) -> Path:
     """Write the picture of a record of `bench.gantt` to a PNG."""
     traces = [Trace.from_json(panel["trace"]) for panel in record["panels"]]

@@ -11,6 +11,7 @@
     --out folder (results/hard-threshold)
         runs/<name>.json        each run (`bench.grid`); what `--resume` goes on with
         hard-threshold.json     findings and how they came about
+        runs.json.gz            what figures and tables need of the runs (`bench.kept`)
         table.md                the paper's findings beside ours, judged by written rules; how the runs differ from the
                                 paper's; tables of all settings
         fig<n>….png
@@ -24,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench import figures
+from bench import figures, kept
 from bench import hard_threshold_figures as drawing
 from bench.data import DataError
 from bench.findings import Finding, table
@@ -54,7 +54,8 @@ from bench.hard_threshold_sizes import (
     specs,
 )
 from bench.options import Parser, UsageError
-from bench.record import environment, write_atomically, write_json
+from bench.record import CannotWrite, environment, write_atomically, write_json, writing
+from ring.machine import usable_cores
 
 OUT = Path("results/hard-threshold")
 PARTS: tuple[Part, ...] = ("logistic", "networks")
@@ -63,8 +64,8 @@ SMALL_IS = (
     "The small size: shipped or made data, small networks, few epochs. It asks whether the paper's findings hold there "
     "too, not whether its numbers do."
 )
-#: Metric -> how it is labelled, and whether it is drawn as it is (shares, in the axes' own unit).
-LABELS = {"accuracy": "test accuracy", "perplexity": "test perplexity", "hit_rate": "Hit-Rate@10"}
+#: Metric -> how it is labelled.
+LABELS = {"accuracy": "test accuracy (%)", "perplexity": "test perplexity", "hit_rate": "Hit-Rate@10 (%)"}
 INTROSPECTED = {"images": "fig3", "text": "fig5", "ratings": "fig6"}
 
 
@@ -83,7 +84,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                         metavar="KIND,…")  # fmt: skip
     parser.add_argument("--data", action="append", default=[], help="of " + ", ".join(DATA_KINDS), metavar="KIND=PATH")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1),
+    parser.add_argument("--processes", type=int, default=min(2, usable_cores()),
                         help="runs at a time (default: %(default)s)", metavar="N")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)", metavar="N")
     parser.add_argument("--out", type=Path, help=f"folder for the results (default: {OUT})", metavar="DIR")
@@ -165,8 +166,26 @@ def _size(options: argparse.Namespace) -> Size:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def caption(runs: Runs, about: Mapping[str, Any], wanted: Mapping[str, Any], *, paper: bool) -> str:
-    """How the runs of a figure came about."""
+#: Of a network's run, the columns of its steps that are drawn.
+DRAWN = ("iteration", "error", "density")
+#: What lines and bands, or points and their bars, are.
+RANGE, DEVIATION = "mean, least and most", "mean and standard deviation"
+
+
+def part(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a run."""
+    if "trace" in result:
+        return dict(result)
+    steps = {name: result["steps"][name] for name in DRAWN if name in result["steps"]}
+    steps["total_error"] = result["steps"].get("total_error", [0.0])[-1:]
+    names = ("source", "evaluations", "num_parameters", "average_density", "diverged")
+    return {"steps": steps, **{name: result[name] for name in names}}
+
+
+def caption(
+    runs: Runs, about: Mapping[str, Any], wanted: Mapping[str, Any], *, paper: bool, spread: str = RANGE
+) -> str:
+    """How the runs of a figure came about, and what it shows of the seeds."""
     these = [one for one in runs.values() if all(one["spec"].get(key) == value for key, value in wanted.items())]
     sources = dict.fromkeys(one["result"]["source"] for one in these)
     seeds = sorted({one["spec"]["seed"] for one in these})
@@ -178,7 +197,7 @@ def caption(runs: Runs, about: Mapping[str, Any], wanted: Mapping[str, Any], *, 
             f"{spec['batch_size']} in one process, {spec['epochs']:g} epochs"
         )
     parts += [
-        f"seeds {', '.join(map(str, seeds))}: mean, least and most",
+        f"seeds {', '.join(map(str, seeds))}: {spread}",
         f"on {figures.machine_text(about, about)}",
         f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
         f"command: {about['command']}",
@@ -203,14 +222,16 @@ def draw(runs: Runs, size: Size, about: Mapping[str, Any], *, paper: bool) -> It
         panels.append(panel)
         if benchmark.kind == "images":
             title = f"Fig. 11: test metric against data volume, entire-model top-k: {benchmark.network}"
+            about_points = caption(runs, about, wanted, paper=paper, spread=DEVIATION)
             yield (
                 "fig11-entire-model",
-                drawing.metric_against_volume(runs, [panel | {"granularity": "model"}], title, text),
+                drawing.metric_against_volume(runs, [panel | {"granularity": "model"}], title, about_points),
             )
         yield from _draw_training(runs, benchmark, text)
     if panels:
         kinds = [
-            caption(runs, about, {"kind": panel["kind"], "network": panel["network"]}, paper=True) for panel in panels
+            caption(runs, about, {key: panel[key] for key in ("kind", "network")}, paper=True, spread=DEVIATION)
+            for panel in panels
         ]
         text = "\n".join(kinds) + ("" if paper else f"\n{SMALL_IS}")
         yield (
@@ -322,7 +343,7 @@ def report(
         "Differences and intervals are over the seeds, in percentage points (of perplexity in percent).",
         table(found),
         "## Differences from the paper",
-        "\n".join(f"* {line}" for line in differences(size, given, about["parts"])),
+        "\n".join(f"* {line}" for line in differences(size, given, parts_of(runs))),
     ]
     for benchmark in size.benchmarks:
         if any(one["spec"].get("kind") == benchmark.kind for one in runs.values()):
@@ -333,13 +354,44 @@ def report(
     return "\n\n".join(parts) + "\n"
 
 
+def parts_of(runs: Runs) -> list[Part]:
+    """Those that were run."""
+    found = {one["spec"]["part"] for one in runs.values()}
+    return [part for part in PARTS if part in found]
+
+
+def write(
+    runs: Runs, found: Sequence[Finding], options: argparse.Namespace, about: Mapping[str, Any], folder: Path
+) -> list[Path]:
+    """table.md and all figures."""
+    text = report(runs, options.size, options.given, about, found, paper=options.paper)
+    written = [folder / "table.md"]
+    write_atomically(written[0], text.encode())
+    with figures.figure_style():
+        for name, figure in draw(runs, options.size, about, paper=options.paper):
+            written.append(figures.write_figure(figure, folder / f"{name}.png"))
+    return written
+
+
+def redraw(path: Path) -> list[Path]:
+    """Figures and tables again, of the hard-threshold.json at `path` and the runs beside it.
+
+    Raises:
+        FigureError: the runs are missing or damaged.
+        LookupError, TypeError, ValueError: the record isn't as it should be.
+    """
+    about, runs = figures.read_object(path)["environment"], kept.read(path.parent)
+    options = parse(shlex.split(about["command"])[3:])  # the size is what the options made of it
+    return write(runs, judge_all(runs, options.size, options.given), options, about, path.parent)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = parse(words)
         about = environment(("numpy", "scipy", "torch", "numba", "scikit-learn")) | {
             "command": shlex.join(["python", "-m", "bench.hard_threshold", *words]),
-            "cores": os.cpu_count(),
+            "cores": usable_cores(),
             "processes": options.processes,
             "parts": list(options.parts),
         }
@@ -347,25 +399,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = run_grid(
             run, grid, options.out / "runs", processes=options.processes, threads=options.threads, resume=options.resume
         )
-    except (UsageError, DataError, GridError) as error:
+        with writing(options.out):
+            runs = kept.keep(options.out, records, part)
+            found = judge_all(runs, options.size, options.given)
+            record = {
+                "environment": about, "findings": [finding.as_dict() for finding in found],
+                "seconds": {name: one["seconds"] for name, one in runs.items()},
+            }  # fmt: skip
+            write_json(options.out / "hard-threshold.json", record)
+            write(runs, found, options, about, options.out)
+            print((options.out / "table.md").read_text())
+    except (UsageError, DataError, GridError, CannotWrite) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = judge_all(records, options.size, options.given)
-    text = report(records, options.size, options.given, about, found, paper=options.paper)
-    try:
-        with figures.figure_style():
-            for name, figure in draw(records, options.size, about, paper=options.paper):
-                figures.write_figure(figure, options.out / f"{name}.png")
-        seconds = {name: record["seconds"] for name, record in records.items()}
-        write_json(
-            options.out / "hard-threshold.json",
-            {"environment": about, "findings": [finding.as_dict() for finding in found], "seconds": seconds},
-        )
-        write_atomically(options.out / "table.md", text.encode())
-    except OSError as error:
-        print(f"error: {options.out} can't be written ({error.strerror or error})", file=sys.stderr)
-        return 2
-    print(f"\n{text}\nwritten to {options.out}")
     return 0
 
 

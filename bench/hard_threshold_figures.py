@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bench import figures
 from bench.findings import mean_and_spread, select
@@ -34,6 +34,8 @@ BITS_OF_A_FLOAT = 32
 LEAST = 1e-300
 #: Columns of a network's steps, with their labels.
 ERROR_AND_DENSITY = (("error", "error ‖e‖², mean of the workers"), ("density", "density"))
+#: Test metrics that are shares, drawn in percent.
+SHARES = ("accuracy", "hit_rate")
 
 
 def _band(axis: Axes, x: Floats, lines: Floats, style: Mapping[str, Any]) -> None:
@@ -149,9 +151,10 @@ def metric_against_volume(runs: Runs, wanted: Sequence[Mapping[str, Any]], title
     for axis, panel in zip(axes, wanted, strict=True):
         conditions = {key: panel[key] for key in ("kind", "network", "feedback")}
         key = panel["metric"]
+        scale = 100 if key in SHARES else 1
         plain = select(runs, **conditions, compressor="identity")
         if plain:
-            mean, spread = mean_and_spread([final(record, key) for record in plain])
+            mean, spread = mean_and_spread([scale * final(record, key) for record in plain])
             axis.axhline(mean, **STYLES["identity"])
             axis.axhspan(mean - spread, mean + spread, color="#444444", alpha=0.12, linewidth=0)
         for compressor in ("topk", "threshold"):
@@ -161,17 +164,21 @@ def metric_against_volume(runs: Runs, wanted: Sequence[Mapping[str, Any]], title
                 for record in select(runs, **conditions, compressor=compressor, granularity=granularity)
                 if "least" not in record["spec"]["fields"]  # ACCORDION's comparison is another
             ]
-            points = [(mean_and_spread([density(r) for r in group]), mean_and_spread([final(r, key) for r in group]))
-                      for group in by_fields(found).values()]  # fmt: skip
-            points.sort()
+            points = sorted(
+                (
+                    mean_and_spread([100 * density(r) for r in group]),
+                    mean_and_spread([scale * final(r, key) for r in group]),
+                )
+                for group in by_fields(found).values()
+            )
             if points:
                 x, y = [p[0][0] for p in points], [p[1][0] for p in points]
                 x_spread, y_spread = [p[0][1] for p in points], [p[1][1] for p in points]
-                axis.errorbar(
-                    [100 * value for value in x], y, y_spread, [100 * value for value in x_spread],
-                    capsize=2.5, elinewidth=1, marker="o", **STYLES[compressor],
-                )  # fmt: skip
+                axis.errorbar(x, y, y_spread, x_spread, capsize=2.5, elinewidth=1, marker="o", **STYLES[compressor])
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(xlabel="average density (%)", ylabel=panel["label"], title=panel["title"])
     figures.add_legend(axes[-1])
     return figure
@@ -197,7 +204,8 @@ def along_training(
         lines = [record["result"]["evaluations"] for record in records]
         shortest = min(len(line) for line in lines)
         x = np.array([entry["iteration"] for entry in lines[0][:shortest]], np.float64)
-        _band(axes[0], x, np.array([[entry[metric] for entry in line[:shortest]] for line in lines]), style)
+        scale = 100 if metric in SHARES else 1
+        _band(axes[0], x, scale * np.array([[entry[metric] for entry in line[:shortest]] for line in lines]), style)
         for axis, (column, _) in zip(axes[1:], columns, strict=True):
             steps = [record["result"]["steps"] for record in records]
             if column not in steps[0]:

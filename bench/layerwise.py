@@ -41,7 +41,7 @@ from ring.machine import usable_cores
 
 OUT = Path("results/layerwise")
 #: The column of what was found, in whose sign it is to the statement.
-OURS = "ours: advantage of what the statement favours (where it says \"the same\", of layer-wise)"
+OURS = 'ours: advantage of what the statement favours (where it says "the same", of layer-wise)'
 #: Downloaded unless it is there.
 PAPER_DATA = "cifar-10"
 

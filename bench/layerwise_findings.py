@@ -215,9 +215,8 @@ def compare(statement: Statement, runs: Runs, network: Network, setting: Setting
             )
             for side in (statement.first, statement.second)
         )
-        guessing = 100 * (IMAGENET_TOP / 1000 if network.imagenet else 1 / 10)
         took_off = (
-            bool(first and second) and max(sum(first) / len(first), sum(second) / len(second)) > TRAINED * guessing
+            bool(first and second) and max(fmean(first), fmean(second)) > TRAINED * _guessing(runs, network)
         )
     if not first or len(first) != len(second):
         return None
@@ -248,7 +247,7 @@ def judge(statement: Statement, runs: Runs, network: Network | None) -> Finding:
         if compared is None:
             continue
         difference, took_off = compared
-        margin, unit = (0.0, "") if statement.error else (MARGIN, " points")
+        margin, unit = (0.0, " in relative error") if statement.error else (MARGIN, " points")
         if took_off:
             verdicts.append(holds(statement.relation, difference, margin))
         label = f"{setting.label}: " if setting.label else ""

@@ -34,10 +34,11 @@ from bench.models import resnet32
 from bench.options import Parser, UsageError
 from bench.paper import COMPRESS, PAPER, SAMPLE, WARMUP_WINDOWS, WINDOW, WINDOWS, Paper
 from bench.predict import METHODS, Gradient, iteration_s
-from bench.record import environment, plain, write_atomically, write_json
+from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
 from gradiveq.methods import QSGDRing
 from ring.cluster import Cluster, ClusterError
 from ring.dry import Estimate
+from ring.machine import usable_cores
 from ring.segments import cut_segments
 
 NODES = 6
@@ -439,6 +440,29 @@ def _end(axis: Any, x: float, y: float, text: str) -> None:
     axis.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
 
 
+def draw_record(record: Mapping[str, Any], folder: Path) -> Path:
+    """The figure of what paper-timing.json holds."""
+    about = record["environment"]
+    parts = [
+        f"ResNet-32, {gradient().length - 2:,} parameters; virtual time on the clusters gradiveq-cpu and gradiveq-k80, "
+        "whose computation, RAR and QSGD are fitted on the paper's",
+        "lines: spread of the paper's own statements",
+        *([f"on {figures.machine_text(about, about)}"] if "cores" in about else []),
+        f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+        f"command: {about['command']}",
+    ]
+    return figures.write_figure(draw(record["clusters"], figures.sentences(parts)), folder / "breakdown.png")
+
+
+def redraw(path: Path) -> list[Path]:
+    """The figure again, of the paper-timing.json at `path`.
+
+    Raises:
+        LookupError, TypeError, ValueError: the record isn't as it should be.
+    """
+    return [draw_record(figures.read_object(path), path.parent)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m bench.paper_timing", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
@@ -459,34 +483,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     command = " ".join(["python -m bench.paper_timing", *map(shlex.quote, words)])
-    about = environment(("numpy", "scipy", "torch", "matplotlib")) | {"command": command}
+    about = environment(("numpy", "scipy", "torch", "matplotlib")) | {"command": command, "cores": usable_cores()}
     boxing = boxing_us()
     title = "Seconds per 500 iterations (100 sampling, 400 compressed at ratio 8), and to converge (45,000 iterations)"
     lines = [*remarks(vector, found), "", *inference(vector, found, boxing)]
     wrapped = "\n".join(textwrap.fill(line, 110, subsequent_indent="  ") for line in lines)
     print(f"{title}\n\n{cells_table(found)}\n\n{compressed_table(found)}\n\n{wrapped}")
-    commit = about["commit"]
-    caption = figures.sentences(
-        [
-            f"ResNet-32, {vector.length - 2:,} parameters; virtual time on the clusters gradiveq-cpu and gradiveq-k80, "
-            "whose computation, RAR and QSGD are fitted on the paper's",
-            "lines: spread of the paper's own statements",
-            f"commit {figures.short_commit(commit) if commit else 'unknown'}",
-            f"command: {command}",
-        ]
-    )
+    record = plain({"environment": about, "clusters": found, "boxing_us": boxing})
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_json(
-            options.out / "paper-timing.json", {"environment": about, "clusters": plain(found), "boxing_us": boxing}
-        )
-        table = f"# {title}\n\n{cells_table(found, 'github')}\n\n{compressed_table(found, 'github')}\n\n"
-        write_atomically(options.out / "table.md", (table + "\n".join(lines) + "\n").encode())
-        figures.write_figure(draw(found, caption), options.out / "breakdown.png")
-    except OSError as error:
-        print(f"error: {options.out} can't be written ({error.strerror or error})", file=sys.stderr)
+        with writing(options.out):
+            write_json(options.out / "paper-timing.json", record)
+            table = f"# {title}\n\n{cells_table(found, 'github')}\n\n{compressed_table(found, 'github')}\n\n"
+            write_atomically(options.out / "table.md", (table + "\n".join(lines) + "\n").encode())
+            draw_record(record, options.out)
+            print()
+    except CannotWrite as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\nwritten to {options.out}")
     return 0
 
 

@@ -96,7 +96,7 @@ import platform
 import re
 import subprocess
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,25 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+class CannotWrite(OSError):
+    """A folder for results can't be written; one line."""
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Around what a command writes into a folder of its own: it is made before, and named on stdout when all is there.
+
+    Raises:
+        CannotWrite: where anything raised OSError.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise CannotWrite(f"{out} can't be written ({error.strerror or error})") from error
+    print(f"written to {out}", flush=True)
 
 
 def sync_folder(folder: Path) -> None:

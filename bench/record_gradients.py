@@ -102,6 +102,8 @@ def record(workers: Processes, options: argparse.Namespace, threads: int) -> Non
         }
         options.out.mkdir(parents=True, exist_ok=True)
         recorder.save(options.out / FILE, about)
+        for numbers in ("fig4.json", "fig5.json"):  # of what was recorded before
+            (options.out / numbers).unlink(missing_ok=True)
         print(f"recorded {options.count} iterations of {options.layers} in {options.out / FILE}")
 
     workers.attempt(write, OSError, here=lead, timeout_s=LONG_S)

@@ -30,10 +30,12 @@ from tqdm import tqdm
 from bench import clusters, figures
 from bench.options import Parser, UsageError, positive
 from bench.predict import FLOAT32, METHODS, PHASES, DryRun, Gradient, build, iteration_s
-from bench.record import environment, plain, write_json
+from bench.record import CannotWrite, environment, plain, write_json, writing
 from gradiveq.aggregator import CONTROLS
 from ring import dry
 from ring.cluster import Cluster, ClusterError, as_table
+from ring.cluster import parse as parse_cluster
+from ring.machine import usable_cores
 
 #: Nodes up to which every message is counted, and most nodes where that is the only way.
 COUNTED, MOST_COUNTED = 4096, 256
@@ -185,7 +187,12 @@ def crossings(points: Sequence[Point], sweep: Sweep) -> dict[str, Any]:
 def shown(sweep: Swept[Placed], x: float) -> str:
     if sweep.whole:
         return f"{x:,.0f} node{'' if x == 1 else 's'}"
-    unit, value = ("Gbit/s", x) if x >= 1 else ("Mbit/s", 1e3 * x)
+    return bandwidth_text(x)
+
+
+def bandwidth_text(gbps: float) -> str:
+    """ "300 Mbit/s"."""
+    unit, value = ("Gbit/s", gbps) if gbps >= 1 else ("Mbit/s", 1e3 * gbps)
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
@@ -342,8 +349,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], dict[str, Figure], str]:
-    """The record, the figures by name, and what is printed.
+def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], str]:
+    """The record, and what is printed.
 
     Raises:
         ClusterError, ValueError: an option can't be used.
@@ -358,24 +365,19 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], dict
         base = base.with_nodes(base.nodes, node={"iteration_s": options.iteration_s})
     gradient = Gradient.of(build(options.model), options.ratio)
     computing_s = options.batch * iteration_s(base)
-    about = environment(("numpy", "scipy", "torch", "matplotlib")) | {"command": command}
+    about = environment(("numpy", "scipy", "torch", "matplotlib")) | {"command": command, "cores": usable_cores()}
     record: dict[str, Any] = {
         "environment": about, "cluster": as_table(base), "model": options.model, "ratio": options.ratio,
         "computing_s": computing_s, "payload_bytes": {phase: gradient.payload_bytes(phase) for phase in PHASES},
         "basis_bytes": gradient.basis_bytes, "sweeps": {},
     }  # fmt: skip
-    drawn, texts = {}, []
+    texts = []
     for what in ("nodes", "bandwidth"):
         sweep = Sweep(what, base, gradient, computing_s)
         points = [sweep.at(x) for x in tqdm(sweep.grid(), desc=what, leave=False, disable=None)]
         found = crossings(points, sweep)
         lines = words(sweep, found) + (limits(sweep) if sweep.whole else [])
-        title = f"Time per iteration against {'the number of nodes' if sweep.whole else 'bandwidth'}"
-        title += f": {options.model} on {base.name}"
-        if not sweep.whole:
-            title += f", {base.nodes} nodes"
-        drawn[f"{what}.png"] = draw(sweep, points, found, title, _caption(sweep, lines, about))
-        texts.append(f"{title}\n\n{table(sweep, points)}\n* the cluster as it is described\n")
+        texts.append(f"{_title(sweep, options.model)}\n\n{table(sweep, points)}\n* the cluster as it is described\n")
         texts += [textwrap.fill(f"* {line}", 110, subsequent_indent="  ") for line in lines]
         texts.append("")
         record["sweeps"][what] = {
@@ -389,7 +391,35 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], dict
             "crossings": found,
             "words": lines,
         }  # fmt: skip
-    return record, drawn, "\n".join(texts)
+    return plain(record), "\n".join(texts)
+
+
+def _title(sweep: Sweep, model: str) -> str:
+    title = f"Time per iteration against {'the number of nodes' if sweep.whole else 'bandwidth'}: {model} on "
+    return title + sweep.base.name + ("" if sweep.whole else f", {sweep.base.nodes} nodes")
+
+
+def draw_record(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Both figures of what scaling.json holds."""
+    base, model = parse_cluster(record["cluster"], "the record"), record["model"]
+    gradient = Gradient.of(build(model), record["ratio"])
+    written = []
+    for what, found in record["sweeps"].items():
+        sweep = Sweep(what, base, gradient, record["computing_s"])
+        points = [Point(one["x"], one["iteration_s"], one["compressed_s"]) for one in found["points"]]
+        words_below = _caption(sweep, found["words"], record["environment"])
+        figure = draw(sweep, points, found["crossings"], _title(sweep, model), words_below)
+        written.append(figures.write_figure(figure, folder / f"{what}.png"))
+    return written
+
+
+def redraw(path: Path) -> list[Path]:
+    """The figures again, of the scaling.json at `path`.
+
+    Raises:
+        LookupError, TypeError, ValueError: the record isn't as it should be.
+    """
+    return draw_record(figures.read_object(path), path.parent)
 
 
 def _caption(sweep: Sweep, lines: Sequence[str], about: Mapping[str, Any]) -> str:
@@ -399,6 +429,7 @@ def _caption(sweep: Sweep, lines: Sequence[str], about: Mapping[str, Any]) -> st
         f"Sizes only, of {gradient.length - CONTROLS:,} gradients; virtual time on {cluster.name} ({cluster.source}), "
         f"{fixed}, latency {cluster.link.latency_us:g} us, {sweep.computing_s:.3g} s of computing per iteration",
         f"GradiVeQ at ratio {gradient.ratio:g}, with its 100 sampling iterations of 500 and the gathering of bases",
+        *([f"on {figures.machine_text(about, about)}"] if "cores" in about else []),
         f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
         f"command: {about['command']}",
     ]
@@ -410,21 +441,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = " ".join(["python -m bench.scaling", *map(shlex.quote, words)])
     try:
         options = parse(words)
-        record, drawn, text = run(options, command)
-    except (UsageError, ClusterError, ValueError) as error:
+        record, text = run(options, command)
+        print(text)
+        out = options.out or Path("results/scaling") / f"{record['cluster']['name']}-{options.model}"
+        with writing(out):
+            write_json(out / "scaling.json", record)
+            draw_record(record, out)
+    except (UsageError, ClusterError, CannotWrite, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(text)
-    out = options.out or Path("results/scaling") / f"{record['cluster']['name']}-{options.model}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "scaling.json", plain(record))
-        for name, figure in drawn.items():
-            figures.write_figure(figure, out / name)
-    except OSError as error:
-        print(f"error: {out} can't be written ({error.strerror or error})", file=sys.stderr)
-        return 2
-    print(f"written to {out}")
     return 0
 
 

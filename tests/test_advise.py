@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from redrawn import check_drawn_again
 from torch import nn
 
 from bench import advise, advise_validation
@@ -396,6 +397,7 @@ def test_it_answers_and_writes(
     text = capsys.readouterr().out
     assert "Should I compress? test_advise.tiny_model on 4-nodes-0.1gbps" in text
     assert sorted(path.name for path in out.iterdir()) == ["figure.png", "record.json", "table.md"]
+    check_drawn_again(out)
     record = json.loads((out / "record.json").read_text())
     assert record["forward_s"] + record["backward_s"] + record["update_s"] == pytest.approx(0.5)
     assert record["cluster"]["link"]["latency_us"] == 5

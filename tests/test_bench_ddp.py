@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redrawn import check_drawn_again
 from test_layerwise import write_images
 
 from bench import ddp
@@ -205,7 +206,8 @@ def test_rows_and_tables() -> None:
         (PLAIN, PLAIN),
         ("topk:0.1+ef", "topk+ef"),
         ("gradiveq:ratio=8:sample=20", "gradiveq"),
-        ("sign:scaled+ef", "sign+ef"),
+        ("sign:scaled+ef", "sign:scaled+ef"),
+        ("powersgd:2:min_compression_rate=2", "powersgd"),
         ("rar", "rar"),
     ],
 )
@@ -250,6 +252,8 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("table.md", "ddp.png"):
         assert (out / name).stat().st_size > 500
     assert f"| {method} " in said
+    check_drawn_again(out)
+    capfd.readouterr()
 
     (out / "ddp.png").unlink()
     assert main(words) == 2

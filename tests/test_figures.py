@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bench import figures, gradients
+from bench import figures, gradients, redraw
 from bench.record import GROUPS, KINDS, grouped, metrics_name
 
 SOURCE = "Fashion-MNIST sample (6,000 + 2,000 of 70,000 images), not CIFAR"
@@ -376,18 +376,18 @@ def test_wrong_results_are_not_hidden(tmp_path, pages):
 
 def test_gradients(tmp_path, pages, few_sizes):
     written = figures.draw_gradients(make_recording(tmp_path / "gradients.npz"))
-    assert [path.name for path in written] == ["fig4.png", "fig4.json", "fig5.png", "fig5.json"]
-    for path in (written[0], written[2]):
+    assert [path.name for path in written] == ["fig4.json", "fig5.json", "fig4.png", "fig5.png"]
+    for path in written[2:]:
         png_size(path)
     for page in pages:
         assert SOURCE in texts(page)
         assert "Seed 7" in texts(page) or "seed 7" in texts(page)
     assert "of variance" in pages[0].axes[1].get_xlabel()
-    fig5 = json.loads(written[3].read_text())
+    fig5 = json.loads(written[1].read_text())
     assert fig5["dips"]["median_left"] < 0.1
-    assert "dips at multiples of F*D = 256 seen" in " ".join(figures.findings(written[3]))
+    assert "dips at multiples of F*D = 256 seen" in " ".join(figures.findings(written[1]))
     assert "dips at multiples of F*D = 256 seen" in texts(pages[1])
-    assert "2 of 3 axes (ratio 1.5) lose" in " ".join(figures.findings(written[1]))
+    assert "2 of 3 axes (ratio 1.5) lose" in " ".join(figures.findings(written[0]))
 
 
 def test_everything_under_a_folder(tmp_path, few_sizes, capsys):
@@ -398,7 +398,7 @@ def test_everything_under_a_folder(tmp_path, few_sizes, capsys):
     np.savez(tmp_path / "foreign.npz", a=np.zeros(3))
     (tmp_path / "runs" / "a" / "checkpoint").mkdir()
     (tmp_path / "runs" / "a" / "checkpoint" / "x.json").write_text("half a fi")
-    assert figures.main([str(tmp_path)]) == 0
+    assert redraw.main([str(tmp_path)]) == 0
     output = capsys.readouterr()
     assert output.err == ""
     drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
@@ -410,7 +410,7 @@ def test_everything_under_a_folder(tmp_path, few_sizes, capsys):
     assert "Fig. 5, same iterations: dips" in output.out
     # the same record, the same bytes; and what was drawn is no record
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.*")) if path.is_file()}
-    assert figures.main([str(tmp_path)]) == 0
+    assert redraw.main([str(tmp_path)]) == 0
     assert before == {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.*")) if path.is_file()}
 
 
@@ -425,13 +425,13 @@ def test_settings_of_the_user_change_nothing(tmp_path):
 
 
 def test_missing_folder(tmp_path, capsys):
-    assert figures.main([str(tmp_path / "nowhere")]) == 2
+    assert redraw.main([str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
     assert error == f"error: there is no folder {tmp_path / 'nowhere'}\n"
 
 
 def test_empty_folder(tmp_path, capsys):
-    assert figures.main([str(tmp_path)]) == 0
+    assert redraw.main([str(tmp_path)]) == 0
     assert "nothing recorded" in capsys.readouterr().out
 
 
@@ -472,7 +472,7 @@ def test_damaged_records(tmp_path, capsys, monkeypatch, name, text):
         path.unlink()
     else:
         path.write_text(text)
-    assert figures.main([str(tmp_path)]) == 2
+    assert redraw.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -485,4 +485,4 @@ def test_damaged_records(tmp_path, capsys, monkeypatch, name, text):
 
 def test_bandwidth_between_hosts_is_no_figure_of_the_ring_alone(tmp_path) -> None:
     (tmp_path / "busbw.json").write_text(json.dumps({"rows": [{"implementation": "ring", "hosts": 2}]}))
-    assert figures.draw_all(tmp_path) == ([], [])
+    assert redraw.draw_all(tmp_path) == ([], [])

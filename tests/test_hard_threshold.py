@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from redrawn import check_drawn_again
 from test_layerwise import write_images
 from torch import nn
 from torch.nn import functional
@@ -544,6 +545,7 @@ def test_logistic_regression_from_the_command_line(tmp_path: Path, capsys: pytes
     names = {file.name for file in out.iterdir()}
     assert {"table.md", "hard-threshold.json", "fig1-madelon.png", "fig4-madelon.png", "fig7-madelon.png",
             "fig8-madelon.png", "fig9-madelon.png"} <= names  # fmt: skip
+    check_drawn_again(out)
     runs = {file: file.read_bytes() for file in (out / "runs").iterdir()}
     assert all(file.suffix == ".json" for file in runs)
     gone = next(file for file in runs if "threshold" in file.name)
@@ -604,6 +606,7 @@ def test_networks_from_the_command_line(
     assert "Fig. 2" in text
     assert f"## Differences from the paper\n\n* {kind}: " in text
     assert ("ACCORDION (Tables 1 and 7)" in text) == (kind == "images")
+    check_drawn_again(out)
     for file in (out / "runs").iterdir():
         result = json.loads(file.read_text())["result"]
         assert 0 < result["average_density"] <= 1

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from redrawn import check_drawn_again
 
 from bench import figures
 from bench.layerwise import main, parse
@@ -315,6 +316,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         with Image.open(out / name) as image:
             assert image.width > 200
     assert not (out / "fig2-randomk.png").exists()
+    check_drawn_again(out)
 
     before = {path.name: path.read_bytes() for path in (out / "runs").iterdir()}
     assert main(command) == 2

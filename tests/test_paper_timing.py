@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from redrawn import check_drawn_again
 
 from bench import clusters, paper_timing
 from bench.models import resnet_cifar
@@ -215,6 +216,7 @@ def test_it_prints_and_writes_what_it_found(tmp_path: Path, capsys: pytest.Captu
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
         "breakdown.png", "paper-timing.json", "table.md",
     ]  # fmt: skip
+    check_drawn_again(tmp_path / "new" / "folder")
     record = json.loads((tmp_path / "new" / "folder" / "paper-timing.json").read_text())
     assert set(record["clusters"]) == {CPU, GPU}
     assert record["environment"]["command"].startswith("python -m bench.paper_timing --out ")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from redrawn import check_drawn_again
 
 from bench import clusters, scaling
 from bench.models import resnet_cifar
@@ -152,6 +153,7 @@ def test_it_writes_numbers_and_figures(
     assert "resnet20 on racks, 4 nodes" in text
     assert "2(N-1)" not in text
     assert sorted(path.name for path in out.iterdir()) == ["bandwidth.png", "nodes.png", "scaling.json"]
+    check_drawn_again(out)
     record = json.loads((out / "scaling.json").read_text())
     assert record["computing_s"] == pytest.approx(2 * 1.3)
     assert record["cluster"]["racks"]["size"] == 2

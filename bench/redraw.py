@@ -1,0 +1,116 @@
+"""Draw everything again from what was recorded: `python -m bench.figures results`. Nothing is trained or measured.
+
+What is in a file is told by its name, or by what it holds; the experiment that made it draws it, into the same folder.
+Tables that are made of the same records are written again too. The same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from bench import figures, gradients
+from bench.figures import FigureError, read_object
+from bench.record import ENVIRONMENT, SUMMARY
+
+#: Records that have a name of their own -> the module that draws them; imported where there is one.
+EXPERIMENTS = {
+    "ddp.json": "bench.ddp",
+    "hard-threshold.json": "bench.hard_threshold",
+    "layerwise.json": "bench.layerwise",
+    "paper-timing.json": "bench.paper_timing",
+    "scaling.json": "bench.scaling",
+}
+Redraw = Callable[[Path], list[Path]]
+
+
+def drawing_of(path: Path) -> Redraw | None:
+    """What draws a file; None if it is no record.
+
+    Raises:
+        FigureError: it can't be read.
+    """
+    if path.name == SUMMARY:
+        return lambda path: figures.draw(path.parent)
+    if path.suffix == ".npz":
+        return figures.draw_gradients if _is_recording(path) else None
+    if path.suffix != ".json" or path.name == ENVIRONMENT:
+        return None
+    record = read_object(path)
+    name = EXPERIMENTS.get(path.name)
+    if name is None and path.name == "record.json":
+        name = "bench.advise_validation" if "cells" in record else "bench.advise_report" if "words" in record else None
+    if name is None and "panels" in record:
+        name = "bench.gantt_figure"
+    if name is not None:
+        redraw: Redraw = import_module(name).redraw
+        return redraw
+    return figures.draw_bandwidth if _is_bandwidth(record.get("rows")) else None
+
+
+def _is_bandwidth(rows: object) -> bool:
+    """Of `ring.bench`; `bench.shaped_busbw` also has rows of implementations, on hosts."""
+    if not (isinstance(rows, list) and rows and isinstance(rows[0], dict)):
+        return False
+    return "implementation" in rows[0] and "hosts" not in rows[0]
+
+
+def _is_recording(path: Path) -> bool:
+    """Whether it has what a recording has; a file that is no archive at all may be a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return f"{gradients.ABOUT}.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return True
+
+
+def draw_all(folder: Path) -> tuple[list[Path], list[str]]:
+    """Draw every record under a folder. A damaged one doesn't keep the others from being drawn.
+
+    Returns:
+        The files written, and one line for each damaged record.
+    Raises:
+        FigureError: if the folder is missing.
+    """
+    if not folder.is_dir():
+        raise FigureError(f"there is no folder {folder}")
+    written: list[Path] = []
+    errors: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if any(part[0] == "." or part == "checkpoint" for part in parts) or not path.is_file():
+            continue
+        try:
+            draw = drawing_of(path)
+            if draw is not None:
+                written += draw(path)
+        except FigureError as error:
+            errors.append(str(error))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            errors.append(f"{path} is damaged: it isn't as it should be ({error!r})")
+        except OSError as error:
+            errors.append(f"{path} can't be drawn ({error.filename or ''}: {error.strerror or error})")
+    return written, errors
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="looked through for records, such as results")
+    folder: Path = parser.parse_args(arguments).folder
+    try:
+        written, errors = draw_all(folder)
+    except FigureError as error:
+        written, errors = [], [str(error)]
+    for path in written:
+        print(path)
+        if path.suffix == ".json":
+            print("\n".join(f"    {line}" for line in figures.findings(path)))
+    for line in errors:
+        print(f"error: {line}", file=sys.stderr)
+    if not written and not errors:
+        print(f"nothing recorded in {folder}, so nothing to draw")
+    return 2 if errors else 0
