@@ -113,11 +113,6 @@ def run_grid(
     return {name: record for name, record in records.items() if record is not None}
 
 
-def read_grid(folder: Path) -> dict[str, dict[str, Any]]:
-    """All records in a folder, by name, in the order of the names."""
-    return {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = read_json(path)

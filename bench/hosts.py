@@ -59,8 +59,6 @@ FOLDER = Path(tempfile.gettempdir())
 MOST_HOSTS = 6
 SUBNET = "10.77.0"
 SWITCH_ADDRESS = f"{SUBNET}.254"
-#: What one TCP stream of full packets carries of the rate: 1,448 of 1,514 bytes (with time stamps).
-TCP_SHARE = 1448 / 1514
 BURST_MS = 1.0
 LEAST_BURST_BYTES = 2 * 1514
 #: The most that the kernel hands over at once.

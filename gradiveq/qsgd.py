@@ -227,16 +227,6 @@ class QSGD(Codec):
             raise ValueError(f"QSGD quantises float32 vectors, got {dtype}")
 
 
-def variance_bound(bits: int, bucket: int, norm: Norm = "max") -> float:
-    """The Ω of E‖Q(x) - x‖² ≤ Ω‖x‖² for one encoding: `level_variance` with the levels that b bits have.
-
-    Raises:
-        ValueError: as QSGD.
-    """
-    _check_format(bits, bucket, norm)
-    return level_variance((1 << (bits - 1)) - 1, bucket, norm)
-
-
 def level_variance(levels: int, bucket: int, norm: Norm) -> float:
     """The Ω of E‖Q(x) - x‖² ≤ Ω‖x‖² with s levels beside the sign. It is attained, except by "l2" with bucket < 4s².
 
@@ -251,22 +241,6 @@ def level_variance(levels: int, bucket: int, norm: Norm) -> float:
     if norm == "max":
         return (sqrt(1 + (bucket - 1) / levels**2) - 1) / 2
     return sqrt(bucket) / levels - 1 if bucket >= 4 * levels**2 else bucket / (4 * levels**2)
-
-
-def ring_variance_bound(one_encoding: float, squared_norms: Sequence[float]) -> float:
-    """Bound on E‖r - x‖² / ‖x‖² for the result r of a whole ring of N workers and the true sum x.
-
-    Hop k encodes the partial sum X_k plus the error so far, which has mean 0 and variance V_(k-1):
-    V_k ≤ V_(k-1) + Ω(‖X_k‖² + V_(k-1)). The last hop's payload is what everyone decodes: N encodings in all.
-
-    Args:
-        one_encoding: Ω, from `variance_bound`.
-        squared_norms: ‖X_1‖² … ‖X_N‖² of the partial sums, in the order of the ring.
-    """
-    variance = 0.0
-    for squared_norm in squared_norms:
-        variance += one_encoding * (squared_norm + variance)
-    return variance / squared_norms[-1]
 
 
 def _check_format(bits: int, bucket: int, norm: str) -> None:

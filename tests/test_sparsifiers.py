@@ -17,7 +17,7 @@ from gradiveq.compressors.base import Compressor, Draw
 from gradiveq.compressors.bits import pack, packed_bytes, unpack
 from gradiveq.compressors.randomk import RandomK
 from gradiveq.compressors.select import at_least, top_k
-from gradiveq.compressors.sparse import decode_positions, encode_positions, positions_bytes, ring_over_gather
+from gradiveq.compressors.sparse import decode_positions, encode_positions, positions_bytes
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
@@ -563,10 +563,12 @@ class TestAdaComp:
                 AdaComp().add_to(broken, out, DRAW, out)
 
 
-class TestRingOverGather:
+class TestASparseSumInTheRing:
+    """What `gradiveq.compressors.sparse` says of the elements that it would send, over those of an all-gather."""
+
     @staticmethod
-    def counted(choices: list[set[int]], length: int) -> float:
-        """The elements that travel, hop by hop."""
+    def quotient(choices: list[set[int]], length: int) -> float:
+        """Counted hop by hop."""
         size, travelled = len(choices), 0
         for segment in range(size):
             here = set(range(segment * length // size, (segment + 1) * length // size))
@@ -579,26 +581,18 @@ class TestRingOverGather:
         return travelled / ((size - 1) * sum(map(len, choices)))
 
     @given(st.integers(2, 7), st.integers(1, 200), st.floats(0.01, 1), st.integers(0, 2**32 - 1))
-    def test_counts_what_travels(self, size, length, density, seed):
+    def test_the_union_decides(self, size, length, density, seed):
         rng = np.random.default_rng(seed)
-        choices = [np.flatnonzero(rng.random(length) < density).astype(np.uint32) for _ in range(size)]
-        choices[0] = np.union1d(choices[0], [0]).astype(np.uint32)
-        quotient = ring_over_gather(choices, length)
-        assert quotient == pytest.approx(self.counted([set(map(int, choice)) for choice in choices], length))
-        union = len(np.unique(np.concatenate(choices)))
-        assert quotient <= 2 * union / sum(map(len, choices)) + 1e-12  # so it pays if the union is below N·k/2
-        if size == 2:
-            assert quotient >= 1
+        choices = [{0, *map(int, np.flatnonzero(rng.random(length) < density))} for _ in range(size)]
+        union, chosen = len(set().union(*choices)), sum(map(len, choices))  # N·k of the module is `chosen`
+        quotient = self.quotient(choices, length)
+        assert quotient <= 2 * union / chosen + 1e-12  # below 1 if the union is below N·k/2
+        assert quotient >= (union / chosen if size > 2 else 1)
 
     @pytest.mark.parametrize("size", [2, 3, 8])
     def test_the_two_ends(self, size):
-        same = np.arange(0, 960, 7, dtype=np.uint32)
-        assert ring_over_gather([same] * size, 960) == pytest.approx(2 / size)
-        apart = [np.arange(worker, 960, 16, dtype=np.uint32) for worker in range(size)]
-        assert ring_over_gather(apart, 960) == pytest.approx(1.5)
-
-    def test_nothing_to_send(self):
-        assert ring_over_gather([np.empty(0, np.uint32)] * 3, 10) == 1
+        assert self.quotient([set(range(0, 960, 7))] * size, 960) == pytest.approx(2 / size)
+        assert self.quotient([set(range(worker, 960, 16)) for worker in range(size)], 960) == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(

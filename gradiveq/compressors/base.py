@@ -59,6 +59,8 @@ class Constants:
         variance: E‖x - C(x)‖² <= variance·‖x‖² (a relative compressor, Eq. 7 of Sahu et al. 2021, where it is Ω);
             below 1 for a contraction.
         absolute: E‖x - C(x)‖² <= absolute, whatever x is (υ² of an absolute compressor, Eq. 9 of Sahu et al. 2021).
+
+    `gradiveq.theory` makes bounds on a model's gradient of them, layer by layer.
     """
 
     omega: float | None = None

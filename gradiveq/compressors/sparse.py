@@ -26,14 +26,12 @@ sends fewer elements if
 
 the left being 2/N of the right if all workers choose the same elements, and 3/2 of it if no two do. As
 k <= u_s <= u_N, it is so whenever the union u_N of all is below N·k/2, and never if that is above (N - 1)·k: never with
-2 workers. `ring_over_gather` is the left over the right for choices that were made. Random k, whose choice is the same
-on all workers, is added in the ring (`gradiveq.compressors.randomk`).
+2 workers. Random k, whose choice is the same on all workers, is added in the ring (`gradiveq.compressors.randomk`).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -155,35 +153,6 @@ class Sparsifier(Compressor):
     def add_to(self, payload: Array, total: Float32, draw: Draw, scratch: Float32) -> None:
         indices, values = _decode(payload, len(total))
         add(indices, values, total)
-
-
-def ring_over_gather(choices: Sequence[UInt32], length: int) -> float:
-    """What a sparse sum in the ring would send, over what an all-gather sends; below 1 it would pay. See the module.
-
-    Counts the elements that travel when segment j of `size` equal ones is summed from worker j on around the ring and
-    the sum is then handed on to all. The indices that go with them take nearly the same bits each in both.
-
-    Args:
-        choices: of each worker, the indices of the elements that it sends.
-        length: of the vector.
-    Returns:
-        The quotient; 1 if nothing is sent.
-    """
-    size = len(choices)
-    chosen = np.zeros((size, length), bool)
-    for worker, indices in enumerate(choices):
-        chosen[worker, indices] = True
-    in_ring = 0
-    for segment in range(size):
-        where = slice(segment * length // size, (segment + 1) * length // size)
-        union = np.zeros(where.stop - where.start, bool)
-        for hop in range(size - 1):
-            union |= chosen[(segment + hop) % size, where]
-            in_ring += int(np.count_nonzero(union))
-        union |= chosen[(segment + size - 1) % size, where]
-        in_ring += (size - 1) * int(np.count_nonzero(union))
-    gathered = (size - 1) * sum(len(indices) for indices in choices)
-    return in_ring / gathered if gathered else 1.0
 
 
 def _decode(payload: Array, length: int) -> tuple[UInt32, Float32]:
