@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Launch
+from conftest import ROOT, Launch
 
 from bench import rates
 from bench.data import load
@@ -311,25 +312,34 @@ def test_a_file_is_completed_and_the_rest_of_it_kept(mpirun: Launch, cluster_fil
     assert [path.name for path in cluster_file.parent.iterdir()] == ["here.toml"]
 
 
-@pytest.mark.parametrize(
-    ("options", "story"),
-    [
-        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
-        (["--model", "vgg"], "--model must be one of"),
-        (["--ratio", "1"], "--ratio must be above 1"),
-        (["--batch-size", "100000"], "--batch-size must be at most"),
-        (["--cluster", "nowhere.toml"], "nowhere.toml: can't be read"),
-        (["--data", "nowhere"], "nowhere: no such file"),
-        (["--wrong"], "unrecognized arguments"),
-    ],
-)
-def test_what_can_t_be_completed_is_one_line_and_status_2(
-    mpirun: Launch, cluster_file: Path, options: list[str], story: str
-):
+#: Options, and what is said of them.
+REFUSED = {
+    "--repeats 0": "--repeats must be at least 1, got 0",
+    "--model vgg": "--model must be one of",
+    "--ratio 1": "--ratio must be above 1",
+    "--batch-size 100000": "--batch-size must be at most",
+    "--cluster nowhere.toml": "nowhere.toml: can't be read",
+    "--wrong": "unrecognized arguments",
+}
+
+
+def test_what_can_t_be_completed_is_one_line_and_status_2(mpirun: Launch, cluster_file: Path):
     before = cluster_file.read_bytes()
-    done = mpirun(2, ["-m", "bench.calibrate", "--cluster", str(cluster_file), *options])
+    options = ["--cluster", str(cluster_file)]
+    done = mpirun(2, ["-m", "bench.calibrate", *options, "--data", "nowhere"])
     assert done.returncode == 2
-    assert [story in line for line in done.stderr.splitlines() if line.strip()] == [True]
+    assert ["nowhere: no such file" in line for line in done.stderr.splitlines() if line.strip()] == [True]
+    # The others one after another, in one launch.
+    cases = json.dumps([[*options, *refused.split()] for refused in REFUSED])
+    done = mpirun(2, [str(ROOT / "tests" / "in_turn.py"), "bench.calibrate", cases])
+    assert (done.returncode, done.stderr) == (0, "")
+    for line, story in zip(done.stdout.splitlines(), REFUSED.values(), strict=True):
+        said = json.loads(line)
+        assert said["status"] == [2, 2]
+        assert [story in line for line in said["stderr"][0].splitlines() if line.strip()] == [True]
+        assert said["stderr"][1] == ""
+        assert said["stdout"] == ["", ""]
+        assert said["files"] == ["here.toml"]
     assert cluster_file.read_bytes() == before
     assert [path.name for path in cluster_file.parent.iterdir()] == ["here.toml"]
 

@@ -36,9 +36,12 @@ SMALL = [
 ]  # fmt: skip
 
 
+def launcher(ranks: int) -> list[str]:
+    return [str(MPIRUN), "-n", str(ranks)] if ranks > 1 else []
+
+
 def command(ranks: int, arguments: list[str]) -> list[str]:
-    launcher = [str(MPIRUN), "-n", str(ranks)] if ranks > 1 else []
-    return [*launcher, sys.executable, "-m", "bench.resnet32_cifar100", *arguments]
+    return [*launcher(ranks), sys.executable, "-m", "bench.resnet32_cifar100", *arguments]
 
 
 def environment(**other: str) -> dict[str, str]:
@@ -159,53 +162,32 @@ def count(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_killed_twice_and_resumed_is_bitwise_the_same(whole: tuple[Path, Path, str]) -> None:
-    folder, expected, _ = whole
-    run = folder / "killed"
-    steps = [
-        ([*SMALL, "--data", "data", "--out", "killed"], "rar", 13),
-        (["--resume", "killed"], "gradiveq", 15),
-    ]
-    for arguments, method, lines in steps:
-        process = subprocess.Popen(
-            command(2, arguments),
-            cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        metrics = run / f"metrics-{method}.jsonl"
-        kill_when(process, lambda metrics=metrics, lines=lines: count(metrics) >= lines)  # type: ignore[misc]
-        manifest = json.loads((run / "checkpoint" / "manifest.json").read_text())
-        assert manifest["current"]["method"] == method
-        assert 0 < manifest["current"]["iteration"] < ITERATIONS
-    # What a kill can leave behind at the worst moment.
-    with metrics.open("a") as file:
-        file.write('{"type": "iter')
-    (run / "checkpoint" / ".gradiveq-15-rank0.pt.tmp").write_bytes(b"half")
-
-    result = job(2, ["--resume", "killed", *SMALL], folder)  # to repeat the options is allowed
-    assert result.returncode == 0, result.stderr
-    assert "rar: finished before" in result.stdout
-    assert "gradiveq: resumed after" in result.stdout
-    mine, theirs = (json.loads((path / "summary.json").read_text()) for path in (run, expected))
-    assert [mine["methods"][method]["weights_sha256"] for method in METHODS] == [
-        theirs["methods"][method]["weights_sha256"] for method in METHODS
-    ]
-    assert timeless(mine["methods"]) == timeless(theirs["methods"])
-    for method in METHODS:
+def assert_the_same_run(run: Path, expected: Path, methods: tuple[str, ...]) -> None:
+    """To the last bit, but for seconds."""
+    mine, theirs = (json.loads((path / "summary.json").read_text())["methods"] for path in (run, expected))
+    for method in methods:
+        assert mine[method]["weights_sha256"] == theirs[method]["weights_sha256"]
+        assert timeless(mine[method]) == timeless(theirs[method])
         assert timeless(lines_of(run, method)) == timeless(lines_of(expected, method))
         weights = [(path / f"weights-{method}.pt").read_bytes() for path in (run, expected)]
         assert weights[0] == weights[1]
-    assert len(json.loads((run / "environment.json").read_text())["resumed"]) == 2
-    assert not list((run / "checkpoint").glob("*rank*"))
 
 
-def stopped(ranks: int, arguments: list[str], folder: Path, metrics: Path, number: signal.Signals) -> tuple[int, str]:
-    """Status and errors of a job that got a signal after its first iteration."""
+def stopped(
+    ranks: int, arguments: list[str], run: Path, method: str, number: signal.Signals, file: str | None = None
+) -> int:
+    """Status of a job in the run's parent that got a signal after the method's first iteration, and did what it has to.
+
+    Args:
+        file: what the method's files are called, if not like the method.
+    """
+    name = file or method
     process = subprocess.Popen(
         command(ranks, arguments),
-        cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        cwd=run.parent, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + DEADLINE_S
-    while count(metrics) < 2:
+    while count(run / f"metrics-{name}.jsonl") < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -213,28 +195,50 @@ def stopped(ranks: int, arguments: list[str], folder: Path, metrics: Path, numbe
     _, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode != 0
     assert "Traceback" not in errors
-    return process.returncode, errors
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_politely_and_resumed_is_bitwise_the_same(
-    whole: tuple[Path, Path, str], number: signal.Signals
-) -> None:
-    folder, expected, _ = whole
-    run = folder / number.name
-    arguments = [*SMALL, "--data", "data", "--out", run.name, "--methods", "gradiveq"]
-    _, errors = stopped(2, arguments, folder, run / "metrics-gradiveq.jsonl", number)
+    options = json.loads((run / "environment.json").read_text())["options"]
     current = json.loads((run / "checkpoint" / "manifest.json").read_text())["current"]
+    assert current["method"] == method
     done = current["iteration"]
-    assert f"stopped after {done} of {ITERATIONS} with gradiveq; go on with --resume {run.name}" in errors
-    assert len([line for line in lines_of(run, "gradiveq") if line["type"] == "iteration"]) == done < ITERATIONS
-    assert len(list((run / "checkpoint").glob("gradiveq-*-rank?.pt"))) == 2
+    said = f"stopped after {done} of {options['iterations']} with {method}; go on with --resume {run.name}"
+    assert said in errors
+    recorded = [line for line in lines_of(run, name) if line["type"] == "iteration"]
+    assert len(recorded) == done < options["iterations"]
+    workers = json.loads((run / "environment.json").read_text())["ranks"]
+    assert len(list((run / "checkpoint").glob(f"{name}-*-rank?.pt"))) == workers
+    return process.returncode
 
-    result = job(2, ["--resume", run.name], folder)
+
+def test_killed_twice_and_stopped_and_resumed_is_bitwise_the_same(whole: tuple[Path, Path, str]) -> None:
+    """SIGKILL in the first method and in the last, SIGTERM in between; `test_job_cluster` has SIGINT."""
+    folder, expected, _ = whole
+    run = folder / "killed"
+
+    def killed(arguments: list[str], method: str, lines: int) -> None:
+        process = subprocess.Popen(
+            command(2, arguments),
+            cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        kill_when(process, lambda: count(run / f"metrics-{method}.jsonl") >= lines)
+        manifest = json.loads((run / "checkpoint" / "manifest.json").read_text())
+        assert manifest["current"]["method"] == method
+        assert 0 < manifest["current"]["iteration"] < ITERATIONS
+
+    killed([*SMALL, "--data", "data", "--out", "killed"], "rar", 13)
+    stopped(2, ["--resume", "killed"], run, "qsgd", signal.SIGTERM)
+    killed(["--resume", "killed"], "gradiveq", 15)
+    # What a kill can leave behind at the worst moment.
+    with (run / "metrics-gradiveq.jsonl").open("a") as file:
+        file.write('{"type": "iter')
+    (run / "checkpoint" / ".gradiveq-15-rank0.pt.tmp").write_bytes(b"half")
+
+    result = job(2, ["--resume", "killed", *SMALL], folder)  # to repeat the options is allowed
     assert result.returncode == 0, result.stderr
-    assert timeless(lines_of(run, "gradiveq")) == timeless(lines_of(expected, "gradiveq"))
-    weights = [(path / "weights-gradiveq.pt").read_bytes() for path in (run, expected)]
-    assert weights[0] == weights[1]
+    for method in ("rar", "qsgd"):
+        assert f"{method}: finished before" in result.stdout
+    assert "gradiveq: resumed after" in result.stdout
+    assert_the_same_run(run, expected, METHODS)
+    assert len(json.loads((run / "environment.json").read_text())["resumed"]) == 3
+    assert not list((run / "checkpoint").glob("*rank*"))
 
 
 SPECS = ("rar", "topk:0.01+ef", "sign", "half")
@@ -278,10 +282,9 @@ def test_compressors_are_recorded_stopped_and_resumed(whole: tuple[Path, Path, s
     assert re.search(r"method +test .*density +relative", result.stdout)
 
     stopping = folder / "specs-stopped"
-    _, errors = stopped(2, [*arguments, "--out", stopping.name], folder, stopping / "metrics-topk-0.01-ef.jsonl",
-                        signal.SIGTERM)  # fmt: skip
-    assert "with topk:0.01+ef; go on with --resume specs-stopped" in errors
-    assert len(list((stopping / "checkpoint").glob("topk-0.01-ef-*-rank?.pt"))) == 2
+    stopped(
+        2, [*arguments, "--out", stopping.name], stopping, "topk:0.01+ef", signal.SIGTERM, file="topk-0.01-ef"
+    )  # fmt: skip
     result = job(2, ["--resume", stopping.name], folder)
     assert result.returncode == 0, result.stderr
     assert timeless(json.loads((stopping / "summary.json").read_text())["methods"]) == timeless(methods)
@@ -355,11 +358,40 @@ def refused(
     assert sorted(folder.rglob("*")) == before
 
 
+Cases = dict[str, tuple[list[str], str]]
+Refusals = dict[str, dict[str, Any]]
+
+
+def said_in_turn(ranks: int, cases: Cases, folder: Path) -> Refusals:
+    """What the command said in each case, with what is in the folder before and after, from one launch."""
+    before = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    turns = [str(ROOT / "tests" / "in_turn.py"), "bench.resnet32_cifar100"]
+    result = subprocess.run(
+        [*launcher(ranks), sys.executable, *turns, json.dumps([arguments for arguments, _ in cases.values()])],
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    said = [json.loads(line) | {"before": before} for line in result.stdout.splitlines()]
+    return dict(zip(cases, said, strict=True))
+
+
+def assert_refused(said: dict[str, Any], message: str) -> None:
+    """As `refused`, of a case `said_in_turn`: all ranks have the status, and only the first speaks."""
+    assert set(said["status"]) == {2}
+    lead, *others = said["stderr"]
+    assert lead.startswith("error: ")
+    assert lead.count("\n") == 1
+    assert lead.endswith("\n")
+    assert message in lead
+    assert not any(others)
+    assert said["files"] == said["before"]
+
+
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with data, good and bad."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_idx(folder / "data")
+def inputs(whole: tuple[Path, Path, str]) -> Path:
+    """A working directory with data, good and bad, and a run."""
+    folder, _, _ = whole
+    write_idx(folder / "other", images=65)
     write_idx(folder / "tiny", images=3, test_images=2)
     write_idx(folder / "cut")
     images = folder / "cut" / "train-images-idx3-ubyte.gz"
@@ -371,72 +403,85 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SHORTLY = ["--model", "resnet8", "--no-figures", "--progress", "none"]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("ranks", "arguments", "message", "status"),
     [
-        (["--methods", "rar,foo"], "unknown method 'foo' in --methods, known are rar, qsgd, gradiveq"),
-        (["--methods", "topk/head.*=half"], "pattern 'head.*' matches no layer; the 23 layers are conv1.weight"),
-        (["--data", "cut"], "train-images-idx3-ubyte.gz: damaged or truncated gzip file"),
-        (["--data", "tiny", "--batch-size", "2"], "2 ranks x 2 images each need 4 training images, but there are 3"),
+        (2, ["--methods", "rar,foo"], "unknown method 'foo' in --methods, known are rar, qsgd, gradiveq", 2),
         (
             # Into a folder that was there before, and has to be there after.
+            2,
             ["--data", "data", "--lr", "1e38", "--methods", "rar", "--out", "empty"],
             "non-finite gradient in iteration 1: conv1.weight, layer1.0.conv1.weight, layer1.0.conv2.weight and 20 "
             "more on rank 0; conv1.weight, ",
+            1,
         ),
-        (["--data", "data", "--iterations", "0"], "`iterations` must be at least 1, got 0"),
+        (1, ["--resume", "empty"], "empty is not a run's folder", 2),
+        (1, ["--data", "data", "--out", "full"], "full exists and is not an empty folder", 2),
     ],
-    ids=["method", "pattern", "data", "ranks", "gradient", "iterations"],
+    ids=["method", "gradient", "resume", "out"],
 )
-def test_bad_input_on_two_ranks(inputs: Path, arguments: list[str], message: str) -> None:
-    refused(2, ["--model", "resnet8", "--no-figures", "--progress", "none", *arguments], inputs, message, (1, 2))
+def test_bad_input(inputs: Path, ranks: int, arguments: list[str], message: str, status: int) -> None:
+    refused(ranks, [*SHORTLY, *arguments], inputs, message, (status,))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--loss-threshold", "1.0"], "`loss_threshold` must be in [0, 1), got 1.0"),
-        (["--data", "cifar-100-binary.tar.gz"], "cifar-100-binary.tar.gz: 17 bytes with MD5"),
-        (["--slice-size", "1000000"], "`slice_size` must be at most 36864"),
-        (["--data", "nowhere"], "nowhere: no such file or folder"),
-        (["--out", "full"], "full exists and is not an empty folder"),
-        (["--resume", "empty"], "empty is not a run's folder"),
-        (["--sample", "10", "--n-components", "10"], "`n_components` must be at most 9"),
-        (["--methods", "rar,topk:0.01,sign,topk:ratio=1e-2"], "'topk:0.01' and 'topk:ratio=1e-2' are the same method"),
-        (["--methods", "qsgd+ef"], "method 'qsgd+ef': QSGD in the ring quantises, at each hop, the sum"),
-        (["--methods", "topk:2"], "--methods: method 'topk:2': `ratio` is the fraction"),
-    ],
-    ids=[
-        "loss threshold",
-        "archive",
-        "slice size",
-        "folder",
-        "out",
-        "resume",
-        "components",
-        "same",
-        "per-hop",
-        "ratio",
-    ],
-)
-def test_bad_input_on_one_rank(inputs: Path, arguments: list[str], message: str) -> None:
-    refused(1, ["--model", "resnet8", *arguments], inputs, message)
+TWO_RANKS: Cases = {
+    "pattern": (
+        [*SHORTLY, "--methods", "topk/head.*=half"],
+        "pattern 'head.*' matches no layer; the 23 layers are conv1.weight",
+    ),
+    "data": ([*SHORTLY, "--data", "cut"], "train-images-idx3-ubyte.gz: damaged or truncated gzip file"),
+    "ranks": (
+        [*SHORTLY, "--data", "tiny", "--batch-size", "2"],
+        "2 ranks x 2 images each need 4 training images, but there are 3",
+    ),
+    "iterations": ([*SHORTLY, "--data", "data", "--iterations", "0"], "`iterations` must be at least 1, got 0"),
+    "other data": (["--resume", "whole", "--data", "other"], "the run in whole was begun with other data: IDX"),
+}
+ONE_RANK: Cases = {
+    "loss threshold": ([*SHORTLY, "--loss-threshold", "1.0"], "`loss_threshold` must be in [0, 1), got 1.0"),
+    "archive": ([*SHORTLY, "--data", "cifar-100-binary.tar.gz"], "cifar-100-binary.tar.gz: 17 bytes with MD5"),
+    "slice size": ([*SHORTLY, "--slice-size", "1000000"], "`slice_size` must be at most 36864"),
+    "folder": ([*SHORTLY, "--data", "nowhere"], "nowhere: no such file or folder"),
+    "components": ([*SHORTLY, "--sample", "10", "--n-components", "10"], "`n_components` must be at most 9"),
+    "same": (
+        [*SHORTLY, "--methods", "rar,topk:0.01,sign,topk:ratio=1e-2"],
+        "'topk:0.01' and 'topk:ratio=1e-2' are the same method",
+    ),
+    "per-hop": (
+        [*SHORTLY, "--methods", "qsgd+ef"],
+        "method 'qsgd+ef': QSGD in the ring quantises, at each hop, the sum",
+    ),
+    "ratio": ([*SHORTLY, "--methods", "topk:2"], "--methods: method 'topk:2': `ratio` is the fraction"),
+    "other ranks": (["--resume", "whole"], "the run in whole has 2 ranks, now there are 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(inputs: Path) -> Refusals:
+    return said_in_turn(1, ONE_RANK, inputs) | said_in_turn(2, TWO_RANKS, inputs)
+
+
+@pytest.mark.parametrize("name", [*ONE_RANK, *TWO_RANKS])
+def test_bad_input_in_turn(refusals: Refusals, name: str) -> None:
+    assert len(refusals[name]["status"]) == (1 if name in ONE_RANK else 2)
+    assert_refused(refusals[name], {**ONE_RANK, **TWO_RANKS}[name][1])
 
 
 def test_a_foreign_mpirun_is_explained(inputs: Path) -> None:
-    for rank in ("0", "1"):
-        result = job(1, [], inputs, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=rank)
-        assert result.returncode == 2
-        lines = result.stderr.splitlines()
-        assert len(lines) == (rank == "0"), result.stderr
-        assert all("this `mpirun` belongs to another MPI" in line for line in lines)
-
-
-def test_another_configuration_is_not_resumed(whole: tuple[Path, Path, str]) -> None:
-    folder, _, _ = whole
-    write_idx(folder / "other", images=65)
-    refused(1, ["--resume", "whole"], folder, "the run in whole has 2 ranks, now there are 1")
-    refused(2, ["--resume", "whole", "--data", "other"], folder, "the run in whole was begun with other data: IDX")
+    both = [
+        subprocess.Popen(
+            command(1, []), cwd=inputs, env=environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=rank),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    said = [process.communicate(timeout=DEADLINE_S)[1].splitlines() for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    assert [len(lines) for lines in said] == [1, 0], said
+    assert "this `mpirun` belongs to another MPI" in said[0][0]
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,14 @@ from test_job import (
     DEADLINE_S,
     METHODS,
     SMALL,
+    Cases,
+    assert_refused,
+    assert_the_same_run,
     environment,
     job,
     lines_of,
     refused,
+    said_in_turn,
     stopped,
     timeless,
     write_idx,
@@ -174,21 +178,15 @@ def test_stopped_and_resumed(folder: Path, runs: dict[str, Any], ranks: int) -> 
     run, expected = folder / f"stopped-{ranks}", folder / ("threads" if ranks == 1 else "processes")
     arguments = [*SMALL, "--data", "data", "--threads", "1", "--cluster", "two.toml", "--out", run.name]
     arguments += ["--methods", "gradiveq"]
-    status, errors = stopped(ranks, arguments, folder, run / "metrics-gradiveq.jsonl", signal.SIGINT)
-    assert f"with gradiveq; go on with --resume {run.name}" in errors
-    if ranks == 1:
-        assert status == 130
-        refused(2, ["--resume", run.name], folder, f"the run in {run.name} was begun without mpirun")
-    else:
-        refused(1, ["--resume", run.name], folder, f"the run in {run.name} has 2 ranks, now there are 1")
+    status = stopped(ranks, arguments, run, "gradiveq", signal.SIGINT)
+    assert status == 130 or ranks > 1
     # The cluster is what it was when the run began, whatever has become of the file since.
     (folder / "two.toml").write_text(CLUSTER.replace("0.01", "7"))
     result = job(ranks, ["--resume", run.name, "--cluster", "two.toml"], folder)
     (folder / "two.toml").write_text(CLUSTER)
     assert result.returncode == 0, result.stderr
-    assert (run / "weights-gradiveq.pt").read_bytes() == (expected / "weights-gradiveq.pt").read_bytes()
+    assert_the_same_run(run, expected, ("gradiveq",))
     mine, theirs = lines_of(run, "gradiveq"), lines_of(expected, "gradiveq")
-    assert timeless(mine) == timeless(theirs)
     # Two ranks tell each other in which iteration they are, once: 0.4 ms of latency.
     for line, other in zip(mine, theirs, strict=True):
         assert line["virtual_s"] == pytest.approx(other["virtual_s"], abs=5e-4)
@@ -260,22 +258,32 @@ def test_a_failure_that_all_threads_have_keeps_none_of_them_from_tidying_up(tmp_
     assert sorted(process.stdout.split()) == [str(rank) for rank in range(8)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(
-    ("cluster", "message"),
-    [
-        ("nowhere", "there is no cluster 'nowhere': give gradiveq-cpu, gradiveq-k80"),
-        ("bad.toml", "bad.toml: `link.bandwidth_gbps` must be above 0, got -1"),
-    ],
-)
-def test_clusters_that_are_refused(folder: Path, ranks: int, cluster: str, message: str) -> None:
-    refused(ranks, ["--model", "resnet8", "--data", "data", "--cluster", cluster], folder, message)
+HERE = ["--model", "resnet8", "--data", "data", "--cluster"]
+EITHER_WAY: Cases = {
+    "nowhere": ([*HERE, "nowhere"], "there is no cluster 'nowhere': give gradiveq-cpu, gradiveq-k80"),
+    "bad": ([*HERE, "bad.toml"], "bad.toml: `link.bandwidth_gbps` must be above 0, got -1"),
+}
+ONE_RANK = EITHER_WAY | {
+    "large": ([*HERE, "large.toml"], f"`nodes` is 1000, but at most {MOST_THREADS} workers train"),
+    "of two ranks": (["--resume", "processes"], "the run in processes has 2 ranks, now there are 1"),
+}
+TWO_RANKS = EITHER_WAY | {
+    "of one process": (["--resume", "threads"], "the run in threads was begun without mpirun"),
+}
 
 
-def test_numbers_of_nodes_that_are_refused(folder: Path) -> None:
-    arguments = ["--model", "resnet8", "--data", "data", "--cluster"]
-    refused(3, [*arguments, "uneven.toml"], folder, "uneven.toml: `nodes` is 2, some of which are described one by one")
-    refused(1, [*arguments, "large.toml"], folder, f"`nodes` is 1000, but at most {MOST_THREADS} workers train")
+@pytest.mark.usefixtures("runs")
+@pytest.mark.parametrize(("ranks", "cases"), [(1, ONE_RANK), (2, TWO_RANKS)], ids=["threads", "processes"])
+def test_what_is_refused(folder: Path, ranks: int, cases: Cases) -> None:
+    refusals = said_in_turn(ranks, cases, folder)
+    for name, (_, message) in cases.items():
+        assert len(refusals[name]["status"]) == ranks
+        assert_refused(refusals[name], message)
+
+
+def test_a_number_of_nodes_that_is_refused(folder: Path) -> None:
+    message = "uneven.toml: `nodes` is 2, some of which are described one by one"
+    refused(3, [*HERE, "uneven.toml"], folder, message)
 
 
 def test_the_cluster_that_is_chosen(folder: Path) -> None:
