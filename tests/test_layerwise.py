@@ -258,6 +258,9 @@ def test_what_cannot_be_judged():
     finding = judge(TOPK, low | clear, NETWORK)
     assert finding.holds is True
     assert finding.ours.startswith("1 %: +4.00 ± 0.00 points (neither learns); 10 %: ")
+    for one in clear.values():
+        one["result"]["guessing"] = 0.45  # of its data
+    assert judge(TOPK, clear, NETWORK).holds is None
     two = fake(Setting("topk", 0.01), "layer", [50, 51]) | fake(Setting("topk", 0.01), "model", [80, 81])
     assert judge(TOPK, two, NETWORK).holds is None
     assert judge(TOPK, fake(Setting("topk", 0.01), "layer", [50, 51, 52]), NETWORK).ours == "not run"
