@@ -31,6 +31,7 @@ from gradiveq.compressors.half import Half
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.topk import TopK
+from gradiveq.ddp.probing import default_methods
 from gradiveq.exchange import Part, Worker, exchange_here
 from gradiveq.methods import Compressed
 from gradiveq.powersgd import PowerSGD
@@ -126,6 +127,46 @@ def probe_of_a_model_that_is_not_wrapped() -> None:
     assert rows["full", "all"].held_out_loss < 1e-9
     # The last that was held out: iteration 1 didn't count. What is left of one worker's is what its own top-k leaves.
     assert 0 < rows["topk", "all"].held_out_loss < 1
+
+
+def observed(found: ddp.Probe, model: nn.Module, images: torch.Tensor) -> dict[tuple[str, str], float]:
+    """Held-out losses of a model that isn't wrapped, after a look at one image's gradient after the other."""
+    for image in images:
+        model.zero_grad()
+        F.cross_entropy(model(image[None]), torch.tensor([3])).backward()
+        found.observe()
+    return {(row.method, row.layer): row.held_out_loss for row in found.report()}
+
+
+@check
+def probe_without_convolutions() -> None:
+    """By default what doesn't fit is left out, and the table says so; with `also` all fit."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    found = ddp.probe(model, sample=2, holdout=1)
+    assert {method for method, _ in observed(found, model, batch(0)[0])} == {
+        name for name in default_methods() if not name.startswith("gradiveq")
+    }
+    *_, last_row, said = found.table().splitlines()
+    assert last_row.startswith("powersgd:4 ")
+    assert said.startswith("left out: gradiveq, gradiveq:all, as GradiVeQ compresses convolutions (groups=1)")
+    assert set(found.left_out) == {"gradiveq", "gradiveq:all"}
+    with_also = ddp.probe(model, sample=2, holdout=1, also=("1.weight",))
+    assert ("gradiveq:all", "1.weight") in observed(with_also, model, batch(0)[0])
+    assert "left out" not in with_also.table()
+
+
+@check
+def probe_under_another_default_type() -> None:
+    """Of torch's: what is measured doesn't depend on it."""
+    methods = {"gradiveq": GradiVeQ(n_components=2, fit_slices="all"), "full": FULL_RANK, "topk": TopK(0.1)}
+    (model, images), losses = (Net(), batch(0)[0]), []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            losses.append(observed(ddp.probe(model, methods, sample=3, holdout=1), model, images))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert losses[0] == losses[1] == losses[2]
 
 
 @check

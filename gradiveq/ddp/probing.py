@@ -39,12 +39,13 @@ class Probe:
 
     Attributes:
         iteration: of the next observation.
+        left_out: why, by the name of each default method that doesn't fit the model.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        methods: Mapping[str, Probed],
+        methods: Mapping[str, Probed] | None,
         sample: int,
         holdout: int,
         also: Sequence[str],
@@ -53,7 +54,8 @@ class Probe:
     ) -> None:
         if sample < 2 or holdout < 1:
             raise ValueError(f"`sample` must be at least 2 and `holdout` at least 1, got {sample} and {holdout}")
-        if not methods:
+        chosen = default_methods() if methods is None else methods
+        if not chosen:
             raise ValueError("`methods` must name at least one, got none")
         self.sample, self.holdout, self.iteration = sample, holdout, 0
         net = model
@@ -75,7 +77,15 @@ class Probe:
         self._blocks = {block.name: block for block in blocks}
         self._own = np.zeros(offset, np.float32)
         self._flat = torch.from_numpy(self._own)
-        self._trials = [self._trial(name, method, blocks, seed) for name, method in methods.items()]
+        self.left_out: dict[str, str] = {}
+        self._trials: list[Trial] = []
+        for name, method in chosen.items():
+            try:
+                self._trials.append(self._trial(name, method, blocks, seed))
+            except ValueError as error:
+                if methods is not None:
+                    raise
+                self.left_out[name] = str(error)
         if isinstance(model, DistributedDataParallel):
             model.register_comm_hook(self, _hook)
 
@@ -154,7 +164,7 @@ class Probe:
         return [row for trial in self._trials for row in trial.rows()]
 
     def table(self, layers: bool = False) -> str:
-        """The report as text.
+        """The report as text, and what was left out.
 
         Args:
             layers: each layer too, and not only all of them together.
@@ -171,7 +181,10 @@ class Probe:
             "method", "layer", "elements", "ratio", "held-out loss", "in-sample loss",
             "compress ms", "decompress ms", "fit ms",
         ]  # fmt: skip
-        return str(tabulate(rows, headers, floatfmt=("", "", "", ".1f", ".3g", ".3g", ".2f", ".2f", ".1f")))
+        text = str(tabulate(rows, headers, floatfmt=("", "", "", ".1f", ".3g", ".3g", ".2f", ".2f", ".1f")))
+        reasons = dict.fromkeys(self.left_out.values())
+        named = {why: ", ".join(name for name, other in self.left_out.items() if other == why) for why in reasons}
+        return "\n".join([text, *(f"left out: {names}, as {why}" for why, names in named.items())])
 
 
 def _hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations with the types themselves
@@ -211,16 +224,16 @@ def probe(
 
     Args:
         model: whose parameters require a gradient now.
-        methods: by the name that the report is to give them; None for `default_methods()`.
+        methods: by the name that the report is to give them; None for those of `default_methods()` that fit the model
+            and `sample`: `table` says which don't, and why.
         sample: iterations whose mean gradients GradiVeQ's bases are fitted on, whatever its own `sample` is.
         holdout: iterations that are measured after those.
         also: as for `State`.
         seed: of random numbers.
         process_group: as for `State`.
     Raises:
-        TypeError, ValueError: an argument is invalid, or a method doesn't fit the model and `sample`.
+        TypeError, ValueError: an argument is invalid, or a method that was named doesn't fit the model and `sample`.
     Cost: per measured iteration one all-reduce of the gradient and one or two for each method, and compressing all
         of it once with each, while backward waits.
     """
-    chosen = default_methods() if methods is None else methods
-    return Probe(model, chosen, sample, holdout, also, seed, process_group)
+    return Probe(model, methods, sample, holdout, also, seed, process_group)

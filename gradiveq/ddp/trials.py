@@ -223,7 +223,8 @@ class GradiVeQTrial(Trial):
                 seen.decompress_s.append(0.0)
                 continue
             projection = self.projections[block.name]
-            coded, gradient = torch.empty(projection.length), torch.from_numpy(own[block.offset : block.stop])
+            coded = torch.empty(projection.length, dtype=torch.float32, device="cpu")
+            gradient = torch.from_numpy(own[block.offset : block.stop])
             start = time.perf_counter()
             projection.encode(gradient, coded)
             middle = time.perf_counter()
