@@ -3,6 +3,9 @@
 The ring's codec on the host (`gradiveq.codec`) meets a few slices at a time and cuts its products accordingly; a bucket
 of the hook, or a device that has the whole gradient (`gradiveq.device`), has a layer's slices all at once, which one
 product per basis takes. (The product subtracts Uᵀµ as well, so there is no second pass that a fused kernel could save.)
+
+A user's loop may call this under `torch.autocast`, which leaves alone what is told where to write (`out`), and `dot`
+of float32. Bases in 16 bits would be worse, and others on a rank whose callback runs on another thread.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class Projection:
         for group, one in zip(basis.groups, basis.bases, strict=True):
             components = torch.from_numpy(one.components_).to(device)
             elements, num = slice(group.start, group.stop), group.num_slices
-            offsets = self._slices(self._mean[elements], num) @ components.T
+            offsets = _product(self._slices(self._mean[elements], num), components.T)
             self._groups.append((elements, num, components, offsets))
             self.length += offsets.numel()
         self.multiplications = self.length * basis.slice_size
@@ -57,7 +60,7 @@ class Projection:
         out = torch.empty_like(self._mean) if out is None else out
         place = 0
         for elements, _, components, offsets in self._groups:
-            slices = coded[place : place + offsets.numel()].view(offsets.shape) @ components
+            slices = _product(coded[place : place + offsets.numel()].view(offsets.shape), components)
             out[elements] = slices.view(-1)[: elements.stop - elements.start]
             place += offsets.numel()
         return out.add_(self._mean)
@@ -70,4 +73,8 @@ class Projection:
 def squares(estimate: Tensor, exact: Tensor) -> Tensor:
     """‖ĝ - g‖² and ‖g‖² of float32 vectors: shape (2,), on their device, so that nothing waits for them."""
     difference = estimate - exact
-    return torch.stack([difference @ difference, exact @ exact])
+    return torch.stack([difference.dot(difference), exact.dot(exact)])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))

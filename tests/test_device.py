@@ -165,6 +165,20 @@ def test_gradiveq_is_the_hosts_within_rounding(chunk_bytes: int | None, changed:
             assert layer["held_out_loss"] == pytest.approx(other["layers"][name]["held_out_loss"], rel=1e-4, abs=1e-6)
 
 
+def test_a_callers_autocast_is_not_the_aggregators() -> None:
+    """`aggregate()` under autocast gives the same bits and measures the same losses: it is about the model's layers."""
+
+    def work(ring: Ring, inside: bool) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            _, reports, grads = train(ring, PHASES, 9, subspace(4, off=0.1), device=CPU)
+        return [report.losses for report in reports], grads
+
+    outside, within = (run(SIZE, lambda ring, inside=inside: work(ring, inside)) for inside in (False, True))
+    for (losses, grads), (others, ours) in zip(outside, within, strict=True):
+        assert_same_bits([grads, ours])
+        assert losses == others
+
+
 @pytest.mark.usefixtures("lane")
 def test_resumed_on_a_device_bit_by_bit() -> None:
     """In a sampling and in a compressed iteration; and a state may move from the host to a device."""
