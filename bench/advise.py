@@ -125,8 +125,11 @@ def _probe(options: argparse.Namespace, task: Task, methods: Mapping[str, Method
         return {}, f"not made, as no data for this model is at hand; {own}"
     iterations = PROBE if options.probe is None else options.probe
     dataset, batch_size = load(options.data), min(options.batch_size, PROBE_BATCH)
-    fresh = build(options.model, options.input, options.vocabulary)
-    found = probe_losses(fresh.model, methods, dataset, iterations, batch_size, options.lr)
+    try:
+        fresh = build(options.model, options.input, options.vocabulary)
+        found = probe_losses(fresh.model, methods, dataset, iterations, batch_size, options.lr)
+    except (ModelError, ArithmeticError) as error:  # times are known by now; a fit may fail as well
+        return {}, f"not made, as {error}; {own}"
     return found, (
         f"the first {iterations} iterations of training here, by SGD with a learning rate of {options.lr:g} and "
         f"{batch_size} images, on {dataset.source}; the last {held_out_of(iterations)} are held out"

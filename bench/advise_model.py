@@ -12,7 +12,8 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from statistics import median
@@ -43,6 +44,22 @@ WORDS = 35
 
 class ModelError(ValueError):
     """The model can't be built, or not be run on such an input; one line."""
+
+
+@contextmanager
+def others_code(title: str) -> Iterator[None]:
+    """Around what somebody else has written: whatever it raises, or that it leaves Python, is told in one line.
+
+    Raises:
+        ModelError: begins with `title`.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{title}: {type(error).__name__}{said and f': {said}'}") from error
 
 
 @dataclass(frozen=True)
@@ -169,27 +186,30 @@ def _imported(name: str) -> nn.Module:
         raise ModelError(f"`--model` must be one of {known}, or package.module:function, got {name!r}")
     if os.getcwd() not in sys.path and "" not in sys.path:  # as with `python -m`, if a script was started
         sys.path.insert(0, os.getcwd())
-    try:
+    with others_code(f"`--model` {name} can't be imported"):
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ModelError(f"`--model` {name}: can't be imported ({error})") from error
-    try:
+    with others_code(f"`--model` {name}: {function_name}() failed"):
         model = function()
-    except Exception as error:  # whatever somebody's function does
-        raise ModelError(f"`--model` {name}: {function_name}() failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"`--model` {name}: {function_name}() must return a torch.nn.Module, got {type(model)}")
     return model
 
 
+def tensor_of(output: Any) -> Tensor:
+    """What a model returns, or the first of it.
+
+    Raises:
+        ModelError: it is no floating-point tensor.
+    """
+    first: object = output[0] if isinstance(output, tuple | list) and output else output
+    if isinstance(first, Tensor) and first.is_floating_point():
+        return first
+    raise ModelError(f"the model must return a floating-point tensor, or a tuple with one first, got {type(first)}")
+
+
 def loss_of(output: Any, generator: torch.Generator) -> Tensor:
     """A scalar to go backward from: cross entropy with random labels for (n, classes), else the mean square."""
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        raise ModelError(
-            f"the model must return a floating-point tensor, or a tuple with one first, got {type(output)}"
-        )
+    output = tensor_of(output)
     if output.dim() == 2 and output.shape[1] > 1:
         labels = torch.randint(output.shape[1], (len(output),), generator=generator)
         return functional.cross_entropy(output, labels)
@@ -212,16 +232,9 @@ def profile(task: Task, batch_size: int, *, warm_up: int = WARM_UP, repeats: int
 
         return noted
 
-    try:
-        with FlopCounterMode(display=False) as counter:
-            task.loss(task.model, batch_size).backward()  # type: ignore[no-untyped-call]
-    except ModelError:
-        raise
-    except Exception as error:  # whatever a model does with an input that it isn't for
-        text = (str(error).splitlines() or [""])[0]
-        raise ModelError(
-            f"`--model` {task.name} can't be trained on such an `--input`: {type(error).__name__}: {text}"
-        ) from error
+    trained = f"`--model` {task.name} can't be trained on such an `--input`"
+    with others_code(trained), FlopCounterMode(display=False) as counter:
+        task.loss(task.model, batch_size).backward()  # type: ignore[no-untyped-call]
     idle = [name for name, p in parameters if p.grad is None]
     if idle:
         raise ModelError(
@@ -234,10 +247,11 @@ def profile(task: Task, batch_size: int, *, warm_up: int = WARM_UP, repeats: int
     rows = []
     for _ in range(warm_up + repeats):
         optimizer.zero_grad(set_to_none=True)
-        begin = time.thread_time()
-        loss = task.loss(task.model, batch_size)
-        forward = time.thread_time()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with others_code(trained):
+            begin = time.thread_time()
+            loss = task.loss(task.model, batch_size)
+            forward = time.thread_time()
+            loss.backward()  # type: ignore[no-untyped-call]
         backward = time.thread_time()
         optimizer.step()
         rows.append(

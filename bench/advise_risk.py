@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import trange
 
+from bench.advise_model import ModelError, others_code, tensor_of
 from bench.data import Batches, Dataset
 from bench.record import read_json
 from gradiveq.ddp import probe
@@ -74,6 +75,7 @@ def probe_losses(
     Args:
         model: takes 3x32x32 images; it is trained.
     Raises:
+        ModelError: it doesn't return a score for each class of the data (more are fine), or fails.
         ValueError: there are too few iterations.
     """
     held_out = held_out_of(iterations)
@@ -95,7 +97,14 @@ def probe_losses(
     for iteration in trange(iterations, desc="probe", leave=False, disable=None):
         images, labels = batches.batch(iteration)
         optimizer.zero_grad()
-        functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        with others_code(f"the model can't be trained on {dataset.name}"):
+            scores = tensor_of(model(images))
+            if scores.dim() != 2 or len(scores) != len(labels) or scores.shape[1] < dataset.num_classes:
+                raise ModelError(
+                    f"the model must return scores for {dataset.num_classes} classes or more ({dataset.name}), got "
+                    f"{'x'.join(map(str, scores.shape))} numbers for {len(labels)} images"
+                )
+            functional.cross_entropy(scores, labels).backward()  # type: ignore[no-untyped-call]
         watch.observe()
         optimizer.step()
     if not watch.done:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -422,8 +423,66 @@ def test_a_probe_measures_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Fashion-MNIST sample" in asked.probe
 
 
-def small_images() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 10))
+def small_images(classes: int = 10) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, classes))
+
+
+def five_classes() -> nn.Module:
+    return small_images(5)
+
+
+def pixels() -> nn.Module:
+    return nn.Conv2d(3, 12, 1)
+
+
+class Particular(nn.Module):
+    """Returns a tuple, and wants more than one image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_images()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if x.shape[0] == 1:
+            raise RuntimeError("one image is\nnot enough")
+        return self.net(x), None
+
+
+def particular() -> nn.Module:
+    return Particular()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            "five_classes",
+            "as the model must return scores for 10 classes or more (Fashion-MNIST sample), got 2x5 numbers for 2",
+        ),
+        ("pixels", "got 2x12x32x32 numbers for 2 images; probe your own training: gradiveq.ddp.probe(model)"),
+        ("particular", None),
+    ],
+)
+def test_a_model_that_the_probe_is_not_for_is_answered_nevertheless(
+    model: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    asked = ask_for_images(model)
+    assert asked.measured.costs.keys() == {PLAIN, "half"}
+    if said is None:  # the first of what it returns
+        assert 0 < asked.probed["half"].loss < 1e-4  # type: ignore[operator]
+        monkeypatch.setattr(advise, "PROBE_BATCH", 1)
+        asked = ask_for_images(model)
+        said = "not made, as the model can't be trained on Fashion-MNIST sample: RuntimeError: one image is; probe"
+    assert not asked.probed
+    assert asked.probe.startswith("not made, as ")
+    assert said in asked.probe
+
+
+def ask_for_images(model: str) -> Asked:
+    """Batches of 2."""
+    arguments = ["--model", f"test_advise:{model}", "--input", "3x32x32", "--batch-size", "2", "--probe", "3"]
+    return advise.ask(advise.parse([*arguments, "--methods", "half", "--nodes", "2", "--bandwidth", "1"]))
 
 
 CLUSTERED = ["--cluster", "v100-10gbe"]
@@ -438,7 +497,7 @@ CLUSTERED = ["--cluster", "v100-10gbe"]
         (["--nodes", "0", "--bandwidth", "10"], "argument --nodes: must be a whole number of at least 1, got 0"),
         (["--nodes", "4", *CLUSTERED], "--nodes, --bandwidth and --latency describe a cluster; --cluster names"),
         (["--model", "vgg", *CLUSTERED], "`--model` must be one of resnet20, "),
-        (["--model", "bench.nowhere:f", *CLUSTERED], "`--model` bench.nowhere:f: can't be imported (No module named"),
+        (["--model", "bench.nowhere:f", *CLUSTERED], "`--model` bench.nowhere:f can't be imported: ModuleNotFound"),
         (["--model", "test_advise:no_model", "--input", "3x8x8", *CLUSTERED],
          "no_model() must return a torch.nn.Module, got <class 'str'>"),
         (["--model", "test_advise:tiny_model", *CLUSTERED], "`--input` is needed with test_advise:tiny_model"),
@@ -465,6 +524,25 @@ def test_bad_input_is_one_line(
     assert captured.startswith("error: ")
     assert said in captured
     assert captured.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def f(:", "can't be imported: SyntaxError: invalid syntax (broken.py, line 1)"),
+        ("raise RuntimeError('one\\ntwo')", "can't be imported: RuntimeError: one"),
+        ("import sys; sys.exit(4)", "can't be imported: SystemExit: 4"),
+        ("def f(): raise AssertionError", ": f() failed: AssertionError"),
+    ],
+)
+def test_a_model_whose_module_fails_is_one_line(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    assert advise.main(["--model", "broken:f", "--input", "3x8x8", *CLUSTERED]) == 2
+    assert capsys.readouterr().err.rstrip("\n").endswith(said)
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
