@@ -201,7 +201,7 @@ def tensor_of(output: Any) -> Tensor:
     Raises:
         ModelError: it is no floating-point tensor.
     """
-    first: object = output[0] if isinstance(output, tuple | list) and output else output
+    first: Tensor = output[0] if isinstance(output, tuple | list) and output else output
     if isinstance(first, Tensor) and first.is_floating_point():
         return first
     raise ModelError(f"the model must return a floating-point tensor, or a tuple with one first, got {type(first)}")
