@@ -201,7 +201,7 @@ def tensor_of(output: Any) -> Tensor:
     Raises:
         ModelError: it is no floating-point tensor.
     """
-    first: Tensor = output[0] if isinstance(output, tuple | list) and output else output
+    first = output[0] if isinstance(output, tuple | list) and output else output
     if isinstance(first, Tensor) and first.is_floating_point():
         return first
     raise ModelError(f"the model must return a floating-point tensor, or a tuple with one first, got {type(first)}")
@@ -209,11 +209,11 @@ def tensor_of(output: Any) -> Tensor:
 
 def loss_of(output: Any, generator: torch.Generator) -> Tensor:
     """A scalar to go backward from: cross entropy with random labels for (n, classes), else the mean square."""
-    output = tensor_of(output)
-    if output.dim() == 2 and output.shape[1] > 1:
-        labels = torch.randint(output.shape[1], (len(output),), generator=generator)
-        return functional.cross_entropy(output, labels)
-    return output.square().mean()
+    scores = tensor_of(output)
+    if scores.dim() == 2 and scores.shape[1] > 1:
+        labels = torch.randint(scores.shape[1], (len(scores),), generator=generator)
+        return functional.cross_entropy(scores, labels)
+    return scores.square().mean()
 
 
 def profile(task: Task, batch_size: int, *, warm_up: int = WARM_UP, repeats: int = REPEATS) -> Profile:
