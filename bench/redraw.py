@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "layerwise.json": "bench.layerwise",
     "paper-timing.json": "bench.paper_timing",
     "scaling.json": "bench.scaling",
+    "validate.json": "bench.validate",
 }
 Redraw = Callable[[Path], list[Path]]
 

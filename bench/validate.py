@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from bench.hosts import Hosts, HostsError, why_not
 from bench.launch import for_ranks
-from bench.record import environment, write_atomically, write_json
+from bench.record import environment, read_json, write_atomically, write_json
 from bench.report import bytes_text
 from bench.shaped_codecs import METHODS
 from ring.cluster import Cluster, Link, Node, as_table
@@ -276,9 +276,21 @@ def report(result: Mapping[str, Any]) -> str:
         f"Predicted, not fitted: {result['predicted']} cells. Geometric-mean error {result['mean_error']:.1%} "
         f"({methods}); bytes over bandwidth alone {result['naive_mean_error']:.1%}. Within {WANTED_ERROR:.0%} or twice "
         f"the repeats' spread: {result['within']} of {result['predicted']}. "
-        f"As good as wanted: {'yes' if result['met'] else 'no'}.\nFitted: {parameters}.\n"
+        f"Wanted: an error of at most {WANTED_MEAN_ERROR:.0%}, less than half of bytes over bandwidth's, and every "
+        f"cell within its bound: {'met' if result['met'] else 'not met'}.\nFitted: {parameters}.\n"
         "The latency of links is not shaped here, so how the emulator treats it is not validated.\n"
     )
+
+
+def redraw(path: Path) -> list[Path]:
+    """The table again, of the validate.json at `path`.
+
+    Raises:
+        LookupError, TypeError, ValueError: the record isn't as it should be.
+    """
+    table = path.with_name("table.md")
+    write_atomically(table, report(read_json(path)).encode())
+    return [table]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -49,7 +49,7 @@ def test_every_figure_has_a_record_that_is_drawn(tmp_path: Path, monkeypatch: py
     }
     assert all(path.read_bytes() == content for path, content in before.items())  # records are left alone
     tables = [path.relative_to(tmp_path) for path in written if path.suffix == ".md"]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
         assert (tmp_path / table).read_text() == (RESULTS / table).read_text()
 

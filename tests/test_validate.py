@@ -107,7 +107,7 @@ def test_a_bad_prediction_is_no_success(tmp_path: Path) -> None:
         cell["times_s"] = [2 * time_s for time_s in cell["times_s"]]
     (tmp_path / "cells.json").write_text(json.dumps(found))
     assert main(["--again", "--out", str(tmp_path)]) == 1
-    assert "As good as wanted: no" in (tmp_path / "table.md").read_text()
+    assert "within its bound: not met" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.usefixtures("known")
