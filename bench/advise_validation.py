@@ -402,6 +402,8 @@ def main(arguments: Sequence[str]) -> int:
         about = environment(("numpy", "scipy", "torch", "numba", "matplotlib")) | {
             "cores": usable_cores(),
             "load_before": os.getloadavg()[0],
+            "data": "random inputs and labels",
+            "seed": 0,
             "command": shlex.join(["python", "-m", "bench.advise", "--validate", *arguments]),
         }
         jobs, links = measure(options)

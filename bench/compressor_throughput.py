@@ -16,6 +16,7 @@ Each cell is the median over the repeats; the file has the quartiles too.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from gradiveq.compressors.base import Float32
 from gradiveq.compressors.select import top_k
 from gradiveq.methods import Compressed
 from gradiveq.specs import parse
+from ring.machine import usable_cores
 
 #: Settings with which a compressor does what it is for on a standard normal vector; the others have their defaults.
 SETTINGS = {"topk": ("topk:0.001", "topk:0.01", "topk:0.1"), "threshold": ("threshold:2.576",)}
@@ -227,7 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="k / elements of top_k and torch.topk")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write throughput.json and table.md there as well")
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(words)
     if min(options.sizes) < 1 or options.repeats < 1:
         parser.error("--sizes and --repeats must be at least 1")
     if not all(0 < ratio <= 1 for ratio in options.ratios):
@@ -239,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
     record: dict[str, Any] = {
-        "environment": environment(("numpy", "numba", "torch")),
+        "environment": environment(("numpy", "numba", "torch"))
+        | {"command": shlex.join(["python", "-m", "bench.compressor_throughput", *words]), "cores": usable_cores()},
         "repeats": options.repeats,
         "compressors": [],
         "selection": [],

@@ -54,7 +54,7 @@ from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from bench.launch import INTERRUPTED, for_ranks
 from bench.models import MODELS
 from bench.options import Parser, UsageError
-from bench.record import environment, file_name, plain, write_atomically, write_json, writing
+from bench.record import dataset_digest, environment, file_name, plain, write_atomically, write_json, writing
 from gradiveq.ddp.state import FIRST_START
 from ring.machine import usable_cores
 
@@ -438,6 +438,7 @@ def run(options: argparse.Namespace, words: Sequence[str], launched: bool, lead:
     about = environment() | {  # of the source as it is now: training takes a while
         "command": shlex.join(["python", "-m", "bench.ddp", *words]), "cores": usable_cores(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "backend": options.backend,
+        "data_sha256": dataset_digest(dataset),
     }  # fmt: skip
     if lead:
         check_recorded(grid, folder, options.resume)

@@ -36,7 +36,7 @@ from bench.layerwise_findings import Runs, accuracy_table, along, judge_all, the
 from bench.layerwise_runs import run
 from bench.layerwise_sizes import METHODS, PAPER, SMALL, UNLIKE, Size, Where, differences, specs
 from bench.options import Parser, UsageError
-from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
+from bench.record import CannotWrite, dataset_digest, environment, plain, write_atomically, write_json, writing
 from ring.machine import usable_cores
 
 OUT = Path("results/layerwise")
@@ -219,8 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = " ".join(["python -m bench.layerwise", *map(shlex.quote, words)])
     try:
         options = parse(words)
+        digest = None
         for imagenet in {network.imagenet for network in options.size.networks}:  # what is wrong is said once
-            load_folder(options.imagenet) if imagenet else load(options.where.data)
+            if imagenet:
+                load_folder(options.imagenet)
+            else:
+                digest = dataset_digest(load(options.where.data))
         out: Path = options.out
         out.mkdir(parents=True, exist_ok=True)
         grid = specs(options.size, options.methods, options.where)
@@ -234,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run, grid, out / "runs", processes=options.processes, threads=options.threads,
                 resume=options.resume, show=show,
             )  # fmt: skip
-        about = environment() | {"command": command, "cores": usable_cores()}
+        about = environment() | {"command": command, "cores": usable_cores(), "data_sha256": digest}
         with writing(out):
             shown = kept.keep(out, runs, part)
             text, findings = report(shown, options.size, about)

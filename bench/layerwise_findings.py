@@ -215,9 +215,7 @@ def compare(statement: Statement, runs: Runs, network: Network, setting: Setting
             )
             for side in (statement.first, statement.second)
         )
-        took_off = (
-            bool(first and second) and max(fmean(first), fmean(second)) > TRAINED * _guessing(runs, network)
-        )
+        took_off = bool(first and second) and max(fmean(first), fmean(second)) > TRAINED * _guessing(runs, network)
     if not first or len(first) != len(second):
         return None
     return paired(first, second), took_off
