@@ -80,9 +80,11 @@ def test_all_can_be_imported_that_needs_no_extra(installed: Installed, tmp_path:
     assert all(file.startswith(environment) for file in out["where"])
     assert not out["extras"]
     mpi = {f"ring.{name}" for name in ("abort", "bench", "calibrate", "mpi", "probe", "world")}
-    assert {name for name in out["missing"] if not name.startswith("bench.")} == mpi
+    triton = {"gradiveq.device_qsgd", "gradiveq.qsgd_triton"}  # which torch's builds for GPUs bring along
+    assert {name for name in out["missing"] if not name.startswith("bench.")} - triton == mpi
     for name, said in out["missing"].items():
-        assert re.search(r"pip install 'gradiveq\[\w+\]'", said), (name, said)
+        expected = "triton" if name in triton else r"pip install 'gradiveq\[\w+\]'"
+        assert re.search(expected, said), (name, said)
     # What trains, predicts and advises.
     job = {"bench.resnet32_cifar100", "bench.train", "bench.configure", "bench.report", "bench.predict", "bench.rates"}
     assert job <= set(out["imported"])
