@@ -25,9 +25,9 @@ from gradiveq.compressors.terngrad import TernGrad
 from gradiveq.compressors.topk import TopK
 from gradiveq.ddp import native_gathered as gathered
 from gradiveq.ddp.native_bits import constant, copied, random24
+from gradiveq.float32 import LARGEST
 
 _NATIVE = (Identity, Half, Integer, RandomK, Sign, TernGrad, Natural, QSGDGather, TopK)
-_LARGEST = torch.finfo(torch.float32).max
 #: Elements that are decoded at once, of several ranks; of a vector of more, one rank's.
 _AT_ONCE = 1 << 22
 
@@ -129,7 +129,7 @@ def _rounded(compressor: Integer, values: Tensor, draw: Draw) -> Tensor:
 def _chosen(compressor: RandomK, values: Tensor, draw: Draw) -> Tensor:
     sent = values[_indices(compressor, values, draw)]
     if compressor.unbiased and len(sent):
-        return (sent.double() * (len(values) / len(sent))).clamp_(-_LARGEST, _LARGEST).float()
+        return (sent.double() * (len(values) / len(sent))).clamp_(-LARGEST, LARGEST).float()
     return sent
 
 

@@ -32,9 +32,7 @@ from gradiveq.compressors.sparse import GAPS, HEADER_BYTES, form_of, gaps_shape,
 from gradiveq.compressors.terngrad import TRITS, TernGrad
 from gradiveq.compressors.topk import TopK
 from gradiveq.ddp.native_bits import cast, constant, pack, pack_bits, places, random24, unpack, unpack_bits
-from gradiveq.float32 import INFINITY_BITS
-
-_LARGEST = torch.finfo(torch.float32).max
+from gradiveq.float32 import INFINITY_BITS, LARGEST
 
 
 def compress_sign(compressor: Sign, values: Tensor) -> Tensor:
@@ -101,7 +99,7 @@ def compress_qsgd(compressor: QSGDGather, values: Tensor, draw: Draw) -> Tensor:
     norms = largest
     if compressor.norm == "l2":
         lengths = torch.linalg.vector_norm(rows, 2, 1, dtype=torch.float64)
-        norms = torch.where(largest.isfinite(), lengths.clamp(max=_LARGEST).float(), largest)
+        norms = torch.where(largest.isfinite(), lengths.clamp(max=LARGEST).float(), largest)
     usable = (norms.isfinite() & (norms > 0)).view(-1, 1)
     y = torch.where(usable, magnitudes / norms.view(-1, 1), 0) * compressor.levels
     whole = y.int()
