@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradiveq.float32 import INFINITY_BITS, LARGEST
 from gradiveq.qsgd import QSGD
 
 #: Elements of the largest bucket: a program has a whole one in its registers.
 MOST_OF_A_BUCKET = 8192
 
-_INFINITY = tl.constexpr(0x7F800000)
+_INFINITY = tl.constexpr(INFINITY_BITS)
 _NAN = tl.constexpr(0x7FC00000)
-_LARGEST = tl.constexpr(float(torch.finfo(torch.float32).max))
+_LARGEST = tl.constexpr(LARGEST)
 
 
 @triton.jit
