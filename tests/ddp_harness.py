@@ -99,11 +99,16 @@ def plain(iterations: int) -> Tensor:
 
 
 def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().float() for p in model.parameters()])
+    return torch.cat([real(p.detach()).flatten().float() for p in model.parameters()])
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def gradients(model: nn.Module) -> Tensor:
-    return torch.cat([p.grad.detach().flatten() for p in model.parameters() if p.grad is not None])
+    return torch.cat([real(p.grad.detach()).flatten() for p in model.parameters() if p.grad is not None])
 
 
 def gathered(tensor: Tensor) -> list[Tensor]:

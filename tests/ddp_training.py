@@ -37,6 +37,7 @@ from gradiveq import GradiVeQ, NonFiniteGradient, Plain
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.topk import TopK
+from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
 from gradiveq.exchange import ErrorFeedback
 from gradiveq.methods import Compressed
 from gradiveq.powersgd import PowerSGD
@@ -219,17 +220,88 @@ def gradient_views_and_static_graphs() -> None:
 
 @check
 def autocast_in_bfloat16() -> None:
-    for method in (Plain(), windows(), REMEMBERING, PowerSGD(2)):
-        model, _ = hooked(Net(), method)
-        optimizer = sgd(model)
-        for iteration in range(8):
-            x, y = batch(iteration)
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            same_everywhere(weights(model), f"the weights after iteration {iteration}")
+    """With `backward()` under it too: that is about the model's layers, and nothing to the hook."""
+    by_torch = PowerSGD(2)
+    for method, ways in (
+        (Plain(), [True]),
+        (REMEMBERING, [True]),
+        (PowerSGD(3), [True]),
+        (by_torch, [False, True]),
+        (windows(sample=2, ratio=8, holdout_every=1), [False, True]),
+    ):
+        results, logs = [], []
+        for inside in ways:
+            model, state = hooked(Net(), method)
+            if method is by_torch:
+                state._scheme = NativePowerSGDScheme(by_torch, 0)
+            optimizer = sgd(model)
+            for iteration in range(6):
+                x, y = batch(iteration)
+                optimizer.zero_grad()
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss = F.cross_entropy(model(x), y)
+                    if inside:
+                        loss.backward()
+                if not inside:
+                    loss.backward()
+                optimizer.step()
+                same_everywhere(weights(model), f"the weights after iteration {iteration}")
+            results.append(weights(model))
+            logs.append([window["held_out"] for window in state.window_log])
+        assert torch.equal(results[0], results[-1]), method
+        assert logs[0] == logs[-1], method
+
+
+@check
+def the_default_type_does_not_matter() -> None:
+    for method in (windows(sample=2, ratio=8, holdout_every=1), REMEMBERING, COMPRESSORS["adacomp"](), PowerSGD(2)):
+        results = []
+        for default in (torch.float32, torch.bfloat16, torch.float64):
+            model, _ = hooked(Net(), method)
+            optimizer = sgd(model)
+            x, y = batch(0)
+            torch.set_default_dtype(default)
+            try:
+                for _ in range(6):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+                results.append(weights(model))
+            finally:
+                torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(results[0], one) for one in results), method
+
+
+class Spectrum(nn.Module):
+    """A convolution, and complex weights behind a Fourier transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.mix = nn.Parameter(0.1 * torch.randn(10, 8, dtype=torch.complex64).T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = (torch.fft.rfft2(torch.relu(self.conv(x))).mean((2, 3)) @ self.mix).abs()
+        return out
+
+
+@check
+def complex_parameters() -> None:
+    """They are pairs of real numbers in a bucket."""
+    expected = train(wrap(Spectrum()), range(9))
+    for method in (Plain(), Identity(), FULL_RANK, PowerSGD(999, error_feedback=False, min_compression_rate=0.0)):
+        close(train(hooked(Spectrum(), method)[0], range(9)), expected, 1e-5)
+    for name, method in STATEFUL.items():
+        net = Spectrum()
+        model, state = hooked(net, method)
+        train(model, range(6))
+        if name in ("topk", "qsgd"):
+            assert state.state_dict()["scheme"]["memory"]["mix"].shape == (8, 10, 2)
+        if rank() == 0:
+            net.mix.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+        with raises(RuntimeError, "mix has a non-finite gradient on rank 0"):
+            step(model, sgd(model), 6)
 
 
 @check

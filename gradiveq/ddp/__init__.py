@@ -47,4 +47,7 @@ def hook(state: State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Te
     Returns:
         The bucket's tensor, once the exchange is over; its errors name layers and ranks.
     """
-    return state.on_bucket(bucket)
+    # `backward()` may be called under autocast, which would take products of 16 bits here, and none on the threads of a
+    # backend, so that ranks would decode the same payload differently.
+    with torch.autocast(bucket.buffer().device.type, enabled=False):
+        return state.on_bucket(bucket)

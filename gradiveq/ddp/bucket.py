@@ -11,10 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+#: Where a module is in what `torch.compile` makes of it.
+COMPILED = "_orig_mod"
 
 #: What compressors can take, all of them as float32; buckets of other types travel as they are.
 COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,10 +29,10 @@ class Place:
     """One parameter in a bucket.
 
     Attributes:
-        name: as in `named_parameters()` of the model without DDP's wrapper.
+        name: as in `named_parameters()` of the model without the wrappers of DDP and `torch.compile`.
         index: among the parameters that require a gradient.
         start, stop: elements of the bucket.
-        shape, stride: of its gradient there.
+        shape, stride: of its gradient there, of real numbers.
     """
 
     name: str
@@ -73,12 +77,14 @@ class Parameters:
     Attributes:
         names: by index.
         tensors: by index.
+        shapes: of their gradients in a bucket, by index; complex ones are pairs of real numbers there, (..., 2).
     """
 
     def __init__(self, model: nn.Module) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.names = [name for name, _ in named]
+        self.names = [_uncompiled(name) for name, _ in named]
         self.tensors = [p for _, p in named]
+        self.shapes = [tuple(p.shape) + (2,) * p.is_complex() for p in self.tensors]
         self._index = {id(p): index for index, p in enumerate(self.tensors)}
         self._plans: dict[tuple[int, ...], Plan] = {}
         # (the module's own parameters, name in there, index): looked at in each iteration, so it has to be quick
@@ -101,7 +107,7 @@ class Parameters:
         plan = self._plans.get(key)
         if plan is None:
             places = tuple(self._places(parameters))
-            length = sum(p.numel() for p in parameters)
+            length = sum(p.numel() * (1 + p.is_complex()) for p in parameters)
             plan = self._plans[key] = Plan(places, length, len(parameters) - len(places))
         return plan
 
@@ -111,17 +117,36 @@ class Parameters:
             index = self._index.get(id(p))
             if index is None:
                 return
-            stop = start + p.numel()
-            yield Place(self.names[index], index, start, stop, tuple(p.shape), _stride(p))
+            shape = self.shapes[index]
+            stop = start + prod(shape)
+            yield Place(self.names[index], index, start, stop, shape, _stride(p))
             start = stop
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given; any other one is itself."""
+    inner = getattr(model, COMPILED, model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _uncompiled(name: str) -> str:
+    """A parameter's name in a model of which nothing is compiled, so that both may load the other's state."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def _stride(p: Tensor) -> tuple[int, ...]:
     """Of the parameter's gradient in the bucket: its own if that is dense, as in DDP's reducer."""
+    stride = p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()
+    return (*(2 * one for one in stride), 1) if p.is_complex() else tuple(stride)
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Whether its elements fill a stretch of memory, in any order."""
     dense = 1
     for size, stride in sorted(zip(p.shape, p.stride(), strict=True), key=lambda pair: pair[1]):
         if size != 1:
             if stride != dense:
-                return tuple(torch.empty(p.shape, device="meta").stride())
+                return False
             dense *= size
-    return tuple(p.stride())
+    return True

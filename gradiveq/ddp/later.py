@@ -15,7 +15,7 @@ class Later:
     def __init__(self, tensor: Tensor) -> None:
         self._host, self._event = tensor, None
         if tensor.is_cuda:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             # The copy's stream, by name: a backend's thread may have another device as its current one.

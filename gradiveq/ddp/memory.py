@@ -32,7 +32,7 @@ class Memory:
         if flat is not None:
             return flat
         known = self.by_name()
-        flat = torch.zeros(plan.length, device=device)
+        flat = torch.zeros(plan.length, dtype=torch.float32, device=device)
         for place in plan.places:
             if place.name in known:
                 place.view(flat).copy_(known[place.name])

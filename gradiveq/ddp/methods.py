@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from torch import nn
 
@@ -95,9 +96,9 @@ def _compressors(
     if method.granularity == "model":
         return CompressorScheme(method, None, seed)
     blocks, offset = [], 0
-    for name, p in zip(parameters.names, parameters.tensors, strict=True):
-        blocks.append(Block(name, offset, p.numel(), tuple(p.shape), False))
-        offset += p.numel()
+    for name, shape in zip(parameters.names, parameters.shapes, strict=True):
+        blocks.append(Block(name, offset, prod(shape), shape, False))
+        offset += prod(shape)
     parts = method.parts(blocks)
     chosen = [_worth_it(part.compressor, part.length, min_ratio) for part in parts]
     return CompressorScheme(method, chosen, seed)

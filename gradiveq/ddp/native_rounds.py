@@ -56,7 +56,7 @@ def native_rounds(
     lengths = [len(payloads[i]) for i in gathering]
     yield Round(futures, last=True)
 
-    out = torch.zeros(work.plan.length, device=work.buffer.device)
+    out = torch.zeros(work.plan.length, dtype=torch.float32, device=work.buffer.device)
     for i, total in sums.totals(out.device):
         native.decompress(parts[i].compressor, total, out[parts[i].where], parts[i].draw(seed, work))
     if gathering:

@@ -233,7 +233,8 @@ class WindowsScheme(Scheme):
         coded_length = sum(projection.length for projection in projections)
         rest = _between(layers, work.plan.length)
         length = coded_length + sum(part.stop - part.start for part in rest)
-        values, payload = work.gradient(), torch.empty(length, device=work.buffer.device)
+        values = work.gradient()
+        payload = values.new_empty(length)
         measure = self._measure_due
         exact: list[Tensor] = []
         coded = _cut(payload, projections)
@@ -290,7 +291,7 @@ class WindowsScheme(Scheme):
 
     def _ordered(self, place: Place, values: Tensor) -> Tensor:
         """A layer's gradient, (length,), with neighbours that correlate (`gradiveq.flatten`); a copy."""
-        out = torch.empty(place.stop - place.start, device=values.device)
+        out = torch.empty(place.stop - place.start, dtype=torch.float32, device=values.device)
         self._blocks[place.name].view(out).copy_(place.view(values))
         return out
 
