@@ -47,6 +47,8 @@ from bench.data import DataError, load
 from bench.options import Parser, UsageError, positive
 from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
 from bench.scaling import PAYS, stretches
+from gradiveq.ddp.bucket import Parameters
+from gradiveq.ddp.layers import compressible_layers
 from gradiveq.methods import GradiVeQ, Method, Plain
 from gradiveq.specs import parse as parse_method
 from ring.cluster import Cluster, ClusterError, Link, Node
@@ -70,6 +72,8 @@ LATENCY_US = 50.0
 V100_TFLOPS = "9.03"
 _V100 = "--cluster v100-10gbe-4"
 _HOSTS = "--nodes 16 --bandwidth 1"
+#: Options that may be given with `--examples`.
+WITH_EXAMPLES = ("examples", "out", "threads")
 EXAMPLES = (
     f"--model resnet32 --batch-size 128 --profile-batch 32 --tflops {V100_TFLOPS} {_V100}",
     f"--model resnet32 --batch-size 128 --profile-batch 32 {_HOSTS}",
@@ -94,7 +98,7 @@ def methods_of(options: argparse.Namespace) -> dict[str, Method]:
         if spec == GradiVeQ.name:
             found[spec] = GradiVeQ(
                 warmup=0, sample=options.sample, compress=options.compress, ratio=options.ratio,
-                fit_slices=options.fit_slices, sampling=Plain(), holdout_every=0,
+                slice_size=options.slice_size, fit_slices=options.fit_slices, sampling=Plain(), holdout_every=0,
             )  # fmt: skip
         else:
             found[spec] = parse_method(spec)
@@ -109,13 +113,17 @@ def ask(options: argparse.Namespace) -> Asked:
     """
     methods = methods_of(options)
     task = build(options.model, options.input, options.vocabulary)
-    measured = measure(task, methods, options.profile_batch, options.bucket_mb)
+    if options.also and not any(isinstance(method, GradiVeQ) for method in methods.values()):
+        raise UsageError("--also is for gradiveq, which leaves most layers alone: --methods must name it")
+    compressible_layers(task.model, Parameters(task.model), options.also)  # a name that matches nothing is refused
+    measured = measure(task, methods, options.profile_batch, options.bucket_mb, options.also)
     probed, text = _probe(options, task, {name: method for name, method in methods.items() if name in measured.costs})
     return Asked(task.name, measured, probed, text)
 
 
 def _probe(options: argparse.Namespace, task: Task, methods: Mapping[str, Method]) -> tuple[dict[str, Probed], str]:
-    own = "probe your own training: gradiveq.ddp.probe(model)"
+    asking = f"model, also={options.also}" if options.also else "model"
+    own = f"probe your own training: gradiveq.ddp.probe({asking})"
     if options.probe == 0:
         return {}, f"not asked for (--probe 0); {own}"
     if not task.images:
@@ -127,7 +135,7 @@ def _probe(options: argparse.Namespace, task: Task, methods: Mapping[str, Method
     dataset, batch_size = load(options.data), min(options.batch_size, PROBE_BATCH)
     try:
         fresh = build(options.model, options.input, options.vocabulary)
-        found = probe_losses(fresh.model, methods, dataset, iterations, batch_size, options.lr)
+        found = probe_losses(fresh.model, methods, dataset, iterations, batch_size, options.lr, options.also)
     except (ModelError, ArithmeticError) as error:  # times are known by now; a fit may fail as well
         return {}, f"not made, as {error}; {own}"
     return found, (
@@ -238,7 +246,10 @@ def answer(options: argparse.Namespace, asked: Asked) -> Answer:
         pays[name] = stretches(sweep[name], against, lambda point: point.speedup >= PAYS)
     known = recorded(options.results)
     elsewhere = {name: closest(methods[name], name, asked.task, known) for name in sweep}
-    return Answer(asked, situation, options.batch_size, options.ratio, text, predictions, gains, pays, sweep, elsewhere)
+    return Answer(
+        asked, situation, options.batch_size, options.ratio, text, predictions, gains, pays, sweep, elsewhere,
+        also=options.also, searched="" if known else str(options.results.absolute()),
+    )  # fmt: skip
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -255,6 +266,13 @@ def _whole(least: int) -> Any:
         return int(text)
 
     return read
+
+
+def _threads(text: str) -> int:
+    wanted: int = _whole(1)(text)
+    if wanted > usable_cores():
+        raise argparse.ArgumentTypeError(f"must be at most {usable_cores()}, the cores at hand, got {text}")
+    return wanted
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -286,10 +304,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--tflops", type=positive, metavar="X", help="what a node reaches, 10^12 operations per second"
     )
     seconds.add_argument("--profile-batch", type=_whole(1), metavar="N", help="examples that are measured with here")
-    seconds.add_argument("--threads", type=_whole(1), metavar="N", help="of torch")
+    seconds.add_argument("--threads", type=_threads, metavar="N", help="of torch")
     how = parser.add_argument_group("methods")
     how.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="SPEC,…")
     how.add_argument("--ratio", type=positive, default=8.0, metavar="X", help="K/d of GradiVeQ (default: %(default)g)")
+    how.add_argument(
+        "--also",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="NAME,…",
+        help="parameters, or patterns, that GradiVeQ compresses besides convolutions, as State(also=…)",
+    )
+    how.add_argument("--slice-size", type=_whole(1), metavar="N", help="GradiVeQ's K (default: F·D, at most 4096)")
     how.add_argument("--sample", type=_whole(2), default=100, metavar="N", help="GradiVeQ's Lt (default: %(default)s)")
     how.add_argument(
         "--compress", type=_whole(1), default=400, metavar="N", help="GradiVeQ's Lc (default: %(default)s)"
@@ -308,6 +334,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     run.add_argument("--validate", action="store_true", help="compare with real training (--validate --help for more)")
     options = parser.parse_args(arguments)
     if options.examples:
+        asked = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(options)))))
+        other = [option for option, value in asked.items() if value is not None and option not in WITH_EXAMPLES]
+        if other:
+            raise UsageError(
+                f"--examples asks questions of its own: --{other[0].replace('_', '-')} can't go with it (--out and "
+                "--threads can)"
+            )
         return options
     if options.cluster is not None and (options.nodes, options.bandwidth, options.latency) != (None, None, None):
         raise UsageError(

@@ -105,6 +105,13 @@ class MethodCost:
         return max(self.memory_bytes, self.sampling_bytes + -(-self.samples_bytes // workers))
 
     @property
+    def gathers(self) -> bool:
+        """Whether anything of it isn't summed on its way."""
+        return any(
+            sent.collective == "all_gather" for bucket in self.buckets for one in bucket.rounds for sent in one.sent
+        )
+
+    @property
     def payload_bytes(self) -> int:
         """What one worker hands to collectives in an iteration."""
         return sum(sent.num_bytes for bucket in self.buckets for one in bucket.rounds for sent in one.sent)
@@ -160,11 +167,18 @@ class Measured:
     refused: Mapping[str, str]
 
 
-def measure(task: Task, methods: Mapping[str, Method], batch_size: int, bucket_mb: float | None = None) -> Measured:
+def measure(
+    task: Task,
+    methods: Mapping[str, Method],
+    batch_size: int,
+    bucket_mb: float | None = None,
+    also: Sequence[str] = (),
+) -> Measured:
     """Train a little, then run every method on the gradients.
 
     Args:
         bucket_mb: DDP's `bucket_cap_mb`.
+        also: as for `gradiveq.ddp.State`, of GradiVeQ.
     Raises:
         ModelError: the model can't be trained so.
     """
@@ -173,7 +187,7 @@ def measure(task: Task, methods: Mapping[str, Method], batch_size: int, bucket_m
     costs, refused = {PLAIN: plain_cost(task.model, buckets)}, {}
     for name, method in tqdm(methods.items(), desc="methods", leave=False, disable=None):
         try:
-            costs[name] = cost_of(method, task.model, buckets)
+            costs[name] = cost_of(method, task.model, buckets, also=also if isinstance(method, GradiVeQ) else ())
         except (TypeError, ValueError) as error:
             refused[name] = str(error)
     return Measured(
@@ -201,18 +215,25 @@ def copies_s(length: int) -> float:
     return median(times[1:])
 
 
-def cost_of(method: Method, model: nn.Module, buckets: Sequence[Assigned], repeats: int = REPEATS) -> MethodCost:
+def cost_of(
+    method: Method,
+    model: nn.Module,
+    buckets: Sequence[Assigned],
+    repeats: int = REPEATS,
+    also: Sequence[str] = (),
+) -> MethodCost:
     """Run a method on a model's gradients.
 
     Args:
         model: has gradients.
+        also: as for `gradiveq.ddp.State`.
     Raises:
         TypeError, ValueError: the hook can't carry it, or it doesn't fit the model; says why.
     """
-    few = _run(method, model, buckets, FEW, repeats)
-    if all(sent.collective == "all_reduce" for bucket in few.buckets for one in bucket.rounds for sent in one.sent):
+    few = _run(method, model, buckets, FEW, repeats, also)
+    if not few.gathers:
         return few
-    more = _run(method, model, buckets, MORE, repeats)
+    more = _run(method, model, buckets, MORE, repeats, also)
     return replace(
         few,
         buckets=tuple(
@@ -222,15 +243,17 @@ def cost_of(method: Method, model: nn.Module, buckets: Sequence[Assigned], repea
     )
 
 
-def _run(method: Method, model: nn.Module, buckets: Sequence[Assigned], size: int, repeats: int) -> MethodCost:
+def _run(
+    method: Method, model: nn.Module, buckets: Sequence[Assigned], size: int, repeats: int, also: Sequence[str]
+) -> MethodCost:
     group, parameters = Alone(size), Parameters(model)
     scheme = make_scheme(
-        method, model, parameters, group, seed=0, start=START, min_ratio=1.0, also=()  # type: ignore[arg-type]
+        method, model, parameters, group, seed=0, start=START, min_ratio=1.0, also=also  # type: ignore[arg-type]
     )  # fmt: skip
     plans = [parameters.plan(SimpleNamespace(parameters=lambda of=of: of.parameters)) for of in buckets]
     bases: dict[str, LayerBasis] = {}
     if isinstance(method, GradiVeQ):
-        bases = {basis.name: basis for basis in random_bases(method, model, parameters)}
+        bases = {basis.name: basis for basis in random_bases(method, model, parameters, also)}
         scheme.load_state_dict(_compressing(bases))
     buffers = [_filled(plan, parameters) for plan in plans]
     codes = Codes(size, len(parameters.names))
@@ -297,7 +320,7 @@ def _filled(plan: Plan, parameters: Parameters) -> Tensor:
     return buffer
 
 
-def random_bases(method: GradiVeQ, model: nn.Module, parameters: Parameters) -> list[LayerBasis]:
+def random_bases(method: GradiVeQ, model: nn.Module, parameters: Parameters, also: Sequence[str]) -> list[LayerBasis]:
     """A basis for each layer that the hook compresses, of the shape that a fit would give it.
 
     Raises:
@@ -305,7 +328,7 @@ def random_bases(method: GradiVeQ, model: nn.Module, parameters: Parameters) -> 
     """
     drawn: dict[tuple[int, int], Basis] = {}
     generator = np.random.default_rng(0)
-    layers = compressible_layers(model, parameters, ())
+    layers = compressible_layers(model, parameters, also)
     sizes = slice_sizes(layers, method.slice_size)
     bases = []
     for layer in layers:

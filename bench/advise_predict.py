@@ -29,10 +29,11 @@ class Network:
 
     Args:
         gather_factor: an all-gather takes so many times as long as its bytes.
+        even_steps: it takes the 2(N-1) steps of an all-reduce: N-1 more of its own, which carry next to nothing.
     """
 
-    def __init__(self, cluster: Cluster, gather_factor: float = 1.0) -> None:
-        self.cluster, self._gather_factor = cluster, gather_factor
+    def __init__(self, cluster: Cluster, gather_factor: float = 1.0, even_steps: bool = False) -> None:
+        self.cluster, self._gather_factor, self._even_steps = cluster, gather_factor, even_steps
         self._gathering = dataclasses.replace(cluster, rates={**cluster.rates, "add": sys.float_info.max})
         self._loads: dict[Sent, Load] = {}
 
@@ -46,7 +47,8 @@ class Network:
             found = run(cluster, Identity(), -(-num_bytes // 4))
             busy_s = sum(seconds for kind, seconds in found.seconds.items() if kind != "wait")
             longer = 1.0 if reduce else self._gather_factor
-            self._loads[sent] = Load(longer * share * found.time_s, share * busy_s)
+            more_s = share * run(cluster, Identity(), cluster.nodes).time_s if self._even_steps and not reduce else 0.0
+            self._loads[sent] = Load(longer * share * found.time_s + more_s, share * busy_s)
         return self._loads[sent]
 
     def wire_bytes(self, sent: Sent) -> float:
@@ -89,7 +91,7 @@ class Situation:
         costs: by method, PLAIN among them.
         windows: of the methods that have them.
         rated: whether the cluster's own rates say what PCA and copying take; otherwise what was measured here does.
-        gather_factor: of `Network`.
+        gather_factor, even_steps: of `Network`.
     """
 
     cluster: Cluster
@@ -100,6 +102,7 @@ class Situation:
     windows: Mapping[str, Window] = field(default_factory=dict)
     rated: bool = False
     gather_factor: float = 1.0
+    even_steps: bool = False
     _networks: dict[float, Network] = field(default_factory=dict, repr=False)
 
     @property
@@ -119,8 +122,12 @@ class Situation:
             link = dataclasses.replace(self.cluster.link, bandwidth_gbps=gbps)
             same = gbps == self.cluster.link.bandwidth_gbps
             cluster = self.cluster if same else dataclasses.replace(self.cluster, link=link)
-            self._networks[gbps] = Network(cluster, self.gather_factor)
+            self._networks[gbps] = Network(cluster, self.gather_factor, self.even_steps)
         return self._networks[gbps]
+
+    def with_even_steps(self) -> Situation:
+        """The same, but that an all-gather has no fewer steps than an all-reduce."""
+        return dataclasses.replace(self, even_steps=True, _networks={})
 
     @property
     def computing_s(self) -> float:

@@ -20,6 +20,9 @@ from bench.advise_risk import Elsewhere, Probed
 from bench.scaling import PAYS, bandwidth_text, stretch_text
 from ring.cluster import as_table
 
+#: What decides where messages are so small that bytes don't.
+STEPS = "an all-gather takes half of the steps of an all-reduce, and what latency does has not been validated"
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -47,6 +50,8 @@ class Answer:
         gains: by method, the bandwidths at which it is faster than plain DDP; pays: by PAYS or more.
         sweep: by method, over the bandwidths.
         elsewhere: by method.
+        also: what GradiVeQ compresses besides convolutions.
+        searched: the folder in which there are no recorded results; "" if there are some.
     """
 
     asked: Asked
@@ -59,6 +64,8 @@ class Answer:
     pays: Mapping[str, list[tuple[float | None, float | None]]]
     sweep: Mapping[str, Sequence[Compared]]
     elsewhere: Mapping[str, Sequence[Elsewhere]]
+    also: Sequence[str] = ()
+    searched: str = ""
 
     @property
     def gbps(self) -> float:
@@ -66,6 +73,9 @@ class Answer:
 
     def speedup(self, method: str) -> float:
         return self.predictions[PLAIN].time_s / self.predictions[method].time_s
+
+    def gathers(self, method: str) -> bool:
+        return self.asked.measured.costs[method].gathers
 
     @property
     def by_speed(self) -> list[str]:
@@ -149,6 +159,16 @@ def words(found: Answer) -> list[str]:
     if slower:
         texts = [f"{name} ({found.speedup(name):.2f})" for name in slower]
         lines.append(f"Slower than plain DDP here: {', '.join(texts)}.")
+    larger = [
+        name
+        for name in found.by_speed
+        if found.gains[name] and found.gathers(name) and found.predictions[name].bytes_sent >= plainly.bytes_sent
+    ]
+    if larger:
+        lines.append(
+            f"No fewer bytes than plain DDP's: {', '.join(larger)}. Where the table calls that faster, it is only "
+            f"because {STEPS}."
+        )
     lines.append(f"Accuracy: the probe was {asked.probe}." if not asked.probed else
                  f"Accuracy: losses are ||g' - g||^2 / ||g||^2 without error feedback, of {asked.probe}.")  # fmt: skip
     failed = {name: one.why_not for name, one in asked.probed.items() if one.loss is None}
@@ -162,13 +182,19 @@ def words(found: Answer) -> list[str]:
             f"What other models came to is from {', '.join(f'results/{one}' for one in sources)}: small sizes, and not "
             "your model."
         )
+    if found.searched:
+        lines.append(
+            f"No results of other models were found in {found.searched}. The project's repository has them in "
+            "results/, an installed package hasn't: --results names the folder."
+        )
     if any(cost.fit_bytes for cost in measured.costs.values()):
         window = next(iter(found.situation.windows.values()), None)
         if window is not None:
+            besides = f", and compresses {', '.join(found.also)} besides convolutions" if found.also else ""
             lines.append(
-                f"GradiVeQ has K/d = {found.ratio:g}. Its iteration is the mean over a window of {window.sample} "
-                f"uncompressed and {window.compress} compressed ones; its fits, on a thread of their own, are not "
-                "counted."
+                f"GradiVeQ has K/d = {found.ratio:g}{besides}. Its iteration is the mean over a window of "
+                f"{window.sample} uncompressed and {window.compress} compressed ones; its fits, on a thread of their "
+                "own, are not counted."
             )
     text = "Encoding and decoding take what the hook takes on this machine's processor"
     if found.situation.rated:
@@ -200,12 +226,22 @@ def _verdict(found: Answer, limit: float) -> str:
             f"{found.speedup(best):.2f} times as fast, as {why}.{begins}"
         )
     paying = [name for name in found.by_speed if found.speedup(name) >= PAYS]
+    by_steps = _paying_by_steps(found, paying)
+    best = next((name for name in paying if name not in by_steps), best)
     losses = {name: one.loss for name, one in found.asked.probed.items() if one.loss is not None and name in paying}
-    text = (
-        f"Yes, as far as time goes: {best} makes an iteration {found.speedup(best):.2f} times as fast, and pays "
-        f"{_where(found, best, found.pays[best])}. Of {len(found.by_speed)} methods {len(paying)} pay here: "
+    faster = f"{best} makes an iteration {found.speedup(best):.2f} times as fast"
+    if best in by_steps:
+        text = f"Perhaps: {faster}."
+    else:
+        text = f"Yes, as far as time goes: {faster}, and pays {_where(found, best, found.pays[best])}."
+    text += (
+        f" Of {len(found.by_speed)} methods {len(paying)} pay here: "
         f"{', '.join(f'{name} {found.speedup(name):.2f}' for name in paying)}."
     )
+    if by_steps:
+        texts = [f"{name} {speedup:.2f}" for name, speedup in by_steps.items()]
+        which = "That" if len(by_steps) == len(paying) else f"For {', '.join(by_steps)} that"
+        text += f" {which} is only because {STEPS}; with as many steps: {', '.join(texts)}."
     if best in losses:
         text += f" {best} loses {losses[best]:.2g} of a gradient's squared norm before any error feedback."
     if losses:
@@ -214,6 +250,16 @@ def _verdict(found: Answer, limit: float) -> str:
     elif "half" in paying:
         text += f" half rounds and leaves nothing out: {found.speedup('half'):.2f} times as fast."
     return text
+
+
+def _paying_by_steps(found: Answer, paying: Sequence[str]) -> dict[str, float]:
+    """Of methods that pay, those that wouldn't if an all-gather had as many steps as an all-reduce: how fast they'd be.
+
+    Whatever saves bytes saves them in as many steps too, so these pay by nothing else.
+    """
+    even, plain_s = found.situation.with_even_steps(), found.predictions[PLAIN].time_s
+    speedups = {name: plain_s / even.predict(name).time_s for name in paying if found.gathers(name)}
+    return {name: speedup for name, speedup in speedups.items() if speedup < PAYS}
 
 
 # --- figure and record -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -68,12 +68,19 @@ def held_out_of(iterations: int) -> int:
 
 
 def probe_losses(
-    model: nn.Module, methods: Mapping[str, Method], dataset: Dataset, iterations: int, batch_size: int, lr: float
+    model: nn.Module,
+    methods: Mapping[str, Method],
+    dataset: Dataset,
+    iterations: int,
+    batch_size: int,
+    lr: float,
+    also: Sequence[str] = (),
 ) -> dict[str, Probed]:
     """Train uncompressed for so many iterations, and look at what each method would have made of the last fifth.
 
     Args:
         model: takes 3x32x32 images; it is trained.
+        also: as for `gradiveq.ddp.probe`.
     Raises:
         ModelError: it doesn't return a score for each class of the data (more are fine), or fails.
         ValueError: there are too few iterations.
@@ -85,13 +92,13 @@ def probe_losses(
         if not isinstance(method, Compressed | PowerSGD | GradiVeQ):
             continue
         try:  # one by one: a method that doesn't fit says why
-            probe(model, {name: method}, sample=iterations - held_out, holdout=held_out)
+            probe(model, {name: method}, sample=iterations - held_out, holdout=held_out, also=also)
             chosen[name] = method
         except (TypeError, ValueError) as error:
             found[name] = Probed(None, None, str(error))
     if not chosen:
         return found
-    watch = probe(model, chosen, sample=iterations - held_out, holdout=held_out)
+    watch = probe(model, chosen, sample=iterations - held_out, holdout=held_out, also=also)
     batches = Batches(dataset, batch_size, augment=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     for iteration in trange(iterations, desc="probe", leave=False, disable=None):

@@ -29,6 +29,7 @@ from gradiveq.compressors import COMPRESSORS
 from gradiveq.methods import GradiVeQ, Method, Plain
 from gradiveq.specs import parse
 from ring.cluster import Cluster, Link, Node
+from ring.machine import usable_cores
 
 ROOT = Path(__file__).parent.parent
 
@@ -301,6 +302,10 @@ def test_what_the_hook_cant_carry_is_refused_with_the_reason() -> None:
     assert "GradiVeQ compresses the weights of convolutions" in found.refused["gradiveq"]
     assert "at every hop of a ring" in found.refused["qsgd"]
     assert found.costs[PLAIN].buckets[0].rounds[0].compute_s == 0
+    also = measure(task, {"half": parse("half"), "gradiveq": replace(window, slice_size=16)}, 2, also=("*.weight",))
+    assert not also.refused
+    # d = 2 of K = 16, and the biases.
+    assert also.costs["gradiveq"].buckets[0].rounds[0].sent == (Sent("all_reduce", 4 * (192 * 10 // 8 + 10 + FEW)),)
 
 
 # --- risk ------------------------------------------------------------------------------------------------------------
@@ -337,24 +342,27 @@ def test_recorded_results_are_found_by_their_setting(tmp_path: Path) -> None:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def made_answer(gbps: float, probed: dict[str, Probed] | None = None) -> Answer:
-    situation = made_situation(
-        half=made_cost(2 * ELEMENTS, 0.002, 0.001), topk=made_cost(80_000, 0.1, 0.1, "all_gather")
-    )
-    link = replace(CLUSTER.link, bandwidth_gbps=gbps)
-    situation.cluster = replace(CLUSTER, link=link)
+def made_answer(gbps: float, probed: dict[str, Probed] | None = None, situation: Situation | None = None) -> Answer:
+    if situation is None:
+        situation = made_situation(
+            half=made_cost(2 * ELEMENTS, 0.002, 0.001), topk=made_cost(80_000, 0.1, 0.1, "all_gather")
+        )
+    link = replace(situation.cluster.link, bandwidth_gbps=gbps)
+    situation.cluster = replace(situation.cluster, link=link)
     asked = Asked(
         "mymodel",
         Measured(situation.profile, (ELEMENTS,), (0.02,), (0.0,), situation.costs, {"qsgd": "per hop"}),
         probed or {},
         "not made",
     )
-    sweeps = {name: Against(situation, name) for name in ("half", "topk")}
+    sweeps = {name: Against(situation, name) for name in situation.costs if name != PLAIN}
     points = {name: [one.at(x) for x in (0.01, 0.1, 1.0, 10.0, 100.0)] for name, one in sweeps.items()}
     gains = {name: stretches(points[name], sweeps[name], lambda point: point.speedup > 1) for name in sweeps}
     pays = {name: stretches(points[name], sweeps[name], lambda point: point.speedup >= 1.05) for name in sweeps}
     predictions = {name: situation.predict(name) for name in situation.costs}
-    elsewhere = {"half": [], "topk": [Elsewhere("topk:0.01", "74 % instead of 79 %", "layerwise", "alexnet")]}
+    elsewhere = dict.fromkeys(sweeps, ()) | {
+        "topk": [Elsewhere("topk:0.01", "74 % instead of 79 %", "layerwise", "alexnet")]
+    }
     return Answer(asked, situation, 8, 8.0, "measured", predictions, gains, pays, points, elsewhere)
 
 
@@ -383,6 +391,50 @@ def test_words_where_nothing_pays() -> None:
     assert "What these do to accuracy is unknown: half." in lines
 
 
+def small_answer(gbps: float, **costs: MethodCost) -> Answer:
+    """40 kB between 16 nodes: 30 steps of 50 us in a sum, 15 in a gather, and those of their bytes."""
+    cluster = replace(CLUSTER, nodes=16, link=Link(latency_us=50.0))
+    computing = Profile(0.001, 0.001, 0.0, (0.001,), 10**9, 8)
+    return made_answer(
+        gbps, situation=Situation(cluster, computing, [0.001], [0.0], {PLAIN: made_cost(40_000), **costs})
+    )
+
+
+def test_words_where_only_the_number_of_steps_is_saved() -> None:
+    found = small_answer(
+        10.0, topk=made_cost(100, what="all_gather"), natural=made_cost(10_000, what="all_gather")
+    )  # fmt: skip
+    plain_s, topk_s = found.predictions[PLAIN].time_s, found.predictions["topk"].time_s
+    assert plain_s == pytest.approx(0.002 + 30 * 52e-6, rel=0.01)
+    assert topk_s == pytest.approx(0.002 + 15 * 50e-6, rel=0.01)
+    lines = words(found)
+    assert lines[0].startswith(
+        f"Perhaps: topk makes an iteration {plain_s / topk_s:.2f} times as fast. Of 2 methods 2 pay here: topk "
+    )
+    assert " That is only because an all-gather takes half of the steps of an all-reduce, and what l" in lines[0]
+    assert f"with as many steps: topk {plain_s / (topk_s + 15 * 50e-6):.2f}, natural " in lines[0]
+    assert "everywhere" not in lines[0]
+    # 150 kB instead of 75.
+    assert any(
+        line.startswith("No fewer bytes than plain DDP's: natural. Where the table calls that") for line in lines
+    )
+
+
+def test_what_pays_by_bytes_is_named_first() -> None:
+    """Though what pays by steps is faster."""
+    found = small_answer(1.0, few=made_cost(4), natural=made_cost(5_000, what="all_gather"))
+    assert found.by_speed == ["natural", "few"]
+    first = words(found)[0]
+    assert first.startswith(
+        f"Yes, as far as time goes: few makes an iteration {found.speedup('few'):.2f} times as fast"
+    )
+    assert " For natural that is only because an all-gather" in first
+    assert "with as many steps: natural 1.00." in first
+    few = words(small_answer(1.0, few=made_cost(4), topk=made_cost(100, what="all_gather")))[0]
+    assert few.startswith("Yes, as far as time goes: topk")
+    assert "only because" not in few
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +446,7 @@ def test_it_answers_and_writes(
     out = tmp_path / "new" / "folder"
     arguments = ["--model", "test_advise:tiny_model", "--input", "3x8x8", "--batch-size", "2", "--nodes", "4"]
     arguments += ["--bandwidth", "0.1", "--methods", "half,gradiveq,topk:0.01+ef", "--out", str(out), "--latency", "5"]
+    arguments += ["--also", "fc.*", "--results", str(tmp_path / "nothing")]
     assert advise.main([*arguments, "--seconds-per-iteration", "0.5"]) == 0
     text = capsys.readouterr().out
     assert "Should I compress? test_advise.tiny_model on 4-nodes-0.1gbps" in text
@@ -407,6 +460,12 @@ def test_it_answers_and_writes(
         record["methods"][PLAIN]["iteration_s"] / record["methods"]["half"]["iteration_s"]
     )
     assert record["words"][0] in (out / "table.md").read_text()
+    (missing,) = [line for line in record["words"] if "--results" in line]
+    assert missing.startswith(f"No results of other models were found in {tmp_path / 'nothing'}. ")
+    assert any("K/d = 8, and compresses fc.* besides convolutions" in line for line in record["words"])
+    assert any("gradiveq.ddp.probe(model, also=('fc.*',))" in line for line in record["words"])
+    payload, weights = record["methods"]["gradiveq"]["payload_bytes"], 48 * 9 + 256 * 9 + 10_240
+    assert payload == 4 * (weights // 8 + 16 + 16 + 10 + FEW)
 
 
 def test_a_probe_measures_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,6 +570,10 @@ CLUSTERED = ["--cluster", "v100-10gbe"]
         (["--probe", "2", *CLUSTERED], "argument --probe: must be 0 or at least 3"),
         (["--model", "test_advise:tiny_model", "--input", "3x8x8", "--probe", "9", "--methods", "half", *CLUSTERED],
          "--probe and --data are for models that take 3x32x32 images"),
+        (["--threads", "9999", *CLUSTERED], f"argument --threads: must be at most {usable_cores()}, the cores at hand"),
+        (["--examples", "--model", "resnet32"], "--examples asks questions of its own: --model can't go with it"),
+        (["--also", "nothing", *CLUSTERED], "`also` has 'nothing', which matches none of the "),
+        (["--also", "fc.weight", "--methods", "half", *CLUSTERED], "--also is for gradiveq, which leaves most layers"),
         (["--validate", "--hosts", "9"], "argument --hosts: must be numbers of hosts from 2 to 6, got 9"),
         (["--validate", "--models", "vgg"], "argument --models: must be of resnet32, "),
     ],
