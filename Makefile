@@ -89,7 +89,7 @@ cifar100: setup
 	$(MPIRUN) -n 6 $(BIN)/python -m bench.record_gradients --data $(DATA) --out results/cifar100-gradients
 	$(BIN)/python -m bench.figures results
 
-test: setup lint
+test: setup lint docs
 	$(BIN)/python -m pytest
 
 lint: setup

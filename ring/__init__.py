@@ -6,45 +6,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ring.codec import Codec, Composite, Hop, Identity
-    from ring.errors import RingError, RingMismatch, RingTimeout
-    from ring.handle import Ring
-    from ring.plan import Stats
-    from ring.segments import Region
-    from ring.timeline import Timeline
+    from ring.codec import Codec as Codec
+    from ring.codec import Composite as Composite
+    from ring.codec import Hop as Hop
+    from ring.codec import Identity as Identity
+    from ring.errors import RingError as RingError
+    from ring.errors import RingMismatch as RingMismatch
+    from ring.errors import RingTimeout as RingTimeout
+    from ring.handle import Ring as Ring
+    from ring.plan import Stats as Stats
+    from ring.segments import Region as Region
+    from ring.timeline import Timeline as Timeline
 
-#: name -> the module that has it.
 _HOMES = {
-    "Codec": "codec",
-    "Composite": "codec",
-    "Hop": "codec",
-    "Identity": "codec",
-    "Region": "segments",
-    "Ring": "handle",
-    "RingError": "errors",
-    "RingMismatch": "errors",
-    "RingTimeout": "errors",
-    "Stats": "plan",
-    "Timeline": "timeline",
+    "codec": ("Codec", "Composite", "Hop", "Identity"),
+    "errors": ("RingError", "RingMismatch", "RingTimeout"),
+    "handle": ("Ring",),
+    "plan": ("Stats",),
+    "segments": ("Region",),
+    "timeline": ("Timeline",),
 }
-__all__ = [
-    "Codec",
-    "Composite",
-    "Hop",
-    "Identity",
-    "Region",
-    "Ring",
-    "RingError",
-    "RingMismatch",
-    "RingTimeout",
-    "Stats",
-    "Timeline",
-]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for, and not before: `ring.machine` has to work where NumPy isn't imported yet, as a job
     looks how many cores it has before it tells the libraries how many threads they may start."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
