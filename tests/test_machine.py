@@ -56,7 +56,7 @@ def test_cores_are_counted_without_numpy() -> None:
     """Importing it fixes how many threads its libraries start, which is to follow from the cores."""
     program = (
         "import sys, bench.launch, ring.machine; ring.machine.usable_cores(); assert 'numpy' not in sys.modules; "
-        "from ring import *; Codec, Region, Ring, RingTimeout, Stats, Timeline"
+        "from ring import Codec, Region, Ring, RingTimeout, Stats, Timeline"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=dict(os.environ), capture_output=True)
     assert done.returncode == 0, done.stderr
