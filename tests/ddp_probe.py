@@ -170,6 +170,16 @@ def probe_under_another_default_type() -> None:
 
 
 @check
+def probe_of_a_compiled_model() -> None:
+    """What is inside has the hook. (`torch.compile` itself takes seconds to import.)"""
+    model, compiled = wrap(Net()), nn.Module()
+    compiled._orig_mod = model
+    found = ddp.probe(compiled, {"topk": TopK(0.1)}, sample=2, holdout=1)
+    train(model, range(3))
+    assert {row.layer for row in found.report()} == {"all", *(name for name, _ in Net().named_parameters())}
+
+
+@check
 def probe_skips_what_is_not_finite() -> None:
     """On all ranks alike, and gradients still are DDP's."""
     net = Net()

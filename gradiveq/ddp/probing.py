@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.base import Compressor
-from gradiveq.ddp.bucket import COMPRESSIBLE, Parameters
+from gradiveq.ddp.bucket import COMPRESSIBLE, Parameters, unwrapped
 from gradiveq.ddp.group import Group
 from gradiveq.ddp.layers import compressible_layers
 from gradiveq.ddp.trials import CompressorTrial, GradiVeQTrial, LayerReport, Mean, PowerSGDTrial, Trial
@@ -58,7 +58,7 @@ class Probe:
         if not chosen:
             raise ValueError("`methods` must name at least one, got none")
         self.sample, self.holdout, self.iteration = sample, holdout, 0
-        net = model
+        net = model = unwrapped(model)
         group: Group | None = None
         if isinstance(model, DistributedDataParallel):
             net, group = model.module, Group(process_group or model.process_group)
