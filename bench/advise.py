@@ -14,9 +14,16 @@ gradients, and up to which bandwidth it gains. How that is found:
     risk            what `gradiveq.ddp.probe` measures on this model, and what results/ has of others
 
 Plain DDP is an all-reduce of each bucket. GradiVeQ's iteration is the mean over a window, sampling uncompressed; its
-fits run on a thread of their own and are not counted. Encoding and decoding take what they take on this machine, except
-where the cluster's file has rates for them (GradiVeQ, half and random k); on a cluster with GPUs the other methods go
-by way of the host, and copying there and back isn't counted either.
+fits run on a thread of their own and are not counted. What is no convolution it leaves alone, unless `--also` names it
+(`--also '*weight*' --slice-size 512` for a transformer or an LSTM).
+
+Where gradients are small, messages take longer than their bytes. An all-gather has N-1 steps and an all-reduce 2(N-1),
+so that a method that gathers may be faster though it sends more. That hasn't been validated, and libraries have other
+algorithms for small messages: the answer says which methods would not pay with as many steps.
+
+Encoding and decoding take what they take on this machine, except where the cluster's file has rates for them (GradiVeQ,
+half and random k); on a cluster with GPUs the other methods go by way of the host, and copying there and back isn't
+counted either.
 
 `--examples` asks for all that is recorded in results/advise. `--validate` compares predictions with real training
 between shaped hosts (`bench.advise_validation`).
