@@ -22,8 +22,8 @@ so that a method that gathers may be faster though it sends more. That hasn't be
 algorithms for small messages: the answer says which methods would not pay with as many steps.
 
 Encoding and decoding take what they take on this machine, except where the cluster's file has rates for them (GradiVeQ,
-half and random k); on a cluster with GPUs the other methods go by way of the host, and copying there and back isn't
-counted either.
+half and random k). So on a cluster with GPUs the other methods take what they take on this machine's processor: on a
+GPU, where the hook leaves most of them, nothing was measured. Copying there and back isn't counted either.
 
 `--examples` asks for all that is recorded in results/advise. `--validate` compares predictions with real training
 between shaped hosts (`bench.advise_validation`).

@@ -25,12 +25,14 @@ from torch.futures import Future
 from tqdm import tqdm
 
 from bench.advise_model import Assigned, Profile, Task, assign_buckets, profile
+from gradiveq.compressors.half import Half
+from gradiveq.compressors.identity import Identity
+from gradiveq.compressors.randomk import RandomK
 from gradiveq.ddp.bucket import Parameters, Plan
 from gradiveq.ddp.flaws import Codes
 from gradiveq.ddp.group import Group
 from gradiveq.ddp.layers import compressible_layers
 from gradiveq.ddp.methods import make_scheme
-from gradiveq.ddp.native import is_native
 from gradiveq.ddp.scheme import Scheme, Traffic, Work
 from gradiveq.flatten import slice_sizes
 from gradiveq.methods import Compressed, GradiVeQ, Method, Plain
@@ -41,6 +43,8 @@ from gradiveq.windows import basis_state
 PLAIN = "plain DDP"
 #: Of which the first isn't counted.
 REPEATS = 4
+#: Compressors that read the gradient once, and do next to nothing with it.
+ONE_PASS = (Half, Identity, RandomK)
 #: Workers whose gathered payloads are decoded, to see what each adds.
 FEW, MORE = 2, 4
 #: Of the hook's State: from then on it compresses.
@@ -90,7 +94,9 @@ class MethodCost:
         memory_bytes: that one worker keeps from iteration to iteration beside what plain DDP does.
         sampling_bytes, samples_bytes: of GradiVeQ, what each worker keeps while sampling instead, and what all share.
         fit_bytes: of GradiVeQ, of all bases, which are gathered once per window.
-        native: whether the hook does it by torch operations on the gradient's device, and not by way of the host.
+        by_rates: whether a cluster's own rates can say what encoding and decoding take on its devices: products with
+            bases, or a single pass over the gradient. Others may stay on a GPU as well, but what they take there was
+            not measured.
     """
 
     buckets: tuple[BucketCost, ...]
@@ -98,7 +104,7 @@ class MethodCost:
     sampling_bytes: int = 0
     samples_bytes: int = 0
     fit_bytes: int = 0
-    native: bool = False
+    by_rates: bool = False
 
     def extra_bytes(self, workers: int) -> int:
         """The most that one worker keeps."""
@@ -276,12 +282,12 @@ def _run(
         rounds = tuple(RoundCost(s, tuple(what)) for s, what in zip(computing[:-1], sent, strict=True))
         multiplications = sum(_multiplications(bases[name]) for name in plan.names if name in bases)
         found.append(BucketCost(rounds, computing[-1], 0.0, plan.length, multiplications))
-    native = isinstance(method, Plain | GradiVeQ) or (
-        isinstance(method, Compressed) and is_native(method.compressor) and method.master is None
+    by_rates = isinstance(method, Plain | GradiVeQ) or (
+        isinstance(method, Compressed) and isinstance(method.compressor, ONE_PASS) and method.master is None
     )
     if isinstance(method, GradiVeQ):
-        return MethodCost(tuple(found), *_gradiveq_memory(method, bases), native=native)
-    return MethodCost(tuple(found), _tensor_bytes(scheme.state_dict()), native=native)
+        return MethodCost(tuple(found), *_gradiveq_memory(method, bases), by_rates=by_rates)
+    return MethodCost(tuple(found), _tensor_bytes(scheme.state_dict()), by_rates=by_rates)
 
 
 def _exchanged(scheme: Scheme, work: Work, group: Alone) -> tuple[list[float], list[list[Sent]]]:

@@ -146,7 +146,7 @@ class Situation:
         cost = self.costs[method]
         compressed = self._iteration(
             [
-                self._bucket(bucket, ready_s, copy_s, cost.native, network)
+                self._bucket(bucket, ready_s, copy_s, cost.by_rates, network)
                 for bucket, ready_s, copy_s in zip(cost.buckets, self.ready_s, self.copies_s, strict=True)
             ]
         )
@@ -166,7 +166,9 @@ class Situation:
         network, cost = self.network(self.cluster.link.bandwidth_gbps), self.costs[method]
         total_s = self.slowdown * (self.profile.seconds + sum(self.copies_s))
         for bucket in cost.buckets:
-            total_s += sum(self._host_s(one.compute_s) for one in bucket.rounds) + self._decoding_s(bucket, cost.native)
+            total_s += sum(self._host_s(one.compute_s) for one in bucket.rounds) + self._decoding_s(
+                bucket, cost.by_rates
+            )
             total_s += sum(network.load(sent).busy_s for one in bucket.rounds for sent in one.sent)
         return total_s
 
@@ -179,27 +181,27 @@ class Situation:
             cores=self.cores, overlap_slowdown=self.cluster.node.overlap_slowdown,
         )  # fmt: skip
 
-    def _bucket(self, cost: BucketCost, ready_s: float, copy_s: float, native: bool, network: Network) -> Bucket:
+    def _bucket(self, cost: BucketCost, ready_s: float, copy_s: float, by_rates: bool, network: Network) -> Bucket:
         rounds = []
         for number, one in enumerate(cost.rounds):
-            computing_s = self._encoding_s(cost, one, native) if number == 0 else self._host_s(one.compute_s)
+            computing_s = self._encoding_s(cost, one, by_rates) if number == 0 else self._host_s(one.compute_s)
             if number == 0:
                 computing_s += self.slowdown * copy_s / 2
             loads = tuple(network.load(sent) for sent in one.sent)
             rounds.append(Round(computing_s, loads))
-        return Bucket(self.slowdown * ready_s, tuple(rounds), self._decoding_s(cost, native))
+        return Bucket(self.slowdown * ready_s, tuple(rounds), self._decoding_s(cost, by_rates))
 
     def _host_s(self, seconds: float) -> float:
         """Measured on this machine."""
         return seconds * self.slowdown / self.cluster.node.compute_speed
 
-    def _encoding_s(self, cost: BucketCost, first: RoundCost, native: bool) -> float:
-        if self.rated and native and first.compute_s > 0:
+    def _encoding_s(self, cost: BucketCost, first: RoundCost, by_rates: bool) -> float:
+        if self.rated and by_rates and first.compute_s > 0:
             return self._by_rates(cost, "pca.encode")
         return self._host_s(first.compute_s)
 
-    def _decoding_s(self, cost: BucketCost, native: bool) -> float:
-        if self.rated and native and cost.decode_s > 0:
+    def _decoding_s(self, cost: BucketCost, by_rates: bool) -> float:
+        if self.rated and by_rates and cost.decode_s > 0:
             return self._by_rates(cost, "pca.decode")
         return self._host_s(cost.decoding_s(self.cluster.nodes))
 

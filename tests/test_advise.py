@@ -162,7 +162,7 @@ def test_the_clusters_rates_are_used_where_it_has_them() -> None:
     rates = {"add": 1e15, "copy": 4e8, "pca.encode": 1e9, "pca.decode": 5e8}
     cost = made_cost(ELEMENTS, 5.0, 5.0)
     (only,) = cost.buckets
-    cost = replace(cost, buckets=(replace(only, multiplications=10**7),), native=True)
+    cost = replace(cost, buckets=(replace(only, multiplications=10**7),), by_rates=True)
     situation = made_situation(gradiveq=cost)
     slow_s = situation.predict("gradiveq").time_s
     situation.cluster, situation.rated = replace(CLUSTER, rates=rates, node=Node(slowdown=2.0)), True
@@ -270,6 +270,12 @@ def test_the_hooks_own_code_says_what_is_sent(tiny: Task) -> None:
     lengths, threshold = payloads(parse("threshold:0.001"))
     assert lengths == [Sent("all_gather", 16)]
     assert 0 < threshold[0].num_bytes < 4 * elements
+
+
+def test_rates_of_copying_are_for_what_copies(tiny: Task) -> None:
+    """Not for all that stays on a GPU: top-k selects, and nothing says what that takes there."""
+    specs = ("half", "randomk:0.01+ef", "topk:0.01+ef", "natural", "terngrad", "powersgd:4", "half^half")
+    assert [spec for spec in specs if cost(tiny, parse(spec)).by_rates] == ["half", "randomk:0.01+ef"]
 
 
 def test_gradiveqs_bases_and_what_methods_keep(tiny: Task) -> None:
