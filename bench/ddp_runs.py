@@ -444,4 +444,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())  # at once: a thread of PyTorch's was once seen to abort a process that was done
