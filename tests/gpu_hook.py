@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -108,7 +109,9 @@ def waits(name: str, device: torch.device) -> str | None:
     assert name != "gradiveq" or state.phase == "compress"
     x, y = (one.to(device) for one in batch(0))
     loss = F.cross_entropy(model(x), y)
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     try:
         loss.backward()
     except RuntimeError as error:
@@ -135,7 +138,8 @@ def main(arguments: Sequence[str]) -> None:
             assert where is None, f"{name} waits: {where}"
     if dist.get_rank() == 0:
         print("all as on the CPU", flush=True)
-    dist.barrier()
+    # NCCL's guesses a device otherwise, and warns; Gloo's takes none.
+    dist.barrier(device_ids=[device.index] if backend == "nccl" else None)
     os._exit(0)  # as in `ddp_harness`
 
 
