@@ -8,11 +8,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from ddp_harness import Net, hooked, sgd, step
+from ddp_methods import windows
 from ddp_training import REMEMBERING
 
 from gradiveq.powersgd import PowerSGD
 
-METHODS = {"topk": REMEMBERING, "powersgd": PowerSGD(2)}
+#: GradiVeQ's bases are exchanged before iteration 4.
+METHODS = {"topk": REMEMBERING, "powersgd": PowerSGD(2), "gradiveq": windows(sample=2, ratio=8)}
 AT = 4
 
 torch.set_num_threads(1)

@@ -21,6 +21,7 @@ from gradiveq.compressors.topk import TopK
 from gradiveq.exchange import ErrorFeedback
 from gradiveq.methods import Accordion, AutoThreshold, Compressed
 from gradiveq.powersgd import PowerSGD
+from gradiveq.report import FitError
 
 
 @check
@@ -46,6 +47,13 @@ def refused_when_the_state_is_made() -> None:
         ddp.State(net, Plain(), min_ratio=0)
     with raises(ValueError, "`also` is for GradiVeQ"):
         ddp.State(net, Plain(), also=("fc.weight",))
+    with raises(TypeError, "the string 'fc.weight'"):
+        ddp.State(net, GradiVeQ(), also="fc.weight")
+    with raises(TypeError, "`loss_scale` must be a function", "GradScaler"):
+        ddp.State(net, Plain(), loss_scale=torch.amp.GradScaler("cpu"))  # type: ignore[arg-type]
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3)), nn.Conv2d(3, 3, 3).double())
+    with raises(ValueError, "that is a parameter", "weight_norm", "in float32"):
+        ddp.State(normed, GradiVeQ())
     with raises(ValueError, "matches none of the 6 parameters", "fc2"):
         ddp.State(net, GradiVeQ(), also=("fc2.*",))
     with raises(ValueError, "two or more dimensions", "fc.bias"):
@@ -86,6 +94,8 @@ def ranks_that_differ() -> None:
         {"method": TopK(0.1 if rank() < last else 0.2)},
         {"method": Plain(), "seed": 0 if rank() < last else 1},
         {"method": windows(), "min_ratio": 1.0 if rank() < last else 2.0},
+        {"method": Plain(), "nonfinite": "fail" if rank() < last else "propagate"},
+        {"method": Plain(), "loss_scale": None if rank() < last else lambda: 2.0},
     ):
         model, _ = hooked(Net(), **options)
         with raises(ValueError, "differ", f"rank {last}"):
@@ -95,9 +105,35 @@ def ranks_that_differ() -> None:
     train(model, range(3), optimizer)
     earlier = state.state_dict()
     train(model, range(3, 4), optimizer)
-    state.load_state_dict(earlier if rank() == last else state.state_dict())
     with raises(ValueError, "iteration is 4", f"3 on rank {last}"):
-        model(x).sum().backward()
+        state.load_state_dict(earlier if rank() == last else state.state_dict())
+    train(model, range(4, 5), optimizer)
+
+
+@check
+def one_state_for_two_models() -> None:
+    """In one backward pass; one for each is right."""
+    nets = nn.ModuleList([Net(), Net()])
+    state = ddp.State(nets, PowerSGD(2))
+    models = [wrap(net) for net in nets]
+    for model in models:
+        model.register_comm_hook(state, ddp.hook)
+    x, y = batch(0)
+    with raises(RuntimeError, "is not of the model that iteration 0 was of", "a State of its own"):
+        sum(F.cross_entropy(model(x), y) for model in models).backward()
+
+
+@check
+def samples_that_pca_fails_on() -> None:
+    """Of one layer, whose variance overflows; the rank that had to fit it is named on all."""
+    net = Net()
+    model, state = hooked(net, windows())
+    net.conv2.weight.register_hook(lambda grad: grad.sign() * 2e19 * (1 + torch.rand_like(grad)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train(model, range(6), optimizer)
+    with raises(FitError, "before iteration 6", "conv2.weight on rank 0", "is not finite in float32"):
+        step(model, optimizer, 6)
+    assert state.phase == "sample"
 
 
 @check
@@ -167,4 +203,34 @@ def checkpoints_of_something_else() -> None:
         fresh.load_state_dict([{**saved, "rank": 0}, {**saved, "rank": 1, "iteration": 1}])
     with raises(ValueError, "`memories` must be"):
         fresh.load_state_dict({**saved, "size": 3}, memories="keep")  # type: ignore[arg-type]
+
+    scheme = saved["scheme"]
+    memory = scheme["memory"]
+    for damaged, *words in (
+        ({}, "no 'identity', but nothing"),
+        (None, "a list of those of all ranks, got NoneType"),
+        ([None], "got NoneType"),
+        ({"model": model.state_dict(), "hook": saved}, "no 'identity', but 'model', 'hook'"),
+        ({**saved, "iteration": "x"}, "a str as 'iteration'"),
+        ({**saved, "traffic": [1] * 4}, "is damaged"),
+        ({**saved, "scheme": {}}, "is damaged", "KeyError: 'memory'"),
+        ({**saved, "scheme": {"memory": {name: p[:1] for name, p in memory.items()}}}, "of shape (", "got (1,"),
+        ({**saved, "scheme": {"memory": {**memory, "fc2": memory["fc.bias"]}}}, "fc2 must be nothing here"),
+    ):  # fmt: skip
+        with raises(ValueError, "on rank 0, rank 1", *words):
+            fresh.load_state_dict(damaged)
+        if rank() == 0:  # the others' are good
+            damaged = saved
+        with raises(ValueError, f"on {', '.join(f'rank {one}' for one in range(1, size()))}", *words):
+            fresh.load_state_dict(damaged)
+    for name, wrong, word in (
+        ("powersgd", {"q": {"fc.weight": torch.ones(3, 2)}}, "Q of fc.weight must be of shape (288, any), got (3, 2)"),
+        ("gradiveq", {"bases": [{}]}, "is damaged"),
+    ):
+        model, state = hooked(Net(), STATEFUL[name])
+        train(model, range(6))
+        saved = state.state_dict()
+        with raises(ValueError, word):
+            state.load_state_dict({**saved, "scheme": {**saved["scheme"], **wrong}})
+        train(model, range(6, 8))
     assert fresh.iteration == 0

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
-from ddp_harness import CHECKS
+from ddp_harness import CHECKS, Net
+from torch.nn.parallel import DistributedDataParallel
 
 from gradiveq.codec import PCACodec
+from gradiveq.compressors.topk import TopK
 from gradiveq.ddp.bucket import Place, Plan
 from gradiveq.ddp.flaws import NOT_FINITE, REPLACED, UNKNOWN, Codes, any_flaw, flaw, is_hard, story, votes
 from gradiveq.ddp.group import Group
 from gradiveq.ddp.memory import Memory, summed
+from gradiveq.ddp.state import State
 from gradiveq.flatten import Block
 from gradiveq.loss import Loss
 from gradiveq.pca import PCAConfig, PCASampler
@@ -76,7 +80,7 @@ def test_jobs_end_well(job: dict[str, Any]) -> None:
 
 def test_a_rank_that_dies_or_falls_silent(tmp_path: Path) -> None:
     """The other one is told in which exchange, within the process group's timeout."""
-    cases = [("powersgd", "dies"), ("topk", "sleeps")]
+    cases = [("powersgd", "dies"), ("topk", "sleeps"), ("gradiveq", "dies")]
     jobs = []
     for method, fate in cases:
         with socket.socket() as free:
@@ -100,7 +104,7 @@ def test_a_rank_that_dies_or_falls_silent(tmp_path: Path) -> None:
             assert "iteration 4: " in said
             assert "failed on rank 0 in iteration 4" in said
             assert "a worker is gone, or didn't answer" in said
-            assert "the exchange of fc" in said
+            assert f"the exchange of {'bases of conv1.weight' if method == 'gradiveq' else 'fc'}" in said
     finally:
         for pair in jobs:
             for process in pair:
@@ -210,3 +214,32 @@ def test_small_collectives_are_on_the_cpu_where_a_backend_takes_them(backend: st
         assert group.rows_of(np.array([3, 5])).tolist() == [[3, 5]]
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_small_collectives_are_on_the_models_device_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP needs no `torch.cuda.set_device`: the current device may be cuda:0 in all processes."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert Group(None, torch.device("cuda", 3)).device == torch.device("cuda", 3)
+    assert Group(None, torch.device("cpu")).device == torch.device("cuda", 0)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_compiled_model_has_the_same_group_and_names() -> None:
+    group = dist.new_group([0])
+    model = DistributedDataParallel(Net(), process_group=group)
+    compiled = torch.compile(model, backend="eager")
+    state, other = State(compiled, TopK()), State(torch.compile(Net(), backend="eager"), TopK())
+    assert state._group.process_group is group
+    expected = State(model, TopK()).state_dict()
+    for one in (state, other):
+        one.load_state_dict(expected)
+        assert one._parameters.names == [name for name, _ in Net().named_parameters()]

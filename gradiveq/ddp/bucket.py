@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,6 +96,17 @@ class Parameters:
             if p is not None and id(p) in self._index
         ]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same on all ranks, and in a checkpoint: each parameter's type and shape."""
+        pairs = zip(self.names, self.tensors, strict=True)
+        return {f"model.{name}": [str(p.dtype), *p.shape] for name, p in pairs}
+
+    @property
+    def device(self) -> torch.device:
+        """The first one's."""
+        return self.tensors[0].device if self.tensors else torch.device("cpu")
+
     def replaced(self) -> int | None:
         """The index of a parameter that isn't in its module any more. Cost: about 0.1 µs a parameter."""
         tensors = self.tensors
@@ -125,8 +137,7 @@ class Parameters:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that `torch.compile` was given; any other one is itself."""
-    inner = getattr(model, COMPILED, model)
-    assert isinstance(inner, nn.Module)
+    inner: nn.Module = getattr(model, COMPILED, model)
     return inner
 
 

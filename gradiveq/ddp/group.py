@@ -9,6 +9,8 @@ stand still for ever, each of the two threads waiting for what only the other co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ class Group:
 
     Args:
         process_group: None for the default one, as everywhere in PyTorch.
+        device: of the model. Over NCCL small tensors are there too, as the current device may be another process's; it
+            is taken if this is None, or if the model is still on the CPU.
     Raises:
         RuntimeError: there is none yet.
 
@@ -32,7 +36,7 @@ class Group:
         device: where tensors of small collectives must be.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device | None = None) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("torch.distributed.init_process_group must be called before gradiveq.ddp.State is made")
         group = dist.group.WORLD if process_group is None else process_group
@@ -43,7 +47,27 @@ class Group:
             raise ValueError("this process isn't in `process_group`: only its members train the model")
         # Such as "cpu:gloo,cuda:nccl", which is what `init_process_group()` without a backend makes.
         on_cpu = any(backend.startswith("cpu:") for backend in dist.get_backend_config(group).split(","))
-        self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+        if on_cpu:
+            self.device = torch.device("cpu")
+        elif device is not None and device.type == "cuda":
+            self.device = device
+        else:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+
+    @contextmanager
+    def exchange(self, what: str, iteration: int) -> Iterator[None]:
+        """Within, nothing but a collective is waited for.
+
+        Raises:
+            RuntimeError: it failed; says what, where and when.
+        """
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(
+                f"{what} failed on rank {self.rank} in iteration {iteration}: a worker is gone, or didn't answer "
+                f"within the process group's timeout ({error})"
+            ) from error
 
     def all_reduce(self, tensor: Tensor) -> Future[Any]:
         """Begin to replace a tensor by its sum over the ranks, in place."""
@@ -74,7 +98,8 @@ class Group:
     def objects_of(self, value: object) -> list[Any]:
         """Everybody's picklable object, by rank. Blocks; for errors only."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.process_group)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            dist.all_gather_object(values, value, group=self.process_group)
         return values
 
     def broadcast(self, parts: list[npt.NDArray[np.float32]]) -> None:

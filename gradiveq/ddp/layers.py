@@ -17,6 +17,12 @@ from torch import nn
 from gradiveq.ddp.bucket import COMPRESSIBLE, Parameters
 from gradiveq.flatten import Block, convolution_weights
 
+NOTHING_TO_COMPRESS = (
+    "GradiVeQ compresses the weights of convolutions (groups=1) in float32, float16 and bfloat16; `model` has none "
+    "that is a parameter (a weight that weight_norm or spectral_norm computes isn't) and requires a gradient. Name "
+    "others with `also`, as in also=('*.weight',), or use another method"
+)
+
 
 def compressible_layers(model: nn.Module, parameters: Parameters, also: Sequence[str]) -> list[Block]:
     """The parameters that PCA is for, as blocks of one vector.
@@ -29,8 +35,13 @@ def compressible_layers(model: nn.Module, parameters: Parameters, also: Sequence
     Args:
         also: patterns (`fnmatch`) of names, each of which has to match something.
     Raises:
-        ValueError: it doesn't, or what it matches is a vector.
+        TypeError: `also` is a string.
+        ValueError: a pattern matches nothing, or a vector.
     """
+    if isinstance(also, str):
+        raise TypeError(
+            f"`also` must be a sequence of names or patterns, as in also=({also!r},), got the string {also!r}"
+        )
     wanted = convolution_weights(model)
     asked = dict.fromkeys(also, False)
     blocks, offset = [], 0

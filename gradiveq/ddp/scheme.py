@@ -239,20 +239,12 @@ class Flight:
         if self.launched:
             return
         assert self._round is not None
-        try:
-            for future in self._round.futures:
-                future.wait()
-        except Exception as error:
-            raise self._lost(error) from error
+        self._wait(self._round.futures)
         self._round = self._next()
 
     def _finish(self, futures: Sequence[Future[Any]]) -> None:
         try:
-            try:
-                for future in futures:
-                    future.wait()  # they are done: on a GPU the callback's stream waits
-            except Exception as error:
-                raise self._lost(error) from error
+            self._wait(futures)  # they are done: on a GPU the callback's stream waits
             next(self._rounds, None)
         except Exception as error:
             self._land(error)
@@ -273,9 +265,7 @@ class Flight:
         buffer: Tensor = done.value()
         return buffer
 
-    def _lost(self, error: Exception) -> RuntimeError:
-        work = self.work
-        return RuntimeError(
-            f"the exchange of {work.plan.title()} failed on rank {work.group.rank} in iteration {work.iteration}: a "
-            f"worker is gone, or didn't answer within the process group's timeout ({error})"
-        )
+    def _wait(self, futures: Sequence[Future[Any]]) -> None:
+        with self.work.group.exchange(f"the exchange of {self.work.plan.title()}", self.work.iteration):
+            for future in futures:
+                future.wait()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,12 +14,14 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from gradiveq.ddp import flaws
-from gradiveq.ddp.bucket import Parameters, Plan
+from gradiveq.ddp.agreement import compare
+from gradiveq.ddp.bucket import Parameters, Plan, unwrapped
+from gradiveq.ddp.checkpoint import fitting
 from gradiveq.ddp.group import Group
 from gradiveq.ddp.later import Later
 from gradiveq.ddp.memory import Memories
 from gradiveq.ddp.methods import DDPMethod, make_scheme
-from gradiveq.ddp.scheme import Flight, Traffic, Work, plain_rounds
+from gradiveq.ddp.scheme import Flight, Scheme, Traffic, Work, plain_rounds
 from gradiveq.report import NonFiniteGradient, listed
 
 #: Of PyTorch's convention: DDP rebuilds its buckets after the first iteration.
@@ -71,13 +72,21 @@ class State:
 
     **Types.** Buckets of float32, float16 and bfloat16 are compressed, in float32; in the latter two, and under
     `fp16_compress_wrapper` and `bf16_compress_wrapper`, float32 payloads travel in these 16 bits. Other buckets
-    (float64) travel as they are. Sparse gradients are refused.
+    (float64) travel as they are. Complex numbers are pairs of real ones, which GradiVeQ leaves alone. Sparse gradients
+    are refused. An autocast that `backward()` is called under doesn't reach in here, nor does torch's default type.
 
     **Unused parameters** (`find_unused_parameters`) count as zeros. DDP leaves `.grad` alone where no rank has used the
     parameter; what error feedback has sent for it in such an iteration is then lost.
 
     **A parameter that is replaced** in the model later is found out on all ranks, unless its gradient was to come in
     the first bucket: DDP itself waits for it then, and the process group's timeout tells the other ranks.
+
+    **Errors** come from `backward()`, on all ranks: ValueError if ranks differ, NonFiniteGradient, FitError if PCA
+    fails, RuntimeError with the exchange that failed if a worker is gone; PyTorch makes RuntimeErrors that quote them
+    of those that callbacks find. After a NonFiniteGradient training may go on. The others leave DDP in the midst of an
+    iteration, so that it refuses the next forward pass: wrap the model again, make a new State, and load the last
+    checkpoint. Two faults end before a State hears of them, in a message of DDP's or the backend's that needn't name
+    the rank: parameters that differ in number or shape when the model is wrapped, and a rank without any hook.
 
     **Resuming** bit by bit: DDP starts with other buckets than it goes on with, and so with another order of additions
     in a process group's all-reduce. Run one iteration on any batch, forward and backward, and only then load model,
@@ -108,31 +117,34 @@ class State:
             )
         if nonfinite not in ("fail", "propagate"):
             raise ValueError(f"`nonfinite` must be 'fail' or 'propagate', got {nonfinite!r}")
+        if not (loss_scale is None or callable(loss_scale)):
+            raise TypeError(
+                f"`loss_scale` must be a function without arguments, as scaler.get_scale, got {loss_scale!r}"
+            )
+        model = unwrapped(model)
         if isinstance(model, DistributedDataParallel):
             process_group = model.process_group if process_group is None else process_group
             model = model.module
         self.method, self.start_iteration, self.nonfinite = method, start_iteration, nonfinite
         self.iteration = 0
         self.traffic = Traffic()
-        self._group = Group(process_group)
         self._parameters = Parameters(model)
+        self._group = Group(process_group, self._parameters.device)
         if not self._parameters.names:
             raise ValueError("`model` has no parameter that requires a gradient")
         self._codes = flaws.Codes(self._group.size, len(self._parameters.names))
-        self._scheme = make_scheme(
-            method, model, self._parameters, self._group,
+        self._new_scheme = partial(
+            make_scheme, method, model, self._parameters, self._group,
             seed=seed, start=start_iteration, min_ratio=min_ratio, also=also,
         )  # fmt: skip
+        self._scheme: Scheme = self._new_scheme()
         self._identity = {
             "method": repr(method),
             "start_iteration": start_iteration,
             "seed": seed,
             "min_ratio": min_ratio,
             "also": list(also),
-            **{
-                f"model.{name}": [str(p.dtype), *p.shape]
-                for name, p in zip(self._parameters.names, self._parameters.tensors, strict=True)
-            },
+            **self._parameters.identity,
         }
         self._loss_scale = loss_scale
         self._compared = False
@@ -172,9 +184,10 @@ class State:
 
     def on_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """What `hook` does."""
-        if bucket.index() == 0:
-            self._begin()
         plan = self._parameters.plan(bucket)
+        if bucket.index() == 0:
+            self._check_turn(plan)
+            self._begin()
         buffer = bucket.buffer()
         if buffer.layout != torch.strided:
             raise ValueError(f"gradients must be dense, {plan.title()} has a {buffer.layout} one")
@@ -209,12 +222,32 @@ class State:
             flight.future.wait()
         return flight.future
 
+    def _check_turn(self, plan: Plan) -> None:
+        """Refuse to begin an iteration with a bucket of another wrapped model than the last one's, on all ranks alike.
+
+        Raises:
+            RuntimeError: it is, or the last iteration's buckets haven't all come.
+        """
+        plans = [work.plan for work in self._works]
+        if plan not in plans and plan.places and plans:
+            known = {place.index for one in plans for place in one.places}
+            if known.isdisjoint(place.index for place in plan.places):
+                raise RuntimeError(
+                    f"{plan.title()} is not of the model that iteration {self.iteration - 1} was of: each wrapped "
+                    "model needs a State of its own"
+                )
+        if not self._all_begun:
+            raise RuntimeError(
+                f"iteration {self.iteration - 1} never came to its last bucket: after an error in the midst of "
+                "`backward()` a wrapped model needs a new State, or this one a checkpoint"
+            )
+
     def _begin(self) -> None:
         """A new iteration; collective."""
         self._read()
         self._settle()
         if not self._compared:
-            self._compare()
+            self._compare(self.iteration)
         number, self.iteration = self.iteration, self.iteration + 1
         self._flights, self._works = [], []
         self._begun = self._landed = 0
@@ -326,19 +359,21 @@ class State:
             if not self._spoilt:
                 self._scheme.end(self.iteration - 1 >= self.start_iteration)
 
-    def _compare(self) -> None:
+    def _compare(self, iteration: int, refused: str = "") -> None:
         """Refuse ranks that differ; collective.
 
+        Args:
+            iteration: of the next backward pass.
+            refused: why this rank can't go on, if it can't.
         Raises:
-            ValueError: on all ranks, naming what differs where.
+            ValueError: on all ranks, naming what differs or was refused where.
         """
-        identity = {**self._identity, "iteration": self.iteration}
-        digest = hashlib.blake2b(repr(sorted(identity.items())).encode(), digest_size=8).digest()
-        table = self._group.rows_of(np.frombuffer(digest, np.int64))
-        if (table != table[0]).any():
-            raise ValueError(
-                f"the ranks' models, methods or options differ: {_disagreement(self._group.objects_of(identity))}"
-            )
+        options = {
+            "nonfinite": self.nonfinite,
+            "loss_scale": "none" if self._loss_scale is None else "given",
+            "iteration": iteration,
+        }
+        compare(self._group, {"hook": "State", **self._identity, **options}, iteration, refused)
         self._compared = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -362,6 +397,7 @@ class State:
         self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]], memories: Memories | None = None
     ) -> None:
         """Go on from there. Every rank loads its own state, of the same iteration; see the class for how to resume.
+        Collective, so that all ranks hear of one that is refused.
 
         With another number of workers every rank loads the list of the old ones' states, by rank, and says what is to
         become of error feedback's memories: "sum", so that the mean over the workers of what was left out stays what it
@@ -371,42 +407,38 @@ class State:
         Args:
             memories: only with another number of workers.
         Raises:
-            ValueError: the states are of another model, method, option, rank or number of workers; nothing was changed.
+            ValueError: on all ranks, if one of them was given no state, one of another model, method, option, rank or
+                number of workers, or ranks one of different iterations; names the ranks. Nothing was changed.
         """
-        states = [state] if isinstance(state, Mapping) else list(state)
-        if not states:
-            raise ValueError("`state` must be a state, or a list of those of all ranks, got an empty list")
-        for one in states:
-            difference = _disagreement([one["identity"], self._identity], ("there", "here"))
-            if difference:
-                raise ValueError(f"the state is of another model or method: {difference}")
-        if len({one["iteration"] for one in states}) > 1:
-            raise ValueError(f"the states are of different iterations: {[one['iteration'] for one in states]}")
-        group, size = self._group, states[0]["size"]
-        same = size == group.size
-        if memories not in (None, "sum", "drop"):
-            raise ValueError(f"`memories` must be 'sum' or 'drop', got {memories!r}")
-        if not same and memories is None:
-            raise ValueError(
-                f"the state is of one of {size} workers, here are {group.size}: say what becomes of memories, 'sum' "
-                "(with the list of all old states) or 'drop'"
-            )
-        if len(states) > 1 or memories == "sum":
-            ranks = [one["rank"] for one in states]
-            if ranks != list(range(size)):
-                raise ValueError(f"the states must be of ranks 0 ... {size - 1} in order, got those of {ranks}")
-        if same:
-            states = [states[group.rank]] if len(states) > 1 else states
-            if states[0]["rank"] != group.rank:
-                raise ValueError(f"the state is rank {states[0]['rank']}'s, this is rank {group.rank}")
-        if same:
-            self._scheme.load_state_dict(states[0]["scheme"])
-        else:
-            assert memories is not None
-            self._scheme.load_others([one["scheme"] for one in states], memories, group.rank, group.size)
-        self.iteration = states[0]["iteration"]
-        self.traffic = Traffic(*states[0]["traffic"])
-        self._compared, self._settled, self._unread = False, True, []
+        refused, iteration = "", self.iteration
+        try:
+            iteration, traffic, scheme = self._fitting(state, memories)
+        except ValueError as error:
+            refused = str(error)
+        self._compare(iteration, refused)
+        self.iteration, self.traffic, self._scheme = iteration, traffic, scheme
+        self._all_begun, self._settled, self._unread, self._works = True, True, [], []
+
+    def _fitting(self, state: object, memories: Memories | None) -> tuple[int, Traffic, Scheme]:
+        """What to go on with; not collective.
+
+        Raises:
+            ValueError: the states don't fit.
+        """
+        group = self._group
+        shapes = dict(zip(self._parameters.names, self._parameters.shapes, strict=True))
+        states = fitting(state, memories, self._identity, shapes, group.rank, group.size)
+        contents, scheme = [one["scheme"] for one in states], self._new_scheme()
+        try:
+            traffic = Traffic(*states[0]["traffic"])
+            if states[0]["size"] == group.size:
+                scheme.load_state_dict(contents[0])
+            else:
+                assert memories is not None
+                scheme.load_others(contents, memories, group.rank, group.size)
+        except Exception as error:  # whatever is where something else should be
+            raise ValueError(f"`state` is damaged: {type(error).__name__}: {error}") from error
+        return states[0]["iteration"], traffic, scheme
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -423,19 +455,3 @@ def _overflow(names: Sequence[str], iteration: int) -> NonFiniteGradient:
     return NonFiniteGradient(
         f"in iteration {iteration} the mean of finite gradients overflows on all ranks: {listed(names)}"
     )
-
-
-def _disagreement(identities: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None) -> str:
-    """The first of all entries that isn't the same in all, or nothing."""
-    for key in dict.fromkeys(key for identity in identities for key in identity):
-        where: dict[str, list[str]] = {}
-        for index, identity in enumerate(identities):
-            value = repr(identity[key]) if key in identity else "missing"
-            where.setdefault(value, []).append(labels[index] if labels else f"rank {index}")
-        if len(where) > 1:
-            return f"{key} is " + " and ".join(f"{value} {_on(places)}" for value, places in where.items())
-    return ""
-
-
-def _on(places: Sequence[str]) -> str:
-    return listed(list(places)) if places[0] in ("there", "here") else "on " + listed(list(places))

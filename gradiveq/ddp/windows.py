@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from gradiveq.ddp import flaws
 from gradiveq.ddp.bucket import Place
 from gradiveq.ddp.group import Group
 from gradiveq.ddp.later import Later
+from gradiveq.ddp.layers import NOTHING_TO_COMPRESS
 from gradiveq.ddp.memory import Memories
 from gradiveq.ddp.scheme import Round, Rounds, Scheme, Traffic, Work, plain_rounds
 from gradiveq.flatten import Block, slice_sizes
@@ -34,6 +36,7 @@ from gradiveq.loss import Loss
 from gradiveq.methods import GradiVeQ
 from gradiveq.pca import Float64, LayerBasis, PCASampler
 from gradiveq.projection import Projection, squares
+from gradiveq.report import listed
 from gradiveq.schedule import majority
 from gradiveq.window_log import WindowLog, losses_on, raise_failures
 from gradiveq.windows import basis_from, basis_state
@@ -53,10 +56,7 @@ class WindowsScheme(Scheme):
 
     def __init__(self, method: GradiVeQ, group: Group, layers: Sequence[Block], min_ratio: float, start: int) -> None:
         if not layers:
-            raise ValueError(
-                "GradiVeQ compresses the weights of convolutions (groups=1); `model` has none that requires a "
-                "gradient. Name others with `also`, as in also=('*.weight',), or use another method"
-            )
+            raise ValueError(NOTHING_TO_COMPRESS)
         self.method, self.group, self.min_ratio = method, group, min_ratio
         self._log = WindowLog(method, max(method.warmup, start))
         self.schedule = self._log.schedule
@@ -176,7 +176,8 @@ class WindowsScheme(Scheme):
         """
         assert self._sampler is not None
         self._count(dims.nbytes, traffic)
-        dims = self.group.sum_of(dims)
+        with self._exchange():
+            dims = self.group.sum_of(dims)
         raise_failures(self._sampler, dims, f"before iteration {iteration}")
         return dims
 
@@ -191,16 +192,22 @@ class WindowsScheme(Scheme):
         segments = [owned_segment(rank, self.group.size) for rank in range(self.group.size)]
         parts = [buffer[bounds[segment] : bounds[segment + 1]] for segment in segments]
         self._count(buffer.nbytes, traffic)
-        self.group.broadcast(parts)
+        with self._exchange():
+            self.group.broadcast(parts)
         bases = self._sampler.rebuild(dims, buffer)
         self._sampler = None
         self._compare(bases)
         self._use(bases)
         self._log.fitted(bases, self._bases)
 
+    def _exchange(self) -> AbstractContextManager[None]:
+        what = f"the exchange of bases of {listed(list(self._layers))}, once each rank had fitted its share,"
+        return self.group.exchange(what, self._iteration)
+
     def _compare(self, bases: Sequence[LayerBasis]) -> None:
         digests = np.array([int(basis.digest, 16) - 2**63 for basis in bases], np.int64)
-        table = self.group.rows_of(digests)
+        with self._exchange():
+            table = self.group.rows_of(digests)
         for index, basis in enumerate(bases):
             others = np.flatnonzero(table[:, index] != table[0, index]).tolist()
             if others:
@@ -341,6 +348,9 @@ class WindowsScheme(Scheme):
         self._job, self._fit_due, self._sampler = None, False, None
         self._log.load_state_dict(state["windows"])
         self._bases = {part["name"]: basis_from(_arrays(part)) for part in state["bases"]}
+        for name, basis in self._bases.items():
+            if name not in self._layers or basis.length != self._layers[name].length:
+                raise ValueError(f"the state's basis of {name} is of {basis.length} elements, and not this model's")
         self._projections = {}
 
 
