@@ -196,6 +196,23 @@ def probe_skips_what_is_not_finite() -> None:
 
 
 @check
+def probes_that_differ() -> None:
+    """From each other, and from a State on another rank."""
+    last = rank() == size() - 1
+    model = wrap(Net())
+    ddp.probe(model, {"topk": TopK(0.1), **({"half": Half()} if last else {})})
+    with raises(ValueError, "method half is missing on rank 0", "Half(", f"on rank {size() - 1}"):
+        step(model, sgd(model), 0)
+    model = wrap(Net())
+    if last:
+        ddp.probe(model, {"topk": TopK(0.1)})
+    else:
+        model.register_comm_hook(ddp.State(model, TopK(0.1)), ddp.hook)
+    with raises(ValueError, "hook is 'State' on rank 0", f"'Probe' on rank {size() - 1}"):
+        step(model, sgd(model), 0)
+
+
+@check
 def probes_that_are_refused() -> None:
     with raises(ValueError, "`sample` must be at least 2"):
         ddp.probe(Net(), sample=1)

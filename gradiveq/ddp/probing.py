@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.base import Compressor
+from gradiveq.ddp.agreement import compare
 from gradiveq.ddp.bucket import COMPRESSIBLE, Parameters, unwrapped
 from gradiveq.ddp.group import Group
 from gradiveq.ddp.layers import compressible_layers
@@ -59,13 +60,17 @@ class Probe:
             raise ValueError("`methods` must name at least one, got none")
         self.sample, self.holdout, self.iteration = sample, holdout, 0
         net = model = unwrapped(model)
-        group: Group | None = None
         if isinstance(model, DistributedDataParallel):
-            net, group = model.module, Group(process_group or model.process_group)
-        elif process_group is not None:
-            group = Group(process_group)
-        self._mean = Mean(group)
+            net, process_group = model.module, process_group or model.process_group
         self._parameters = Parameters(net)
+        self._mean = Mean(None if process_group is None else Group(process_group, self._parameters.device))
+        self._said = {
+            "hook": "Probe",
+            **{f"method {name}": repr(method) for name, method in chosen.items()},
+            **{"sample": sample, "holdout": holdout, "also": list(also), "seed": seed},
+            **self._parameters.identity,
+        }
+        self._compared = False
         convolutions = {block.name for block in compressible_layers(net, self._parameters, also)}
         blocks, offset = [], 0
         for name, p in zip(self._parameters.names, self._parameters.tensors, strict=True):
@@ -73,7 +78,7 @@ class Probe:
                 blocks.append(Block(name, offset, p.numel(), tuple(p.shape), name in convolutions))
                 offset += p.numel()
         if not blocks:
-            raise ValueError("`model` has no parameter of a floating-point type that requires a gradient")
+            raise ValueError("`model` has no parameter of float32, float16 or bfloat16 that requires a gradient")
         self._blocks = {block.name: block for block in blocks}
         self._own = np.zeros(offset, np.float32)
         self._flat = torch.from_numpy(self._own)
@@ -122,6 +127,7 @@ class Probe:
         group = self._mean.group
         assert group is not None
         buffer = bucket.buffer()
+        self._compare()
         if not self.done:
             for place in self._parameters.plan(bucket).places:
                 if place.name in self._blocks:
@@ -132,10 +138,17 @@ class Probe:
         mean: Future[Tensor] = future.then(lambda done: done.value()[0])
         return mean
 
+    def _compare(self) -> None:
+        """Refuse ranks that differ, once; collective."""
+        if not self._compared and self._mean.group is not None:
+            compare(self._mean.group, self._said, self.iteration)
+        self._compared = True
+
     def _look(self) -> None:
         """Collective, and waited for. An iteration with a non-finite gradient on any rank doesn't count."""
         if self.done:
             return
+        self._compare()
         message = np.append(self._own, np.float32(0))
         if not np.isfinite(self._own).all():
             message[:] = 0

@@ -13,6 +13,7 @@ import torch
 
 from gradiveq.compressors.base import Draw, Float32
 from gradiveq.ddp.group import Group
+from gradiveq.ddp.layers import NOTHING_TO_COMPRESS
 from gradiveq.flatten import Block, slice_sizes
 from gradiveq.loss import Loss
 from gradiveq.methods import Compressed, GradiVeQ
@@ -194,7 +195,7 @@ class GradiVeQTrial(Trial):
         super().__init__(name, blocks, mean)
         layers = [block for block in blocks if block.compressed]
         if not layers:
-            raise ValueError("GradiVeQ compresses convolutions (groups=1); `model` has none, name others with `also`")
+            raise ValueError(NOTHING_TO_COMPRESS)
         sizes = slice_sizes(layers, method.slice_size)
         self.samplers = {
             block.name: PCASampler(
