@@ -26,8 +26,8 @@ LAUNCHED = ("PMI_RANK", "PMI_SIZE", "PMIX_RANK", "PMIX_SIZE", "OMPI_COMM_WORLD_S
 
 
 def launched() -> bool:
-    """Whether this process is one that `mpirun` or the like started."""
-    return any(name in os.environ for name in LAUNCHED)
+    """Whether this process is one that `mpirun` or the like started, or one of several that `srun` did."""
+    return any(name in os.environ for name in LAUNCHED) or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 def thread_variables(threads: int) -> dict[str, str]:

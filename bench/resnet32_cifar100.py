@@ -85,7 +85,8 @@ def run_processes(arguments: list[str] | None, workers: Processes, stop: StopReq
     try:
         check_launcher(workers.comm)
     except RingError as error:  # every process believes to be rank 0
-        first = all(os.environ.get(name, "0") == "0" for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK"))
+        ranks = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
+        first = all(os.environ.get(name, "0") == "0" for name in ranks)
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -14,21 +14,26 @@ from ring.world import MPI
 #: How long a failing rank goes on trying to tell the others, and lets them speak.
 LAST_WORDS_S = 1.0
 
+#: Where launchers of MPI say how many processes they have started.
+_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS")
+#: Where `srun` does, whatever MPI the processes use; an `mpirun` that starts helpers by `srun` says how many ranks above.
+_SLURM_SIZE = "SLURM_STEP_NUM_TASKS"
+
 
 def check_launcher(comm: MPI.Intracomm) -> None:
-    """Recognise a foreign `mpirun`, whose N processes each believe to be alone.
+    """Recognise a foreign `mpirun`, or an `srun` without the right PMI, whose N processes each believe to be alone.
 
     Raises:
         RingError: the launcher says that there are more processes than this MPI sees.
     """
-    for variable in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
+    for variable in [name for name in _SIZES if name in os.environ] or [_SLURM_SIZE]:
         launched = os.environ.get(variable, "")
         if comm is MPI.COMM_WORLD and comm.size == 1 and launched.isdigit() and int(launched) > 1:
             library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
             raise RingError(
                 f"the launcher started {launched} processes ({variable}={launched}), but mpi4py uses {library}, which "
-                "sees only one: this `mpirun` belongs to another MPI. Use the one installed with it, "
-                f"e.g. {os.path.join(os.path.dirname(sys.executable), 'mpirun')}"
+                "sees only one: this `mpirun` belongs to another MPI, or this `srun` needs another --mpi. Use the one "
+                f"installed with it, e.g. {os.path.join(os.path.dirname(sys.executable), 'mpirun')}"
             )
 
 

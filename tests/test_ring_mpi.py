@@ -347,13 +347,15 @@ def test_invalid_arguments_on_all_ranks_are_plain_errors(mpirun: Launch) -> None
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_a_foreign_mpirun_is_recognised(mpirun: Launch, variable: str) -> None:
     """Another MPI's launcher starts processes that each see a world of one, and says how many in the environment."""
     program = f"""
         import os
         from ring.abort import end_together
         from ring.mpi import MPIRing
+        for name in ("PMI_SIZE", "MPI_LOCALNRANKS"):
+            os.environ.pop(name, None)  # those of the launcher that there really is
         os.environ["{variable}"] = "6"
         end_together()
         MPIRing()
