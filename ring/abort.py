@@ -16,7 +16,8 @@ LAST_WORDS_S = 1.0
 
 #: Where launchers of MPI say how many processes they have started.
 _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS")
-#: Where `srun` does, whatever MPI the processes use; an `mpirun` that starts helpers by `srun` says how many ranks above.
+#: Where `srun` does, whatever MPI the processes use. (An `mpirun` that starts its helpers by `srun` sets one of the
+#: others too.)
 _SLURM_SIZE = "SLURM_STEP_NUM_TASKS"
 
 
