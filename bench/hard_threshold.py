@@ -376,12 +376,10 @@ def write(
 def redraw(path: Path) -> list[Path]:
     """Figures and tables again, of the hard-threshold.json at `path` and the runs beside it.
 
-    Raises:
-        FigureError: the runs are missing or damaged.
-        LookupError, TypeError, ValueError: the record isn't as it should be.
+    Raises: as `kept.recorded`.
     """
-    about, runs = figures.read_object(path)["environment"], kept.read(path.parent)
-    options = parse(shlex.split(about["command"])[3:])  # the size is what the options made of it
+    about, words, runs = kept.recorded(path)
+    options = parse(words)  # the size is what the options made of it
     return write(runs, judge_all(runs, options.size, options.given), options, about, path.parent)
 
 

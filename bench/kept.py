@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.figures import FigureError
+from bench.figures import FigureError, read_object
 from bench.record import plain, write_atomically
 
 FILE = "runs.json.gz"
@@ -38,6 +39,17 @@ def keep(folder: Path, runs: Mapping[str, Mapping[str, Any]], part: Callable[[Ma
     text = json.dumps(_short(plain(kept)), allow_nan=False, separators=(",", ":")) + "\n"
     write_atomically(folder / FILE, gzip.compress(text.encode(), mtime=0))
     return read(folder)
+
+
+def recorded(path: Path) -> tuple[dict[str, Any], list[str], Runs]:
+    """What an experiment's command recorded: its environment, its options, and the runs beside the record at `path`.
+
+    Raises:
+        FigureError: the runs are missing or damaged.
+        LookupError, TypeError, ValueError: the record isn't as it should be.
+    """
+    about = read_object(path)["environment"]
+    return about, shlex.split(about["command"])[3:], read(path.parent)
 
 
 def read(folder: Path) -> Runs:

@@ -190,12 +190,10 @@ def write(runs: Runs, options: argparse.Namespace, about: dict[str, Any], text: 
 def redraw(path: Path) -> list[Path]:
     """Figures and tables again, of the layerwise.json at `path` and the runs beside it.
 
-    Raises:
-        FigureError: the runs are missing or damaged.
-        LookupError, TypeError, ValueError: the record isn't as it should be.
+    Raises: as `kept.recorded`.
     """
-    about, runs = figures.read_object(path)["environment"], kept.read(path.parent)
-    options = parse(shlex.split(about["command"])[3:])  # the size is what the options made of it
+    about, words, runs = kept.recorded(path)
+    options = parse(words)  # the size is what the options made of it
     return write(runs, options, about, report(runs, options.size, about)[0], path.parent)
 
 
