@@ -25,6 +25,7 @@ from typing import NamedTuple
 from torch import nn
 
 from gradiveq.compressors.base import Compressor
+from gradiveq.ddp.flaws import CODE_BYTES
 from gradiveq.ddp.methods import DDPMethod
 from gradiveq.flatten import Block, Layout, slice_sizes
 from gradiveq.methods import Compressed, GradiVeQ, Plain
@@ -47,8 +48,6 @@ RATIOS, FRACTIONS = (1.0, 1e4), (1e-5, 1.0)
 DIGITS = 3
 #: What is further than this from the bytes that are wanted is not compared at equal bytes.
 TOLERANCE = 0.12
-#: Bytes of a rank's code in a gathered message (`gradiveq.ddp.compressors`).
-CODE_BYTES = 8
 
 
 class Handed(NamedTuple):

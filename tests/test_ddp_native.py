@@ -29,7 +29,7 @@ from gradiveq.compressors.identity import Identity
 from gradiveq.ddp import native, native_bits
 from gradiveq.ddp.bucket import Parameters, Place, Plan
 from gradiveq.ddp.compressors import CompressorScheme
-from gradiveq.ddp.flaws import OVERFLOWED, Codes, flaw
+from gradiveq.ddp.flaws import NOT_FINITE, OVERFLOWED, Codes, flaw, flaw_on_device
 from gradiveq.ddp.layers import compressible_layers
 from gradiveq.ddp.lowrank import PowerSGDScheme
 from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
@@ -517,12 +517,11 @@ def test_what_is_sent_as_it_is_does_not_wait() -> None:
 
 
 def test_the_findings_of_a_bucket_do_not_wait() -> None:
-    """Which layer is not finite, and whether the mean is; the first time numbers are copied to the device."""
-    state: Any = SimpleNamespace(_codes_on_device={}, _unread=[])
+    """Which layer is not finite, and whether the mean is."""
+    state: Any = SimpleNamespace(_unread=[])
     work = on_meta()
-    State._flaw_on_device(state, work)
     with Watch():
-        State._flaw_on_device(state, work)
+        flaw_on_device(work.buffer, work.plan.places, NOT_FINITE)
         drained(plain_rounds(work))
         State._note_flaws(state, work)
 

@@ -21,10 +21,10 @@ import torch
 
 from gradiveq.compressors.base import Array, Compressor, Float32
 from gradiveq.ddp.bucket import Plan
-from gradiveq.ddp.flaws import OVERFLOWED, any_flaw, flaw
+from gradiveq.ddp.flaws import CODE_BYTES, OVERFLOWED, any_flaw, flaw
 from gradiveq.ddp.memory import Memories, Memory, summed
 from gradiveq.ddp.native import is_native
-from gradiveq.ddp.native_rounds import CODE_BYTES, native_rounds
+from gradiveq.ddp.native_rounds import native_rounds
 from gradiveq.ddp.part import BucketPart
 from gradiveq.ddp.scheme import Round, Rounds, Scheme, Traffic, Work
 from gradiveq.ddp.wire import Sums, array_of, seen, tensor_of

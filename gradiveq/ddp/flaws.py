@@ -14,10 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gradiveq.ddp.bucket import Place
+from gradiveq.ddp.native_bits import copied
+
 BASE = 100
+#: Of a code in a gathered message.
+CODE_BYTES = 8
 NOT_FINITE, OVERFLOWED, REPLACED, UNKNOWN = range(4)
 REASONS = (
     "has a non-finite gradient",
@@ -33,6 +39,16 @@ HARD = (REPLACED, UNKNOWN)
 def flaw(reason: int, index: int) -> int:
     """The code, without a vote, of a parameter that is in trouble."""
     return 2 * (1 + reason + len(REASONS) * index)
+
+
+def flaw_on_device(values: Tensor, places: Sequence[Place], reason: int) -> Tensor:
+    """The code of the last parameter of a bucket with an infinity or a NaN, or 0; nothing waits for it."""
+    filled = [place for place in places if place.stop > place.start]  # nothing has no largest element
+    if not filled:
+        return torch.zeros((), dtype=torch.int64, device=values.device)
+    norms = torch.stack(torch._foreach_norm([values[place.start : place.stop] for place in filled], torch.inf))
+    codes = copied(np.array([flaw(reason, place.index) for place in filled]), values.device)
+    return torch.where(norms.isfinite(), 0, codes).amax()
 
 
 @dataclass(frozen=True)

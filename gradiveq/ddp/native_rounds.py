@@ -10,20 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gradiveq.compressors.base import Compressor
 from gradiveq.ddp import native
-from gradiveq.ddp.flaws import OVERFLOWED, flaw
+from gradiveq.ddp.flaws import CODE_BYTES, OVERFLOWED, flaw_on_device
 from gradiveq.ddp.memory import Memory
-from gradiveq.ddp.native_bits import copied
 from gradiveq.ddp.part import BucketPart
 from gradiveq.ddp.scheme import Round, Rounds, Work
 from gradiveq.ddp.wire import Sums, seen
-
-CODE_BYTES = 8
 
 
 def native_rounds(
@@ -74,13 +70,8 @@ def corrected(work: Work, latest: Tensor, memory: Memory) -> Tensor:
     """What is to be compressed: with what is remembered, and zeros where the code says that it is of no use."""
     values = latest + memory.of(work.plan, latest.device)
     code = torch.as_tensor(work.code, device=latest.device)
-    places = [place for place in work.plan.places if place.stop > place.start]  # nothing has no largest element
-    if places:
-        norms = torch.stack(torch._foreach_norm([values[place.start : place.stop] for place in places], torch.inf))
-        flaws = copied(np.array([flaw(OVERFLOWED, place.index) for place in places]), latest.device)
-        worst = torch.where(norms.isfinite(), 0, flaws).amax()
-        code = torch.where((code <= 1) & (worst > 0), worst, code)
-    work.code = code
+    worst = flaw_on_device(values, work.plan.places, OVERFLOWED)
+    work.code = code = torch.where((code <= 1) & (worst > 0), worst, code)
     return torch.where(code > 1, 0, values)
 
 

@@ -159,7 +159,6 @@ class State:
         self._replaced: int | None = None
         self._works: list[Work] = []
         self._unread: list[tuple[Plan, Later]] = []  # on a GPU: codes, and whether the mean is finite
-        self._codes_on_device: dict[Plan, Tensor] = {}
 
     @property
     def phase(self) -> str:
@@ -265,23 +264,10 @@ class State:
         if work.plan.unknown:
             return vote + flaws.flaw(flaws.UNKNOWN, places[-1].index if places else len(self._parameters.names))
         if work.buffer.is_cuda:
-            return vote + self._flaw_on_device(work)
+            return vote + flaws.flaw_on_device(work.buffer, places, flaws.NOT_FINITE)
         if _is_finite(work.buffer):
             return vote
         return vote + flaws.flaw(flaws.NOT_FINITE, _flawed(work.buffer, work.plan)[0])
-
-    def _flaw_on_device(self, work: Work) -> Tensor:
-        """The code of the last parameter with a non-finite gradient, or 0; nothing waits for it."""
-        places = [place for place in work.plan.places if place.stop > place.start]  # nothing has no largest element
-        if not places:
-            return torch.zeros((), dtype=torch.int64, device=work.buffer.device)
-        views = [place.view(work.buffer) for place in places]
-        codes = self._codes_on_device.get(work.plan)
-        if codes is None:
-            numbers = [flaws.flaw(flaws.NOT_FINITE, place.index) for place in places]
-            codes = self._codes_on_device[work.plan] = torch.tensor(numbers, device=work.buffer.device)
-        norms = torch.stack(torch._foreach_norm(views, torch.inf))
-        return torch.where(norms.isfinite(), 0, codes).amax()
 
     def _judge(self, work: Work, error: Exception | None) -> Exception | None:
         """A bucket is through; maybe on a thread of the backend's."""
