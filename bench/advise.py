@@ -63,9 +63,18 @@ from ring.machine import usable_cores
 
 #: What is compared unless `--methods` says otherwise: one setting of each kind.
 METHODS = (
-    "half", "gradiveq", "powersgd:4", "topk:0.01+ef", "randomk:0.01+ef", "adacomp+ef", "adaptive", "qsgd-gather",
-    "natural", "terngrad", "sign:scaled+ef",
-)  # fmt: skip
+    "half",
+    "gradiveq",
+    "powersgd:4",
+    "topk:0.01+ef",
+    "randomk:0.01+ef",
+    "adacomp+ef",
+    "adaptive",
+    "qsgd-gather",
+    "natural",
+    "terngrad",
+    "sign:scaled+ef",
+)
 LEAST_GBPS, MOST_GBPS, PER_DECADE = 0.01, 100.0, 4
 #: Iterations of a probe that nobody asked for: 64 samples are what GradiVeQ needs at ratio 8 on the models of ours.
 PROBE = 80
@@ -104,9 +113,15 @@ def methods_of(options: argparse.Namespace) -> dict[str, Method]:
     for spec in options.methods:
         if spec == GradiVeQ.name:
             found[spec] = GradiVeQ(
-                warmup=0, sample=options.sample, compress=options.compress, ratio=options.ratio,
-                slice_size=options.slice_size, fit_slices=options.fit_slices, sampling=Plain(), holdout_every=0,
-            )  # fmt: skip
+                warmup=0,
+                sample=options.sample,
+                compress=options.compress,
+                ratio=options.ratio,
+                slice_size=options.slice_size,
+                fit_slices=options.fit_slices,
+                sampling=Plain(),
+                holdout_every=0,
+            )
         else:
             found[spec] = parse_method(spec)
     return found
@@ -165,9 +180,12 @@ def cluster_of(options: argparse.Namespace) -> tuple[Cluster, bool]:
     else:
         gbps = options.bandwidth
         cluster = Cluster(
-            name=f"{options.nodes}-nodes-{gbps:g}gbps", source="as asked for, on this machine's processor",
-            nodes=options.nodes, node=Node(), link=Link(latency_us=options.latency, bandwidth_gbps=gbps),
-        )  # fmt: skip
+            name=f"{options.nodes}-nodes-{gbps:g}gbps",
+            source="as asked for, on this machine's processor",
+            nodes=options.nodes,
+            node=Node(),
+            link=Link(latency_us=options.latency, bandwidth_gbps=gbps),
+        )
     if cluster.nodes < 2:
         raise ClusterError(
             f"cluster {cluster.name}: one node has nobody to exchange gradients with; `nodes` must be 2 or more"
@@ -239,10 +257,14 @@ def answer(options: argparse.Namespace, asked: Asked) -> Answer:
         if isinstance(method, GradiVeQ) and isinstance(method.sample, int) and isinstance(method.compress, int)
     }
     situation = Situation(
-        cluster, computing, [factor * one for one in measured.ready_s],
+        cluster,
+        computing,
+        [factor * one for one in measured.ready_s],
         [8 * length / cluster.rates["copy"] for length in measured.lengths] if rated else measured.copies_s,
-        measured.costs, windows, rated,
-    )  # fmt: skip
+        measured.costs,
+        windows,
+        rated,
+    )
     predictions = {name: situation.predict(name) for name in measured.costs}
     grid = bandwidths(LEAST_GBPS, MOST_GBPS, PER_DECADE, cluster.link.bandwidth_gbps)
     sweep, gains, pays = {}, {}, {}
@@ -254,9 +276,19 @@ def answer(options: argparse.Namespace, asked: Asked) -> Answer:
     known = recorded(options.results)
     elsewhere = {name: closest(methods[name], name, asked.task, known) for name in sweep}
     return Answer(
-        asked, situation, options.batch_size, options.ratio, text, predictions, gains, pays, sweep, elsewhere,
-        also=options.also, searched="" if known else str(options.results.absolute()),
-    )  # fmt: skip
+        asked,
+        situation,
+        options.batch_size,
+        options.ratio,
+        text,
+        predictions,
+        gains,
+        pays,
+        sweep,
+        elsewhere,
+        also=options.also,
+        searched="" if known else str(options.results.absolute()),
+    )
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -328,8 +360,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--compress", type=_whole(1), default=400, metavar="N", help="GradiVeQ's Lc (default: %(default)s)"
     )
     how.add_argument("--fit-slices", choices=("first", "all"), default="all", help="GradiVeQ's (default: %(default)s)")
-    how.add_argument("--probe", type=_whole(0), metavar="N",
-                     help=f"iterations of a probe (default: {PROBE} for models that take 3x32x32 images)")  # fmt: skip
+    how.add_argument(
+        "--probe",
+        type=_whole(0),
+        metavar="N",
+        help=f"iterations of a probe (default: {PROBE} for models that take 3x32x32 images)",
+    )
     how.add_argument("--data", metavar="SPEC", help="images for the probe, as for the job (default: the sample)")
     how.add_argument("--lr", type=positive, default=0.05, metavar="X", help="of the probe (default: %(default)g)")
     run = parser.add_argument_group("the run")
@@ -383,8 +419,11 @@ def advise(options: argparse.Namespace, command: str, asked: Asked | None = None
     """
     cluster_of(options)  # so that nothing is measured in vain
     about = environment(("numpy", "scipy", "torch", "numba", "matplotlib")) | {
-        "command": command, "cores": usable_cores(), "threads": torch.get_num_threads(), "seed": SEED,
-    }  # fmt: skip
+        "command": command,
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "seed": SEED,
+    }
     asked = asked or ask(options)
     found = answer(options, asked)
     lines = words(found)

@@ -197,9 +197,13 @@ def measure(
         except (TypeError, ValueError) as error:
             refused[name] = str(error)
     return Measured(
-        profiled, tuple(bucket.length for bucket in buckets), tuple(bucket.ready_s for bucket in buckets),
-        tuple(copies_s(bucket.length) for bucket in buckets), costs, refused,
-    )  # fmt: skip
+        profiled,
+        tuple(bucket.length for bucket in buckets),
+        tuple(bucket.ready_s for bucket in buckets),
+        tuple(copies_s(bucket.length) for bucket in buckets),
+        costs,
+        refused,
+    )
 
 
 def plain_cost(model: nn.Module, buckets: Sequence[Assigned]) -> MethodCost:
@@ -254,8 +258,15 @@ def _run(
 ) -> MethodCost:
     group, parameters = Alone(size), Parameters(model)
     scheme = make_scheme(
-        method, model, parameters, group, seed=0, start=START, min_ratio=1.0, also=also  # type: ignore[arg-type]
-    )  # fmt: skip
+        method,  # type: ignore[arg-type]
+        model,
+        parameters,
+        group,
+        seed=0,
+        start=START,
+        min_ratio=1.0,
+        also=also,
+    )
     plans = [parameters.plan(SimpleNamespace(parameters=lambda of=of: of.parameters)) for of in buckets]
     bases: dict[str, LayerBasis] = {}
     if isinstance(method, GradiVeQ):

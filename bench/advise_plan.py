@@ -19,10 +19,16 @@ METHODS: dict[str, Method] = {
     "powersgd:4": parse("powersgd:4"),
     # Few samples, and so small slices: only compressed iterations are timed.
     "gradiveq": GradiVeQ(
-        warmup=0, sample=12, compress=10_000, slice_size=256, ratio=16, fit_slices="all", sampling=Plain(),
+        warmup=0,
+        sample=12,
+        compress=10_000,
+        slice_size=256,
+        ratio=16,
+        fit_slices="all",
+        sampling=Plain(),
         holdout_every=0,
     ),
-}  # fmt: skip
+}
 #: By name: how it is made, and examples per rank.
 MODELS: dict[str, tuple[Callable[[], Task], int]] = {
     "resnet32": (lambda: tensor_task("resnet32", resnet32(100, seed=0), (3, 32, 32)), 8),

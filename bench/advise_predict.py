@@ -177,9 +177,13 @@ class Situation:
         # DDP copies each bucket's means to the gradients at the end of backward.
         copying_s = slow * sum(self.copies_s) / 2 if buckets else 0.0
         return iteration(
-            slow * profile.forward_s, slow * profile.backward_s, slow * profile.update_s + copying_s, buckets,
-            cores=self.cores, overlap_slowdown=self.cluster.node.overlap_slowdown,
-        )  # fmt: skip
+            slow * profile.forward_s,
+            slow * profile.backward_s,
+            slow * profile.update_s + copying_s,
+            buckets,
+            cores=self.cores,
+            overlap_slowdown=self.cluster.node.overlap_slowdown,
+        )
 
     def _bucket(self, cost: BucketCost, ready_s: float, copy_s: float, by_rates: bool, network: Network) -> Bucket:
         rounds = []

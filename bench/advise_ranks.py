@@ -131,9 +131,12 @@ def main() -> int:
     # What MPICH's launcher tells its processes; MPI itself isn't needed.
     rank, size = int(os.environ["PMI_RANK"]), int(os.environ["PMI_SIZE"])
     dist.init_process_group(
-        "gloo", init_method=f"tcp://{plan['address']}:{PORT}", rank=rank, world_size=size,
+        "gloo",
+        init_method=f"tcp://{plan['address']}:{PORT}",
+        rank=rank,
+        world_size=size,
         timeout=timedelta(seconds=TIMEOUT_S),
-    )  # fmt: skip
+    )
     found = Found()
     for name in plan["models"]:
         make, batch_size = MODELS[name]

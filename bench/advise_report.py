@@ -119,12 +119,15 @@ def table(found: Answer, form: str = "simple") -> str:
         prediction, cost = found.predictions[name], found.asked.measured.costs[name]
         rows.append(
             [
-                name, seconds_text(prediction.time_s), f"{found.speedup(name):.2f}", bytes_text(prediction.bytes_sent),
+                name,
+                seconds_text(prediction.time_s),
+                f"{found.speedup(name):.2f}",
+                bytes_text(prediction.bytes_sent),
                 bytes_text(cost.extra_bytes(found.situation.cluster.nodes)),
                 "-" if name == PLAIN else _where(found, name, found.gains[name]),
                 "none" if name == PLAIN else risk_text(found, name),
             ]
-        )  # fmt: skip
+        )
     rows += [
         [name, "-", "-", "-", "-", "-", f"not possible: {why}"] for name, why in found.asked.measured.refused.items()
     ]
@@ -169,8 +172,11 @@ def words(found: Answer) -> list[str]:
             f"No fewer bytes than plain DDP's: {', '.join(larger)}. Where the table calls that faster, it is only "
             f"because {STEPS}."
         )
-    lines.append(f"Accuracy: the probe was {asked.probe}." if not asked.probed else
-                 f"Accuracy: losses are ||g' - g||^2 / ||g||^2 without error feedback, of {asked.probe}.")  # fmt: skip
+    lines.append(
+        f"Accuracy: the probe was {asked.probe}."
+        if not asked.probed
+        else f"Accuracy: losses are ||g' - g||^2 / ||g||^2 without error feedback, of {asked.probe}."
+    )
     failed = {name: one.why_not for name, one in asked.probed.items() if one.loss is None}
     lines += [f"Not probed: {name}, as {why}." for name, why in failed.items()]
     unknown = [name for name in found.by_speed if risk_text(found, name) == "unknown"]
@@ -300,9 +306,13 @@ def draw(record: Mapping[str, Any]) -> Figure:
         gbps = cluster["link"]["bandwidth_gbps"]
         axis.axvline(gbps, color="#BBBBBB", linewidth=1.2, zorder=0.5)
         axis.annotate(
-            f" {cluster['name']}", (gbps, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8.5,
+            f" {cluster['name']}",
+            (gbps, 1),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=8.5,
             color="#666666",
-        )  # fmt: skip
+        )
         axis.set(xscale="log", yscale="log", xlabel="bandwidth of a link", ylabel="seconds per iteration")
         decades = math.log10(axis.get_ylim()[1] / axis.get_ylim()[0])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
@@ -330,39 +340,58 @@ def record(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> dic
     def of(name: str) -> dict[str, Any]:
         prediction, cost = found.predictions[name], measured.costs[name]
         entry = {
-            "iteration_s": prediction.time_s, "speedup": found.speedup(name), "bytes_sent": prediction.bytes_sent,
-            "compressed_iteration_s": prediction.compressed.time_s, "waiting_s": prediction.compressed.exposed_s,
-            "network_s": prediction.compressed.network_s, "exchanges_s": prediction.compressed.exchanges,
-            "memory_bytes": cost.memory_bytes, "fit_bytes": cost.fit_bytes,
+            "iteration_s": prediction.time_s,
+            "speedup": found.speedup(name),
+            "bytes_sent": prediction.bytes_sent,
+            "compressed_iteration_s": prediction.compressed.time_s,
+            "waiting_s": prediction.compressed.exposed_s,
+            "network_s": prediction.compressed.network_s,
+            "exchanges_s": prediction.compressed.exchanges,
+            "memory_bytes": cost.memory_bytes,
+            "fit_bytes": cost.fit_bytes,
             "extra_bytes": cost.extra_bytes(found.situation.cluster.nodes),
             "encode_s": [[one.compute_s for one in bucket.rounds] for bucket in cost.buckets],
             "decode_s": [bucket.decoding_s(found.situation.cluster.nodes) for bucket in cost.buckets],
             "payload_bytes": cost.payload_bytes,
-        }  # fmt: skip
+        }
         if name == PLAIN:
             points = next(iter(found.sweep.values()), ())
             entry["by_bandwidth"] = [{"gbps": point.x, "iteration_s": point.plain_s} for point in points]
         else:
             probed = asked.probed.get(name)
             entry |= {
-                "gains_gbps": found.gains[name], "pays_gbps": found.pays[name],
+                "gains_gbps": found.gains[name],
+                "pays_gbps": found.pays[name],
                 "probed": None if probed is None else probed._asdict(),
                 "elsewhere": [one._asdict() for one in found.elsewhere[name]],
                 "by_bandwidth": [{"gbps": point.x, "iteration_s": point.time_s} for point in found.sweep[name]],
-            }  # fmt: skip
+            }
         return entry
 
     profiled = found.situation.profile
     return {
-        "environment": about, "words": lines, "model": asked.task, "batch_size": found.batch_size,
+        "environment": about,
+        "words": lines,
+        "model": asked.task,
+        "batch_size": found.batch_size,
         "computing_s": found.situation.computing_s,
-        "parameters": sum(measured.lengths), "bucket_bytes": [4 * length for length in measured.lengths],
-        "cluster": as_table(found.situation.cluster), "computing": found.computing,
-        "forward_s": profiled.forward_s, "backward_s": profiled.backward_s, "update_s": profiled.update_s,
-        "ready_s": found.situation.ready_s, "measured": {
-            "batch_size": measured.profile.batch_size, "forward_s": measured.profile.forward_s,
-            "backward_s": measured.profile.backward_s, "update_s": measured.profile.update_s,
-            "flops": measured.profile.flops, "threads": torch.get_num_threads(),
+        "parameters": sum(measured.lengths),
+        "bucket_bytes": [4 * length for length in measured.lengths],
+        "cluster": as_table(found.situation.cluster),
+        "computing": found.computing,
+        "forward_s": profiled.forward_s,
+        "backward_s": profiled.backward_s,
+        "update_s": profiled.update_s,
+        "ready_s": found.situation.ready_s,
+        "measured": {
+            "batch_size": measured.profile.batch_size,
+            "forward_s": measured.profile.forward_s,
+            "backward_s": measured.profile.backward_s,
+            "update_s": measured.profile.update_s,
+            "flops": measured.profile.flops,
+            "threads": torch.get_num_threads(),
         },
-        "refused": measured.refused, "probe": asked.probe, "methods": {name: of(name) for name in found.predictions},
-    }  # fmt: skip
+        "refused": measured.refused,
+        "probe": asked.probe,
+        "methods": {name: of(name) for name in found.predictions},
+    }

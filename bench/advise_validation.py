@@ -140,12 +140,17 @@ class Fit:
                     load = network.load(sent)
                     rows.append(
                         {
-                            "hosts": job.hosts, "rate_mbps": job.rate_mbps, "collective": collective,
-                            "payload_bytes": sent.num_bytes, "times_s": times_s,
-                            "measured_s": statistics.median(times_s), "cpu_s": cpu_s, "fitted_s": load.seconds,
+                            "hosts": job.hosts,
+                            "rate_mbps": job.rate_mbps,
+                            "collective": collective,
+                            "payload_bytes": sent.num_bytes,
+                            "times_s": times_s,
+                            "measured_s": statistics.median(times_s),
+                            "cpu_s": cpu_s,
+                            "fitted_s": load.seconds,
                             "fitted_cpu_s": load.busy_s,
                         }
-                    )  # fmt: skip
+                    )
         return rows
 
 
@@ -156,9 +161,13 @@ def compare(jobs: Sequence[Job], fit: Fit) -> list[dict[str, Any]]:
         cluster = fit.cluster(job.hosts, job.rate_mbps)
         for model, measured in job.found.models.items():
             situation = Situation(
-                cluster, measured.profile, measured.ready_s, measured.copies_s, measured.costs,
+                cluster,
+                measured.profile,
+                measured.ready_s,
+                measured.copies_s,
+                measured.costs,
                 gather_factor=fit.gather_factors[job.hosts],
-            )  # fmt: skip
+            )
             computing_s = situation.computing_s
             plain_s = statistics.median(job.found.times_s[model][PLAIN])
             predicted_plain_s = situation.predict(PLAIN).time_s
@@ -168,14 +177,23 @@ def compare(jobs: Sequence[Job], fit: Fit) -> list[dict[str, Any]]:
                 speedup, predicted = plain_s / middle, predicted_plain_s / predicted_s
                 rows.append(
                     {
-                        "model": model, "hosts": job.hosts, "rate_mbps": job.rate_mbps, "method": method,
-                        "times_s": times_s, "measured_s": middle, "spread": (high - low) / middle,
-                        "cpu_s": job.found.cpu_s[model][method], "predicted_cpu_s": situation.processor_s(method),
-                        "computing_s": computing_s, "predicted_s": predicted_s, "error": predicted_s / middle - 1,
-                        "speedup": speedup, "predicted_speedup": predicted,
+                        "model": model,
+                        "hosts": job.hosts,
+                        "rate_mbps": job.rate_mbps,
+                        "method": method,
+                        "times_s": times_s,
+                        "measured_s": middle,
+                        "spread": (high - low) / middle,
+                        "cpu_s": job.found.cpu_s[model][method],
+                        "predicted_cpu_s": situation.processor_s(method),
+                        "computing_s": computing_s,
+                        "predicted_s": predicted_s,
+                        "error": predicted_s / middle - 1,
+                        "speedup": speedup,
+                        "predicted_speedup": predicted,
                         "agrees": method == PLAIN or (speedup >= PAYS) == (predicted >= PAYS),
                     }
-                )  # fmt: skip
+                )
     return rows
 
 
@@ -214,18 +232,39 @@ def report(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], fit: F
     """The table and what it comes to, as Markdown."""
     lines = [
         [
-            row["model"], row["hosts"], row["rate_mbps"], row["method"], f"{1e3 * row['computing_s']:.1f}",
-            f"{1e3 * row['measured_s']:.1f}", f"{row['spread']:.0%}", f"{1e3 * row['predicted_s']:.1f}",
-            f"{row['error']:+.0%}", f"{1e3 * row['cpu_s']:.1f}", f"{1e3 * row['predicted_cpu_s']:.1f}",
-            f"{row['speedup']:.2f}", f"{row['predicted_speedup']:.2f}",
+            row["model"],
+            row["hosts"],
+            row["rate_mbps"],
+            row["method"],
+            f"{1e3 * row['computing_s']:.1f}",
+            f"{1e3 * row['measured_s']:.1f}",
+            f"{row['spread']:.0%}",
+            f"{1e3 * row['predicted_s']:.1f}",
+            f"{row['error']:+.0%}",
+            f"{1e3 * row['cpu_s']:.1f}",
+            f"{1e3 * row['predicted_cpu_s']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['predicted_speedup']:.2f}",
             "" if row["agrees"] else "another verdict",
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     heads = [
-        "model", "hosts", "Mbit/s", "method", "computing ms", "measured ms", "spread", "predicted ms", "error",
-        "processor ms", "predicted", "speed-up", "predicted", "",
-    ]  # fmt: skip
+        "model",
+        "hosts",
+        "Mbit/s",
+        "method",
+        "computing ms",
+        "measured ms",
+        "spread",
+        "predicted ms",
+        "error",
+        "processor ms",
+        "predicted",
+        "speed-up",
+        "predicted",
+        "",
+    ]
     align = ["left", "right", "right", "left"] + ["right"] * 9 + ["left"]
     table = tabulate(lines, heads, tablefmt="github", disable_numparse=True, colalign=align)
     worst, costs = verdict["worst"], verdict["advised_costs"]
@@ -280,10 +319,14 @@ def draw(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], about: M
         for row in rows:
             color = colors[row["method"]]
             axis.plot(
-                row["measured_s"], row["predicted_s"], linestyle="none", markersize=6, color=color,
+                row["measured_s"],
+                row["predicted_s"],
+                linestyle="none",
+                markersize=6,
+                color=color,
                 marker=MARKERS[models.index(row["model"]) % len(MARKERS)],
                 markerfacecolor=color if row["hosts"] == hosts[0] else "white",
-            )  # fmt: skip
+            )
         dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "#444444"}
         groups = {
             "method": [(name, dot | {"color": color}) for name, color in colors.items()],
@@ -331,10 +374,16 @@ def measure(options: argparse.Namespace) -> tuple[list[Job], list[dict[str, Any]
             plan_path, found_path = Path(folder) / "plan.json", Path(folder) / "found.pickle"
             with Hosts(number, rate_mbps) as shaped:
                 plan = {
-                    "address": shaped.addresses[0], "device": "eth0", "models": options.models,
-                    "methods": options.methods, "repeats": options.repeats, "iterations": options.iterations,
-                    "bucket_mb": BUCKET_MB, "collective_bytes": COLLECTIVE_BYTES, "collective_s": 0.2,
-                }  # fmt: skip
+                    "address": shaped.addresses[0],
+                    "device": "eth0",
+                    "models": options.models,
+                    "methods": options.methods,
+                    "repeats": options.repeats,
+                    "iterations": options.iterations,
+                    "bucket_mb": BUCKET_MB,
+                    "collective_bytes": COLLECTIVE_BYTES,
+                    "collective_s": 0.2,
+                }
                 plan_path.write_text(json.dumps(plan))
                 where = f"training on {number} hosts at {rate_mbps} Mbit/s"
                 command = [sys.executable, "-m", "bench.advise_ranks", str(plan_path), str(found_path)]
@@ -417,12 +466,16 @@ def main(arguments: Sequence[str]) -> int:
         write_json(
             options.out / "record.json",
             {
-                "environment": about, "links": links, "parameters": dict(zip(fit.NAMES, fit.parameters, strict=True)),
+                "environment": about,
+                "links": links,
+                "parameters": dict(zip(fit.NAMES, fit.parameters, strict=True)),
                 "gather_factors": fit.gather_factors,
-                "cluster": as_table(fit.cluster(most, max(options.rates))), "collectives": collectives, "cells": rows,
+                "cluster": as_table(fit.cluster(most, max(options.rates))),
+                "collectives": collectives,
+                "cells": rows,
                 "verdict": verdict,
             },
-        )  # fmt: skip
+        )
         write_atomically(options.out / "table.md", text.encode())
         figures.write_figure(draw(rows, verdict, about), options.out / "figure.png")
     except UsageError as error:

@@ -44,9 +44,12 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m bench.calibrate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--cluster", type=Path, default=Path("results/this-machine.toml"), metavar="FILE",
+        "--cluster",
+        type=Path,
+        default=Path("results/this-machine.toml"),
+        metavar="FILE",
         help="written by ring.calibrate; completed in place (results/this-machine.toml)",
-    )  # fmt: skip
+    )
     parser.add_argument("--model", default="resnet32", metavar="NAME", help="whose iterations are timed (resnet32)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per worker and iteration (16)")
     parser.add_argument("--data", metavar="PATH", help="as for the training job; the shipped sample if left out")

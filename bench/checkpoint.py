@@ -143,8 +143,11 @@ class Checkpoints:
         failure = 0
         if self.ring.rank == 0:
             manifest = {
-                "version": VERSION, "ranks": self.ring.size, "finished": self.finished, "current": self.current,
-            }  # fmt: skip
+                "version": VERSION,
+                "ranks": self.ring.size,
+                "finished": self.finished,
+                "current": self.current,
+            }
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / MANIFEST, manifest)

@@ -61,11 +61,18 @@ from ring.machine import usable_cores
 OUT = Path("results/ddp")
 #: Of GradiVeQ: one window for the run; then sampling and compressing in the paper's proportion; then few samples.
 METHODS = (
-    PLAIN, "rar", "torch:fp16", "half", "torch:powersgd:?", "powersgd:?:min_compression_rate=2", "topk:?+ef",
-    "sign:scaled+ef", "gradiveq:ratio=?:fit_slices=all:slice_size=192:sample=20",
+    PLAIN,
+    "rar",
+    "torch:fp16",
+    "half",
+    "torch:powersgd:?",
+    "powersgd:?:min_compression_rate=2",
+    "topk:?+ef",
+    "sign:scaled+ef",
+    "gradiveq:ratio=?:fit_slices=all:slice_size=192:sample=20",
     "gradiveq:ratio=8:fit_slices=all:slice_size=192:sample=20:compress=80",
     "gradiveq:ratio=49:fit_slices=all:slice_size=192:sample=5",
-)  # fmt: skip
+)
 RATIOS = (8.0, 25.0)
 RATES_MBPS = (100.0,)
 #: Models whose channels --width changes, and by how much unless it is said.
@@ -90,19 +97,28 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m bench.ddp", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nproc", type=int, default=2, help="ranks to start (default: 2)", metavar="N")
     parser.add_argument(
-        "--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="TEXT,…",
+        "--methods",
+        type=lambda text: text.split(","),
+        default=list(METHODS),
+        metavar="TEXT,…",
         help=f"default: {','.join(METHODS).replace('%', '%%')}",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--ratios", type=_numbers, default=RATIOS, metavar="X,…",
+        "--ratios",
+        type=_numbers,
+        default=RATIOS,
+        metavar="X,…",
         help="what a ? in a method stands for makes it send an x-th of plain DDP's bytes over the run (default: 8,25)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)", metavar="N")
     parser.add_argument("--iterations", type=int, default=400, help="of a run (default: 400)", metavar="N")
     parser.add_argument(
-        "--start", type=int, default=2, help="iterations at the beginning that no method compresses (default: 2)",
+        "--start",
+        type=int,
+        default=2,
+        help="iterations at the beginning that no method compresses (default: 2)",
         metavar="N",
-    )  # fmt: skip
+    )
     parser.add_argument("--evaluations", type=int, default=10, help="of a run (default: 10)", metavar="N")
     parser.add_argument("--model", default="alexnet", help=f"{', '.join(MODELS)} (default: alexnet)", metavar="NAME")
     parser.add_argument("--width", type=float, help="factor of the model's channels (default: 0.25)", metavar="X")
@@ -115,9 +131,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: nccl with --device cuda, else gloo")
     parser.add_argument("--threads", type=int, default=1, help="of a rank (default: 1)", metavar="N")
     parser.add_argument(
-        "--rate", type=_rates, metavar="MBPS,…",
+        "--rate",
+        type=_rates,
+        metavar="MBPS,…",
         help="also time ranks on hosts of their own behind links of so many Mbit/s; none for none (default: 100)",
-    )  # fmt: skip
+    )
     parser.add_argument("--rounds", type=int, default=12, help="in which methods are timed (default: 12)", metavar="N")
     parser.add_argument("--stretch", type=int, default=5, help="iterations of a time (default: 5)", metavar="N")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds of one exchange (120)", metavar="S")
@@ -198,22 +216,41 @@ def skipped(options: argparse.Namespace, launched: bool) -> str | None:
 def specs(options: argparse.Namespace, found: Sequence[Entry], num_parameters: int) -> dict[str, dict[str, Any]]:
     """The runs by name: training, all seeds of a method after one another, then times on loopback, then by rate."""
     common = {
-        "model": options.model, "width": options.width, "data": options.data, "device": options.device,
-        "backend": options.backend, "ranks": options.nproc, "batch_size": options.batch_size, "start": options.start,
-        "lr": options.lr, "momentum": options.momentum, "weight_decay": options.weight_decay,
-    }  # fmt: skip
+        "model": options.model,
+        "width": options.width,
+        "data": options.data,
+        "device": options.device,
+        "backend": options.backend,
+        "ranks": options.nproc,
+        "batch_size": options.batch_size,
+        "start": options.start,
+        "lr": options.lr,
+        "momentum": options.momentum,
+        "weight_decay": options.weight_decay,
+    }
     runs: dict[str, dict[str, Any]] = {}
     for entry in found:
         for seed in range(options.seeds):
             runs[f"{file_name(entry.text)}-s{seed}"] = {
-                "kind": TRAIN, "method": entry.text, **common, "iterations": options.iterations, "warmup": LR_WARMUP,
-                "evaluations": options.evaluations, "seed": seed,
-            }  # fmt: skip
+                "kind": TRAIN,
+                "method": entry.text,
+                **common,
+                "iterations": options.iterations,
+                "warmup": LR_WARMUP,
+                "evaluations": options.evaluations,
+                "seed": seed,
+            }
     for rate in (None, *options.rate):
         runs["times" if rate is None else f"times-{rate:g}-mbps"] = {
-            "kind": TIME, "methods": [entry.text for entry in found], **common, "seed": 0, "rounds": options.rounds,
-            "stretch": options.stretch, "rate_mbps": rate, "defaults": several_by_default(num_parameters),
-        }  # fmt: skip
+            "kind": TIME,
+            "methods": [entry.text for entry in found],
+            **common,
+            "seed": 0,
+            "rounds": options.rounds,
+            "stretch": options.stretch,
+            "rate_mbps": rate,
+            "defaults": several_by_default(num_parameters),
+        }
     return runs
 
 
@@ -251,11 +288,14 @@ def on_hosts(plan: Plan, options: argparse.Namespace, hosts: Hosts) -> None:
         processes = []
         for rank, errors in enumerate(said):
             address = {
-                "RANK": str(rank), "WORLD_SIZE": str(options.nproc), "LOCAL_RANK": "0",
-                "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": str(PORT),
+                "RANK": str(rank),
+                "WORLD_SIZE": str(options.nproc),
+                "LOCAL_RANK": "0",
+                "MASTER_ADDR": hosts.addresses[0],
+                "MASTER_PORT": str(PORT),
                 # What Gloo would otherwise find out by looking up the host's name, which all hosts share.
                 "GLOO_SOCKET_IFNAME": "eth0",
-            }  # fmt: skip
+            }
             command = [sys.executable, "-m", "bench.ddp_runs", str(file)]
             processes.append(hosts.popen(rank, command, stderr=errors, env=variables | address))
         _wait_for(processes, said)
@@ -436,10 +476,12 @@ def run(options: argparse.Namespace, words: Sequence[str], launched: bool, lead:
     folder = options.out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     about = environment() | {  # of the source as it is now: training takes a while
-        "command": shlex.join(["python", "-m", "bench.ddp", *words]), "cores": usable_cores(),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "backend": options.backend,
+        "command": shlex.join(["python", "-m", "bench.ddp", *words]),
+        "cores": usable_cores(),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "backend": options.backend,
         "data_sha256": dataset_digest(dataset),
-    }  # fmt: skip
+    }
     if lead:
         check_recorded(grid, folder, options.resume)
 
@@ -465,11 +507,15 @@ def run(options: argparse.Namespace, words: Sequence[str], launched: bool, lead:
     runs = run_grid(_nothing, grid, folder, processes=1, resume=True)
     record = plain(
         {
-            "environment": about, "options": vars(options), "expected": [asdict(entry) for entry in found],
-            "reached": reached_accuracy(runs), "notes": notes,
-            "rows": [row.as_dict() for row in rows(runs, found, options.nproc)], "runs": runs,
+            "environment": about,
+            "options": vars(options),
+            "expected": [asdict(entry) for entry in found],
+            "reached": reached_accuracy(runs),
+            "notes": notes,
+            "rows": [row.as_dict() for row in rows(runs, found, options.nproc)],
+            "runs": runs,
         }
-    )  # fmt: skip
+    )
     with writing(options.out):
         write_json(options.out / "ddp.json", record)
         write(record, options.out)

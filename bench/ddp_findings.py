@@ -155,9 +155,15 @@ def methods_table(found: Sequence[Row], goal: float, form: str = "github") -> st
     for row in found:
         accuracy = spread_text([100 * value for value in row.accuracies], ".1f")
         table.append(
-            [row.method, f"{row.bytes_per_iteration:,.0f}", f"{1 / row.share:.1f}", accuracy + _diverged(row),
-             _reached(row), *(row.times[p].text() if p in row.times else "-" for p in places)]
-        )  # fmt: skip
+            [
+                row.method,
+                f"{row.bytes_per_iteration:,.0f}",
+                f"{1 / row.share:.1f}",
+                accuracy + _diverged(row),
+                _reached(row),
+                *(row.times[p].text() if p in row.times else "-" for p in places),
+            ]
+        )
     return str(tabulate(table, head, tablefmt=form, disable_numparse=True))
 
 
@@ -168,9 +174,14 @@ def group_table(found: Sequence[Row], ratio: float, form: str = "github") -> str
     for row in sorted(group, key=lambda row: -statistics.fmean(row.accuracies)):
         percent = [100 * value for value in row.accuracies]
         table.append(
-            [row.method, f"{row.sent_per_iteration:,.0f}", f"{100 * (row.off or 0):+.1f} %",
-             spread_text(percent, ".1f"), f"{min(percent):.1f}-{max(percent):.1f}{_diverged(row)}"]
-        )  # fmt: skip
+            [
+                row.method,
+                f"{row.sent_per_iteration:,.0f}",
+                f"{100 * (row.off or 0):+.1f} %",
+                spread_text(percent, ".1f"),
+                f"{min(percent):.1f}-{max(percent):.1f}{_diverged(row)}",
+            ]
+        )
     head = ["method", "bytes sent per iteration, mean over the run", "than the group", "test accuracy (%)", "range"]
     return str(tabulate(table, head, tablefmt=form, disable_numparse=True))
 

@@ -173,9 +173,12 @@ class Replica:
         elif text.startswith(TORCH_POWERSGD):
             rank = int(text.rpartition(":")[2])
             state = powerSGD_hook.PowerSGDState(
-                None, rank, start_powerSGD_iter=spec["start"], min_compression_rate=TORCH_MIN_RATE,
+                None,
+                rank,
+                start_powerSGD_iter=spec["start"],
+                min_compression_rate=TORCH_MIN_RATE,
                 random_seed=spec["seed"],
-            )  # fmt: skip
+            )
             self.model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         else:
             method = method_of(text, spec["start"])
@@ -238,9 +241,7 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     dataset = _dataset(spec["data"])
-    batches = Batches(
-        dataset, spec["batch_size"], rank, size, seed=spec["seed"], device=spec["device"], augment=False
-    )  # fmt: skip
+    batches = Batches(dataset, spec["batch_size"], rank, size, seed=spec["seed"], device=spec["device"], augment=False)
     replica, counter = Replica(spec["method"], spec), Counter()
     rate = schedule(spec["lr"], spec["warmup"], spec["iterations"])
     due = {round(spec["iterations"] * (i + 1) / spec["evaluations"]) for i in range(spec["evaluations"])}
@@ -413,9 +414,14 @@ def work(plan: Plan) -> int:
         dist.init_process_group(plan.backend, timeout=timedelta(seconds=plan.timeout_s))
         if rank == 0:
             run_grid(
-                Lead(plan.links), plan.runs, Path(plan.folder), processes=1, threads=plan.threads, resume=plan.resume,
+                Lead(plan.links),
+                plan.runs,
+                Path(plan.folder),
+                processes=1,
+                threads=plan.threads,
+                resume=plan.resume,
                 show=lambda line: print(line, flush=True),
-            )  # fmt: skip
+            )
             tell(None)
         else:
             while (spec := tell(None)) is not None:

@@ -49,9 +49,19 @@ from gradiveq.pca import DEFAULT_LOSS_THRESHOLD
 METHOD_COLORS = {"rar": "#0072B2", "qsgd": "#E69F00", "gradiveq": "#009E73"}
 #: Colours and markers of other methods.
 OTHER_STYLES = (
-    ("#CC79A7", "D"), ("#56B4E9", "v"), ("#D55E00", "P"), ("#666666", "X"), ("#332288", "<"), ("#882255", ">"),
-    ("#999933", "p"), ("#000000", "h"), ("#A6761D", "d"), ("#66A61E", "*"), ("#E7298A", "H"), ("#7570B3", "8"),
-)  # fmt: skip
+    ("#CC79A7", "D"),
+    ("#56B4E9", "v"),
+    ("#D55E00", "P"),
+    ("#666666", "X"),
+    ("#332288", "<"),
+    ("#882255", ">"),
+    ("#999933", "p"),
+    ("#000000", "h"),
+    ("#A6761D", "d"),
+    ("#66A61E", "*"),
+    ("#E7298A", "H"),
+    ("#7570B3", "8"),
+)
 LINE_STYLES = ("-", "--", ":", "-.")
 METHOD_LABELS = {"rar": "plain ring (rar)", "qsgd": "QSGD in the ring", "gradiveq": "GradiVeQ"}
 METHOD_MARKERS = {"rar": "o", "qsgd": "s", "gradiveq": "^"}
@@ -378,9 +388,16 @@ def _stack(axis: Axes, labels: Sequence[str], bars: Sequence[Mapping[str, float]
     for group in bars[0]:
         widths = np.array([bar[group] for bar in bars])
         axis.barh(
-            places, widths, 0.66, start, color=GROUP_COLORS.get(group, "#BBCC33"), edgecolor="#444444", linewidth=0.5,
-            hatch="////" if group == "other" else None, label=GROUP_LABELS.get(group, group),
-        )  # fmt: skip
+            places,
+            widths,
+            0.66,
+            start,
+            color=GROUP_COLORS.get(group, "#BBCC33"),
+            edgecolor="#444444",
+            linewidth=0.5,
+            hatch="////" if group == "other" else None,
+            label=GROUP_LABELS.get(group, group),
+        )
         start += widths
     for place, total in zip(places, start, strict=True):
         axis.annotate(form.format(total), (total, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
@@ -678,9 +695,13 @@ def _fig4(numbers: Mapping[str, Any]) -> Figure:
     handles, names = axis.get_legend_handles_labels()
     order = (2, 0, 1)
     figure.legend(
-        [handles[i] for i in order], [names[i] for i in order], loc="lower center", bbox_to_anchor=(0.5, rect[1]),
-        ncols=3, markerscale=1.8,
-    )  # fmt: skip
+        [handles[i] for i in order],
+        [names[i] for i in order],
+        loc="lower center",
+        bbox_to_anchor=(0.5, rect[1]),
+        ncols=3,
+        markerscale=1.8,
+    )
     return figure
 
 
@@ -764,9 +785,14 @@ def add_legend(axis: Axes, beside: Axes | None = None) -> None:
     """What is drawn on an axis, explained to the right of it, or beside another one."""
     handles, labels = axis.get_legend_handles_labels()
     (beside or axis).legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0, fontsize=LEGEND_SIZE,
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1.0),
+        borderaxespad=0,
+        fontsize=LEGEND_SIZE,
         labelspacing=0.8,
-    )  # fmt: skip
+    )
 
 
 def sentences(parts: Sequence[str]) -> str:

@@ -41,9 +41,13 @@ class Finding:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "where": self.where, "claim": self.claim, "data": self.data, "ours": self.ours, "rule": self.rule,
+            "where": self.where,
+            "claim": self.claim,
+            "data": self.data,
+            "ours": self.ours,
+            "rule": self.rule,
             "verdict": self.verdict,
-        }  # fmt: skip
+        }
 
 
 def table(findings: Sequence[Finding], form: str = "github", ours: str = "ours") -> str:

@@ -45,9 +45,11 @@ WARM_CALLS = 2
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m bench.gantt", description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+        prog="python -m bench.gantt",
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--cluster", metavar="NAME", help="preset or TOML file whose clock is used; this machine's if left out")
     add("--data", metavar="PATH", help="as for the training job; the shipped sample if left out")
@@ -99,9 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error)
     assert cluster is not None
     return run_as_threads(
-        lambda workers, ring, _: run(workers, ring, options, cluster), cluster.nodes, timeout_s=LONG_S,
+        lambda workers, ring, _: run(workers, ring, options, cluster),
+        cluster.nodes,
+        timeout_s=LONG_S,
         chunk_bytes=CHUNK_BYTES,
-    )  # fmt: skip
+    )
 
 
 def _complain(error: object) -> int:
@@ -217,9 +221,16 @@ def fitted(ring: Ring, dataset: Any, options: argparse.Namespace) -> tuple[Array
 
 
 def measured(
-    workers: Workers, ring: Ring, cluster: Cluster | None, repeats: int, gradient: Array, method: str, codec: Codec,
-    chunks: int, chunk_bytes: int,
-) -> dict[str, Any]:  # fmt: skip
+    workers: Workers,
+    ring: Ring,
+    cluster: Cluster | None,
+    repeats: int,
+    gradient: Array,
+    method: str,
+    codec: Codec,
+    chunks: int,
+    chunk_bytes: int,
+) -> dict[str, Any]:
     """All-reduce several times; the trace of the one of median length, and what it did. Collective."""
     import numpy as np
 
@@ -244,10 +255,7 @@ def measured(
             stats = used.all_reduce(vector, codec, timeline=timeline, chunk_bytes=chunk_bytes)
         if number >= WARM_CALLS:
             kept.append(records(timeline if timeline.virtual is None else timeline.virtual))
-    runs = [
-        Trace("wall" if cluster is None else "virtual", rows)
-        for rows in zip(*workers.gather(kept), strict=True)
-    ]  # fmt: skip
+    runs = [Trace("wall" if cluster is None else "virtual", rows) for rows in zip(*workers.gather(kept), strict=True)]
     lengths = [end_s - start_s for start_s, end_s in (run.span() for run in runs)]
     median = lengths.index(statistics.median_low(lengths))
     return {

@@ -81,9 +81,14 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
         axes[1, 1].set_xlabel(f"{unit} from the step's beginning")
         kinds = {activity.kind for trace in traces for activities in trace.activities for activity in activities}
         figure.legend(
-            handles=_legend(kinds, traces[0].exact), loc="lower center", bbox_to_anchor=(0.5, bottom), ncols=7,
-            fontsize=9, columnspacing=1.4, borderaxespad=0.2,
-        )  # fmt: skip
+            handles=_legend(kinds, traces[0].exact),
+            loc="lower center",
+            bbox_to_anchor=(0.5, bottom),
+            ncols=7,
+            fontsize=9,
+            columnspacing=1.4,
+            borderaxespad=0.2,
+        )
         return figures.write_figure(figure, path)
 
 
@@ -111,14 +116,17 @@ def _whole(axis: Axes, trace: Trace, scale: float) -> None:
     )
     axis.annotate(
         f"{_length(end_s, scale)}; communication exposed for {exposed:.0%}, hidden for {hidden:.0%} (mean of ranks)",
-        (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", va="bottom", fontsize=9.5,
+        (0, 1),
+        (0, 5),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        va="bottom",
+        fontsize=9.5,
         color="#444444",
-    )  # fmt: skip
+    )
     axis.set_ylim(0, trace.size)
     places = [trace.size - 1 - rank + part[0] + part[1] / 2 for rank in range(trace.size) for part in (COMPUTING, LINK)]
-    names = [
-        name for rank in range(trace.size) for name in (f"rank {rank}", f"link to {(rank + 1) % trace.size}")
-    ]  # fmt: skip
+    names = [name for rank in range(trace.size) for name in (f"rank {rank}", f"link to {(rank + 1) % trace.size}")]
     axis.set_yticks(places, names)
     for number, label in enumerate(axis.get_yticklabels()):
         label.set_fontsize(7 if number % 2 else 9)
@@ -136,7 +144,7 @@ def _bars(axis: Axes, activities: Sequence[Activity], bottom: float, height: flo
         spans = [(a.start_s * scale, (a.end_s - a.start_s) * scale) for a in activities if a.kind == kind]
         axis.broken_barh(
             spans, (bottom, height), facecolor=COLORS.get(kind, "#DDDDDD"), edgecolor="white", linewidth=0.25
-        )  # fmt: skip
+        )
 
 
 def _on_the_link(trace: Trace, rank: int, step: int | None = None) -> list[tuple[float, float]]:
@@ -187,9 +195,14 @@ def _one_step(axis: Axes, trace: Trace, step: int, start_s: float, length_s: flo
         if width_s > WIDE * length_s:
             middle = (activity.start_s + activity.end_s) / 2 * scale
             axis.text(
-                middle, lanes["computes"] + 0.5, activity.kind, ha="center", va="center", fontsize=8.5,
+                middle,
+                lanes["computes"] + 0.5,
+                activity.kind,
+                ha="center",
+                va="center",
+                fontsize=8.5,
                 color="white" if activity.kind == "recode" else "black",
-            )  # fmt: skip
+            )
     for rank, lane, wanted in ((-1, "receives", step - 1), (0, "sends", step)):
         spans = [(begin_s - start_s, end_s - start_s) for begin_s, end_s in _on_the_link(trace, rank, wanted)]
         _messages(axis, trace.exact, spans, lanes[lane] + 0.25, 0.5, scale)
@@ -216,9 +229,7 @@ def _legend(kinds: set[str], exact: bool) -> list[Any]:
 
 def _caption(record: Mapping[str, Any], traces: Sequence[Trace]) -> str:
     environment, cluster = record["environment"], record["cluster"]
-    found = [
-        f"({letter}) {critical_path(trace).describe()}" for letter, trace in zip("ab", traces, strict=True)
-    ]  # fmt: skip
+    found = [f"({letter}) {critical_path(trace).describe()}" for letter, trace in zip("ab", traces, strict=True)]
     machine = figures.machine_text(environment, record)
     if cluster:
         clock = f"Time is that of the emulated cluster {cluster['name']} ({cluster['source']}), run"

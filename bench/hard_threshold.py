@@ -76,16 +76,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all", help="(default: all)")
     parser.add_argument("--paper", action="store_true", help="the paper's networks, epochs and grids")
-    parser.add_argument("--seeds", type=int, help="runs of each setting (default: 3; the paper's ACCORDION: 6)",
-                        metavar="N")  # fmt: skip
+    parser.add_argument(
+        "--seeds", type=int, help="runs of each setting (default: 3; the paper's ACCORDION: 6)", metavar="N"
+    )
     parser.add_argument("--epochs", type=float, help="of every network's run", metavar="N")
     parser.add_argument("--gdstar-epochs", type=int, help="of every run of EF-GDstar", metavar="N")
-    parser.add_argument("--kinds", type=lambda text: text.split(","), help="of networks: images,text,ratings",
-                        metavar="KIND,…")  # fmt: skip
+    parser.add_argument(
+        "--kinds", type=lambda text: text.split(","), help="of networks: images,text,ratings", metavar="KIND,…"
+    )
     parser.add_argument("--data", action="append", default=[], help="of " + ", ".join(DATA_KINDS), metavar="KIND=PATH")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--processes", type=int, default=min(2, usable_cores()),
-                        help="runs at a time (default: %(default)s)", metavar="N")  # fmt: skip
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=min(2, usable_cores()),
+        help="runs at a time (default: %(default)s)",
+        metavar="N",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)", metavar="N")
     parser.add_argument("--out", type=Path, help=f"folder for the results (default: {OUT})", metavar="DIR")
     parser.add_argument("--resume", action="store_true", help="go on with the runs in --out")
@@ -138,9 +145,11 @@ def _size(options: argparse.Namespace) -> Size:
         if options.epochs is not None:
             share = options.epochs / benchmark.epochs
             benchmark = replace(
-                benchmark, epochs=options.epochs, warmup_epochs=benchmark.warmup_epochs * share,
+                benchmark,
+                epochs=options.epochs,
+                warmup_epochs=benchmark.warmup_epochs * share,
                 milestones=tuple(share * milestone for milestone in benchmark.milestones),
-            )  # fmt: skip
+            )
         if (
             options.paper
             and "images" in options.given
@@ -216,9 +225,13 @@ def draw(runs: Runs, size: Size, about: Mapping[str, Any], *, paper: bool) -> It
             continue
         text = caption(runs, about, wanted, paper=paper)
         panel = {
-            **wanted, "feedback": "gradient", "granularity": "layer", "metric": benchmark.metric,
-            "label": LABELS[benchmark.metric], "title": f"{benchmark.network}, {benchmark.kind}",
-        }  # fmt: skip
+            **wanted,
+            "feedback": "gradient",
+            "granularity": "layer",
+            "metric": benchmark.metric,
+            "label": LABELS[benchmark.metric],
+            "title": f"{benchmark.network}, {benchmark.kind}",
+        }
         panels.append(panel)
         if benchmark.kind == "images":
             title = f"Fig. 11: test metric against data volume, entire-model top-k: {benchmark.network}"
@@ -401,9 +414,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs = kept.keep(options.out, records, part)
             found = judge_all(runs, options.size, options.given)
             record = {
-                "environment": about, "findings": [finding.as_dict() for finding in found],
+                "environment": about,
+                "findings": [finding.as_dict() for finding in found],
                 "seconds": {name: one["seconds"] for name, one in runs.items()},
-            }  # fmt: skip
+            }
             write_json(options.out / "hard-threshold.json", record)
             write(runs, found, options, about, options.out)
             print((options.out / "table.md").read_text())

@@ -185,9 +185,14 @@ def metric_against_volume(runs: Runs, wanted: Sequence[Mapping[str, Any]], title
 
 
 def along_training(
-    runs: Runs, groups: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], metric: str, title: str, caption: str,
-    label: str, columns: Sequence[tuple[str, str]] = ERROR_AND_DENSITY,
-) -> Figure:  # fmt: skip
+    runs: Runs,
+    groups: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    metric: str,
+    title: str,
+    caption: str,
+    label: str,
+    columns: Sequence[tuple[str, str]] = ERROR_AND_DENSITY,
+) -> Figure:
     """Fig. 3, 5, 6, 12, 13: the test metric, and columns of the steps, against the iterations.
 
     Args:

@@ -77,8 +77,10 @@ def logistic(runs: Runs, problem: Problem) -> list[Finding]:
     if problem.name == "madelon":
         found += [_threshold(hard, 14881.0, data, "Fig. 7"), _silent(hard, data)]
         for where, (workers, _, _), stated in zip(("Fig. 8", "Fig. 9"), problem.gdstar, (1.7, 8.0), strict=True):
-            star = {name: select(of_problem, algorithm="ef-gdstar", workers=workers, compressor=name)
-                    for name in ("topk", "threshold")}  # fmt: skip
+            star = {
+                name: select(of_problem, algorithm="ef-gdstar", workers=workers, compressor=name)
+                for name in ("topk", "threshold")
+            }
             if star["threshold"]:
                 found += _gdstar(star["topk"], star["threshold"], f"{data}, {workers} workers", where, stated)
                 if where == "Fig. 8":
@@ -102,12 +104,14 @@ def _fast(sgd: Sequence[Record], hard: Sequence[Record], data: str) -> Finding:
     quotients = [tail(h) / tail(s) for h, s in zip(hard, sgd, strict=True)]
     typical = float(np.exp(np.mean(np.log(quotients))))
     return Finding(
-        "Fig. 1a, 7a", "EF-SGD with hard-threshold converges as SGD without compression does", data,
+        "Fig. 1a, 7a",
+        "EF-SGD with hard-threshold converges as SGD without compression does",
+        data,
         f"final f - f* over SGD's: {_texts(quotients)}",
         "the geometric mean over the seeds of the quotient of the final suboptimalities (mean of the run's last "
         f"{TAIL:.0%}) is at most {SAME_FACTOR:g}",
         typical <= SAME_FACTOR,
-    )  # fmt: skip
+    )
 
 
 def _less_data(sgd: Sequence[Record], hard: Sequence[Record], data: str) -> Finding:
@@ -117,24 +121,28 @@ def _less_data(sgd: Sequence[Record], hard: Sequence[Record], data: str) -> Find
 
     elements = quotients("elements")
     return Finding(
-        "Fig. 1b", "at about 600x less data", data,
+        "Fig. 1b",
+        "at about 600x less data",
+        data,
         f"{_texts(elements, ',.0f')}x fewer elements ({_texts(quotients('num_bytes'), ',.0f')}x fewer bytes, positions "
         "and empty messages included)",
         f"at least {FAR_LESS:g}x fewer elements than SGD, for every seed",
         min(elements) >= FAR_LESS,
-    )  # fmt: skip
+    )
 
 
 def _faster(top: Sequence[Record], hard: Sequence[Record], data: str) -> Finding:
     sent = [fmean(r["result"]["trace"]["elements"][-1] for r in side) for side in (hard, top)]
     ours, theirs = [along(r) for r in hard], [along(r) for r in top]
     return Finding(
-        "Fig. 1a, 7a", "faster than top-k at the same data volume", data,
+        "Fig. 1a, 7a",
+        "faster than top-k at the same data volume",
+        data,
         f"mean log10(f - f*) along the run {_texts(ours)} against {_texts(theirs)}; elements sent per worker "
         f"{sent[0]:,.0f} against {sent[1]:,.0f}",
         f"less for every seed, with no more than {SAME_BUDGET:g}x the elements",
         all(a < b for a, b in zip(ours, theirs, strict=True)) and sent[0] <= SAME_BUDGET * sent[1],
-    )  # fmt: skip
+    )
 
 
 def _errors(top: Sequence[Record], hard: Sequence[Record], data: str) -> list[Finding]:
@@ -151,24 +159,38 @@ def _errors(top: Sequence[Record], hard: Sequence[Record], data: str) -> list[Fi
         bounds.append(max(result["trace"]["error"]) / bound)
     return [
         Finding(
-            "Fig. 1c, 7c", "because its total error is smaller", data,
-            f"Σ‖e‖² {_texts(totals[0])} against top-k's {_texts(totals[1])}", EACH_SEED,
+            "Fig. 1c, 7c",
+            "because its total error is smaller",
+            data,
+            f"Σ‖e‖² {_texts(totals[0])} against top-k's {_texts(totals[1])}",
+            EACH_SEED,
             all(a < b for a, b in zip(*totals, strict=True)),
         ),
         Finding(
-            "Fig. 1c, 4c", "top-k's error accumulates in the beginning (the first 500 of 3,000 iterations)", data,
-            f"it is largest after {_texts(early, '.0%')} of the run", "within the first third, for every seed",
+            "Fig. 1c, 4c",
+            "top-k's error accumulates in the beginning (the first 500 of 3,000 iterations)",
+            data,
+            f"it is largest after {_texts(early, '.0%')} of the run",
+            "within the first third, for every seed",
             max(early) <= 1 / 3,
         ),
         Finding(
-            "Fig. 4b, c", "top-k's error follows the norm of the error-compensated gradient", data,
-            f"correlation of the logarithms {_texts(followed)}", "above 0.9 for every seed", min(followed) > 0.9,
+            "Fig. 4b, c",
+            "top-k's error follows the norm of the error-compensated gradient",
+            data,
+            f"correlation of the logarithms {_texts(followed)}",
+            "above 0.9 for every seed",
+            min(followed) > 0.9,
         ),
         Finding(
-            "Remark 5", "hard-threshold's error is at most dγ²λ²", data, f"at most {_texts(bounds)} of that",
-            "at most 1 (and float32's rounding, 1e-5) at every recorded point", max(bounds) <= 1 + 1e-5,
+            "Remark 5",
+            "hard-threshold's error is at most dγ²λ²",
+            data,
+            f"at most {_texts(bounds)} of that",
+            "at most 1 (and float32's rounding, 1e-5) at every recorded point",
+            max(bounds) <= 1 + 1e-5,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _threshold(records: Sequence[Record], stated: float, data: str, where: str) -> Finding:
@@ -176,19 +198,25 @@ def _threshold(records: Sequence[Record], stated: float, data: str, where: str) 
     ours = result["fields"]["value"]
     comparable = "published" in result["source"] or result["source"].startswith("madelon")
     return Finding(
-        where, f"dγ²λ² = {records[0]['spec']['fields']['precision']:g} gives λ = {stated:g}", data,
+        where,
+        f"dγ²λ² = {records[0]['spec']['fields']['precision']:g} gives λ = {stated:g}",
+        data,
         f"λ = {ours:.6g} (γ = {result['step']:.4g}, d = {result['length']})",
         f"within {SAME_THRESHOLD:.0%} of it" if comparable else NO_RULE,  # γ is the data's
         abs(ours / stated - 1) <= SAME_THRESHOLD if comparable else None,
-    )  # fmt: skip
+    )
 
 
 def _silent(hard: Sequence[Record], data: str) -> Finding:
     shares = [r["result"]["trace"]["silent"][-1] / r["result"]["trace"]["iteration"][-1] for r in hard]
     return Finding(
-        "Fig. 7b", "hard-threshold sends no element at all in many iterations", data,
-        f"in {_texts(shares, '.0%')} of them", f"in at least {MANY:.0%}, for every seed", min(shares) >= MANY,
-    )  # fmt: skip
+        "Fig. 7b",
+        "hard-threshold sends no element at all in many iterations",
+        data,
+        f"in {_texts(shares, '.0%')} of them",
+        f"in at least {MANY:.0%}, for every seed",
+        min(shares) >= MANY,
+    )
 
 
 def _gdstar(top: Sequence[Record], hard: Sequence[Record], data: str, where: str, stated: float) -> list[Finding]:
@@ -201,20 +229,30 @@ def _gdstar(top: Sequence[Record], hard: Sequence[Record], data: str, where: str
     num_bytes = [t["result"]["trace"]["num_bytes"][-1] / h["result"]["trace"]["num_bytes"][-1] for t, h in pairs]
     return [
         Finding(
-            where, f"EF-GDstar with hard-threshold reaches f - f* <= {FINE_PRECISION:g}", data,
+            where,
+            f"EF-GDstar with hard-threshold reaches f - f* <= {FINE_PRECISION:g}",
+            data,
             f"{_texts(ends)} after {epochs:,.0f} epochs (top-k: {_texts(of_top)})",
-            "at the end of the run, for every seed", max(ends) <= FINE_PRECISION,
+            "at the end of the run, for every seed",
+            max(ends) <= FINE_PRECISION,
         ),
         Finding(
-            where, f"its error stays below {FINE_PRECISION:g}", data, f"at most {_texts(errors)}",
-            "at every recorded point, for every seed", max(errors) <= FINE_PRECISION,
+            where,
+            f"its error stays below {FINE_PRECISION:g}",
+            data,
+            f"at most {_texts(errors)}",
+            "at every recorded point, for every seed",
+            max(errors) <= FINE_PRECISION,
         ),
         Finding(
-            where, f"it sends {stated:g}x less data than top-k", data,
+            where,
+            f"it sends {stated:g}x less data than top-k",
+            data,
             f"{_texts(quotients)}x fewer elements over the run ({_texts(num_bytes)}x fewer bytes)",
-            "fewer elements, for every seed; how many depends on where the run ends", min(quotients) > 1,
+            "fewer elements, for every seed; how many depends on where the run ends",
+            min(quotients) > 1,
         ),
-    ]  # fmt: skip
+    ]
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -268,29 +306,40 @@ def networks(runs: Runs, benchmark: Benchmark) -> list[Finding]:
     difference = _difference(best, plain, value)
     found.append(
         Finding(
-            figure, "hard-threshold almost reaches what no compression does", data,
-            f"{_interval(difference)} at {100 * fmean(density(r) for r in best):.3g} % density", NOT_WORSE,
+            figure,
+            "hard-threshold almost reaches what no compression does",
+            data,
+            f"{_interval(difference)} at {100 * fmean(density(r) for r in best):.3g} % density",
+            NOT_WORSE,
             holds("not worse", difference, MARGIN),
         )
-    )  # fmt: skip
+    )
     found += _introspection(benchmark, top, hard, data)
     if benchmark.no_feedback:
         found += _without_feedback(runs, benchmark, plain, value, data)
     if benchmark.update:
         sides = [
-            select(runs, **{**base, "feedback": form}, compressor="topk", granularity="layer",
-                   fields={"ratio": benchmark.update})
+            select(
+                runs,
+                **{**base, "feedback": form},
+                compressor="topk",
+                granularity="layer",
+                fields={"ratio": benchmark.update},
+            )
             for form in ("gradient", "update")
-        ]  # fmt: skip
+        ]
         difference = _difference(sides[0], sides[1], value)
         texts = [spread_text([100 * final(r, benchmark.metric) for r in side]) for side in sides]
         found.append(
             Finding(
-                "Fig. 13", "top-k: gradient compression better than update compression (92.96 against 90.78)", data,
-                f"{texts[0]} against {texts[1]}; difference {_interval(difference)}", BETTER,
+                "Fig. 13",
+                "top-k: gradient compression better than update compression (92.96 against 90.78)",
+                data,
+                f"{texts[0]} against {texts[1]}; difference {_interval(difference)}",
+                BETTER,
                 holds("better", difference, MARGIN),
             )
-        )  # fmt: skip
+        )
     for network, most, least in benchmark.accordion:
         found += _accordion(runs, benchmark, network, most, least)
     return found
@@ -374,18 +423,23 @@ def _introspection(benchmark: Benchmark, top: Sequence[Record], hard: Sequence[R
     peaks = [int(np.argmax(r["result"]["steps"]["error"])) / len(r["result"]["steps"]["error"]) for r in theirs]
     return [
         Finding(
-            where, "smaller total error than top-k", data,
+            where,
+            "smaller total error than top-k",
+            data,
             f"Σ‖e‖² {_texts(totals[0])} against {_texts(totals[1])}, at {100 * densities[0]:.3g} % against "
             f"{100 * densities[1]:.3g} % density",
             f"for every seed, at densities within a factor of {SAME_BUDGET:g}; open if it holds only with more sent",
             smaller if same or not smaller or densities[0] < densities[1] else None,
         ),
         Finding(
-            where, "large accumulation of top-k's error in the beginning", data,
+            where,
+            "large accumulation of top-k's error in the beginning",
+            data,
             f"top-k's error is largest after {_texts(peaks, '.0%')} of the run",
-            "within the first third, for every seed", max(peaks) <= 1 / 3,
+            "within the first third, for every seed",
+            max(peaks) <= 1 / 3,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _without_feedback(
@@ -400,16 +454,22 @@ def _without_feedback(
     dense = densities[0] > SAME_BUDGET * densities[1]
     return [
         Finding(
-            "Fig. 12", "without error feedback, hard-threshold better than top-k", data,
+            "Fig. 12",
+            "without error feedback, hard-threshold better than top-k",
+            data,
             f"{_interval(difference)}, at {densities[0]:.3g} % against {densities[1]:.3g} % density",
-            f"with at most {SAME_BUDGET:g}x the elements (else open): {BETTER}", None if held and dense else held,
+            f"with at most {SAME_BUDGET:g}x the elements (else open): {BETTER}",
+            None if held and dense else held,
         ),
         Finding(
-            "Fig. 12", "without error feedback, hard-threshold at 4.7 % doesn't reach what no compression does", data,
-            f"no compression is {_interval(to_plain)} better", f"no compression is better: {BETTER}",
+            "Fig. 12",
+            "without error feedback, hard-threshold at 4.7 % doesn't reach what no compression does",
+            data,
+            f"no compression is {_interval(to_plain)} better",
+            f"no compression is better: {BETTER}",
             holds("better", to_plain, MARGIN),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _accordion(runs: Runs, benchmark: Benchmark, network: str, most: float, least: float) -> list[Finding]:
@@ -423,14 +483,22 @@ def _accordion(runs: Runs, benchmark: Benchmark, network: str, most: float, leas
     quotients = [density(a) / density(h) for a, h in zip(accordion, hard, strict=True)]
     return [
         Finding(
-            where, "hard-threshold more accurate than ACCORDION (by 0.5 to 0.8 points)", data, _interval(difference),
-            BETTER, holds("better", difference, MARGIN),
+            where,
+            "hard-threshold more accurate than ACCORDION (by 0.5 to 0.8 points)",
+            data,
+            _interval(difference),
+            BETTER,
+            holds("better", difference, MARGIN),
         ),
         Finding(
-            where, "hard-threshold sends less than ACCORDION (about 3.5x)", data, f"{_texts(quotients)}x less",
-            EACH_SEED, min(quotients) > 1,
+            where,
+            "hard-threshold sends less than ACCORDION (about 3.5x)",
+            data,
+            f"{_texts(quotients)}x less",
+            EACH_SEED,
+            min(quotients) > 1,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def accordion_rows(runs: Runs, network: str, most: float, least: float) -> list[list[Record]]:
@@ -486,13 +554,27 @@ def missing(data: Container[str], runs: Runs) -> list[Finding]:
     found = []
     if "gisette" not in data and any(run["spec"]["part"] == "logistic" for run in runs.values()):
         found.append(
-            Finding("Fig. 1, 4", "all of these on gisette, k = 0.17 %, λ = 4.2", "gisette", "needs gisette; the same "
-                    "statements are judged on what stands in for it", NO_RULE, None)
-        )  # fmt: skip
+            Finding(
+                "Fig. 1, 4",
+                "all of these on gisette, k = 0.17 %, λ = 4.2",
+                "gisette",
+                "needs gisette; the same statements are judged on what stands in for it",
+                NO_RULE,
+                None,
+            )
+        )
     trained = {run["result"]["source"] for run in runs.values() if run["spec"].get("kind") == "images"}
     if trained and not any("CIFAR-100" in source for source in trained):
-        found.append(Finding("Table 7", "hard-threshold against ACCORDION on CIFAR-100", "CIFAR-100",
-                             "needs CIFAR-100: --data images=cifar-100", NO_RULE, None))  # fmt: skip
+        found.append(
+            Finding(
+                "Table 7",
+                "hard-threshold against ACCORDION on CIFAR-100",
+                "CIFAR-100",
+                "needs CIFAR-100: --data images=cifar-100",
+                NO_RULE,
+                None,
+            )
+        )
     return found
 
 

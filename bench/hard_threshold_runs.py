@@ -81,11 +81,19 @@ def _network(spec: Spec, checkpoint: Path) -> dict[str, Any]:
     aggregation, observers = _aggregation(spec, layers, rate, iterations)
     record_every = max(1, iterations // POINTS)
     result = simulate(
-        task, aggregation, optimiser(task.model, spec), rate,
-        workers=spec["workers"], iterations=iterations, seed=spec["seed"], observers=observers,
-        evaluate_every=max(1, iterations // spec["evaluations"]), record_every=record_every,
-        checkpoint=checkpoint, checkpoint_every=max(1, iterations // CHECKPOINTS),
-    )  # fmt: skip
+        task,
+        aggregation,
+        optimiser(task.model, spec),
+        rate,
+        workers=spec["workers"],
+        iterations=iterations,
+        seed=spec["seed"],
+        observers=observers,
+        evaluate_every=max(1, iterations // spec["evaluations"]),
+        record_every=record_every,
+        checkpoint=checkpoint,
+        checkpoint_every=max(1, iterations // CHECKPOINTS),
+    )
     steps = result["steps"]
     counts = [after - before for before, after in zip([0, *steps["iteration"]], steps["iteration"], strict=False)]
     sent = sum(count * share for count, share in zip(counts, steps["density"], strict=True))

@@ -92,38 +92,120 @@ class Benchmark:
 
 #: Tables 2 to 5. The printed global batch size "220" of NCF is 2^20, as in the repository that Table 5 names.
 RESNET18 = Benchmark(
-    "images", "resnet18", 256, 300, "nesterov", 1.6, 0.1, 5, (150, 250), 1e-4,
-    (3e-4, 6e-4, 1.2e-3, 3e-3, 7.5e-3), (1.2e-2, 7.2e-3, 5e-3, 3e-3, 1.8e-3), 1, "accuracy", True,
-    no_feedback=(5e-2, 1e-4), update=6e-4,
+    "images",
+    "resnet18",
+    256,
+    300,
+    "nesterov",
+    1.6,
+    0.1,
+    5,
+    (150, 250),
+    1e-4,
+    (3e-4, 6e-4, 1.2e-3, 3e-3, 7.5e-3),
+    (1.2e-2, 7.2e-3, 5e-3, 3e-3, 1.8e-3),
+    1,
+    "accuracy",
+    True,
+    no_feedback=(5e-2, 1e-4),
+    update=6e-4,
     accordion=(("resnet18", 1e-2, 1e-3), ("googlenet", 1e-2, 1e-3), ("senet18", 1e-2, 1e-3)),
-)  # fmt: skip
+)
 LSTM = Benchmark(
-    "text", "lstm", 128, 90, "sgd", 20.0, 1.25, 5, (60, 80), 0.0,
-    (2.5e-4, 5e-4, 1e-3, 2e-3), (4.5e-3, 2.75e-3, 1.6e-3, 1.12e-3), 1, "perplexity", False,
-)  # fmt: skip
+    "text",
+    "lstm",
+    128,
+    90,
+    "sgd",
+    20.0,
+    1.25,
+    5,
+    (60, 80),
+    0.0,
+    (2.5e-4, 5e-4, 1e-3, 2e-3),
+    (4.5e-3, 2.75e-3, 1.6e-3, 1.12e-3),
+    1,
+    "perplexity",
+    False,
+)
 NCF = Benchmark(
-    "ratings", "ncf", 2**20 // WORKERS, 30, "adam", 4.5e-3, 4.5e-3, 0, (), 0.0,
-    (7.7e-2, 9.5e-2, 1.13e-1, 1.37e-1), (2e-6, 1.3e-6, 1e-6, 4e-7), 0, "hit_rate", True,
-)  # fmt: skip
+    "ratings",
+    "ncf",
+    2**20 // WORKERS,
+    30,
+    "adam",
+    4.5e-3,
+    4.5e-3,
+    0,
+    (),
+    0.0,
+    (7.7e-2, 9.5e-2, 1.13e-1, 1.37e-1),
+    (2e-6, 1.3e-6, 1e-6, 4e-7),
+    0,
+    "hit_rate",
+    True,
+)
 #: ACCORDION's k_max on CIFAR-100 (Table 6); all else is as on CIFAR-10.
 CIFAR100_MOST = 2e-2
 
 #: What stands in for them. λ were tuned once, to send about what top-k sends; the density is measured in every run.
 SMALL_IMAGES = Benchmark(
-    "images", "alexnet", 16, 4, "nesterov", 0.2, 0.05, 1, (2, 3.2), 1e-4,
-    (1e-3, 1e-2), (0.12, 0.04), 1, "accuracy", True, no_feedback=(5e-2, 1e-2), update=1e-2,
-    accordion=(("alexnet", 1e-2, 1e-3),), options={"width": 0.25},
-)  # fmt: skip
+    "images",
+    "alexnet",
+    16,
+    4,
+    "nesterov",
+    0.2,
+    0.05,
+    1,
+    (2, 3.2),
+    1e-4,
+    (1e-3, 1e-2),
+    (0.12, 0.04),
+    1,
+    "accuracy",
+    True,
+    no_feedback=(5e-2, 1e-2),
+    update=1e-2,
+    accordion=(("alexnet", 1e-2, 1e-3),),
+    options={"width": 0.25},
+)
 SMALL_TEXT = Benchmark(
-    "text", "lstm", 4, 1.6, "sgd", 5.0, 0.5, 0.1, (0.96, 1.28), 0.0,
-    (1e-3, 1e-2), (0.03, 0.008), 0, "perplexity", False,
+    "text",
+    "lstm",
+    4,
+    1.6,
+    "sgd",
+    5.0,
+    0.5,
+    0.1,
+    (0.96, 1.28),
+    0.0,
+    (1e-3, 1e-2),
+    (0.03, 0.008),
+    0,
+    "perplexity",
+    False,
     options={"units": 64, "num_layers": 1, "dropout": 0.2, "max_vocabulary": 2000, "length": 20},
-)  # fmt: skip
+)
 SMALL_RATINGS = Benchmark(
-    "ratings", "ncf", 256, 5, "adam", 4.5e-3, 4.5e-3, 0, (), 0.0,
-    (3.5e-2, 1.3e-1, 2.2e-1), (1e-3, 1e-4, 1e-5), 1, "hit_rate", True,
+    "ratings",
+    "ncf",
+    256,
+    5,
+    "adam",
+    4.5e-3,
+    4.5e-3,
+    0,
+    (),
+    0.0,
+    (3.5e-2, 1.3e-1, 2.2e-1),
+    (1e-3, 1e-4, 1e-5),
+    1,
+    "hit_rate",
+    True,
     options={"factors": 8, "layers": (32, 32, 16, 8)},
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -208,10 +290,14 @@ def _unlike(benchmark: Benchmark, paper: Benchmark) -> str:
         options = ", ".join(f"{key} {_text(value)}" for key, value in benchmark.options.items())
         found.append(f"{benchmark.network}{f' ({options})' if options else ''} instead of {paper.network}")
     words = {
-        "epochs": "epochs", "batch_size": "examples a worker", "lr": "the learning rate",
-        "warmup_epochs": "epochs of warm-up", "milestones": "learning rate divided after epochs", "ratios": "k/d",
+        "epochs": "epochs",
+        "batch_size": "examples a worker",
+        "lr": "the learning rate",
+        "warmup_epochs": "epochs of warm-up",
+        "milestones": "learning rate divided after epochs",
+        "ratios": "k/d",
         "thresholds": "λ",
-    }  # fmt: skip
+    }
     for name, what in words.items():
         ours, theirs = getattr(benchmark, name), getattr(paper, name)
         if ours != theirs:
@@ -273,13 +359,26 @@ def _logistic(problem: Problem, given: Given | None, seeds: int) -> Iterator[Spe
 
 def _networks(benchmark: Benchmark, size: Size, given: Given | None, device: str) -> Iterator[Spec]:
     base: Spec = {
-        "part": "networks", "kind": benchmark.kind, "network": benchmark.network, **_data(given), "device": device,
-        "workers": WORKERS, "batch_size": benchmark.batch_size, "epochs": benchmark.epochs,
-        "optimiser": benchmark.optimiser, "momentum": MOMENTUM, "lr": benchmark.lr, "lr_start": benchmark.lr_start,
-        "warmup_epochs": benchmark.warmup_epochs, "milestones": list(benchmark.milestones),
-        "weight_decay": benchmark.weight_decay, "options": _plain(benchmark.options), "evaluations": size.evaluations,
-        "granularity": "layer", "feedback": "gradient",
-    }  # fmt: skip
+        "part": "networks",
+        "kind": benchmark.kind,
+        "network": benchmark.network,
+        **_data(given),
+        "device": device,
+        "workers": WORKERS,
+        "batch_size": benchmark.batch_size,
+        "epochs": benchmark.epochs,
+        "optimiser": benchmark.optimiser,
+        "momentum": MOMENTUM,
+        "lr": benchmark.lr,
+        "lr_start": benchmark.lr_start,
+        "warmup_epochs": benchmark.warmup_epochs,
+        "milestones": list(benchmark.milestones),
+        "weight_decay": benchmark.weight_decay,
+        "options": _plain(benchmark.options),
+        "evaluations": size.evaluations,
+        "granularity": "layer",
+        "feedback": "gradient",
+    }
     for seed in range(size.seeds):
         here = base | {"seed": seed}
         yield here | {"compressor": "identity", "fields": {}}

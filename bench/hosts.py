@@ -175,9 +175,22 @@ def why_not() -> str | None:
 def _shaping(namespace: str, device: str, rate_mbps: float, burst_bytes: int, queue_ms: float) -> tuple[str, ...]:
     # tc's bit, kbit and mbit are powers of ten; `burst` in bytes; `latency` is the time that the queue may hold.
     return (
-        "tc", "-n", namespace, "qdisc", "replace", "dev", device, "root",
-        "tbf", "rate", f"{round(rate_mbps * 1e6)}bit", "burst", f"{burst_bytes}b", "latency", f"{queue_ms:g}ms",
-    )  # fmt: skip
+        "tc",
+        "-n",
+        namespace,
+        "qdisc",
+        "replace",
+        "dev",
+        device,
+        "root",
+        "tbf",
+        "rate",
+        f"{round(rate_mbps * 1e6)}bit",
+        "burst",
+        f"{burst_bytes}b",
+        "latency",
+        f"{queue_ms:g}ms",
+    )
 
 
 def _burst(rate_mbps: float, burst_bytes: int | None) -> int:
@@ -278,8 +291,21 @@ class Hosts:
             _run("ip", "-n", name, "link", "set", "eth0", "up")
             # A route may ask for what the namespace may not have as its default, where the machine hasn't allowed it.
             network = f"{SUBNET}.0/24"
-            _run("ip", "-n", name, "route", "replace", network, "dev", "eth0", "src", address,
-                 "congctl", "lock", self.congestion_control)  # fmt: skip
+            _run(
+                "ip",
+                "-n",
+                name,
+                "route",
+                "replace",
+                network,
+                "dev",
+                "eth0",
+                "src",
+                address,
+                "congctl",
+                "lock",
+                self.congestion_control,
+            )
         self.reshape(self.rate_mbps, self.burst_bytes)
 
     def reshape(self, rate_mbps: float, burst_bytes: int | None = None) -> None:
@@ -342,10 +368,21 @@ class Hosts:
         if not 1 <= ranks <= self.number:
             raise ValueError(f"`ranks` must be 1 to {self.number}, one per host, got {ranks}")
         arguments = [
-            find_mpirun(), "-launcher", "ssh", "-launcher-exec", str(self.remote_shell),
-            "-localhost", SWITCH_ADDRESS, "-hosts", ",".join(self.addresses[:ranks]), "-ppn", "1", "-n", str(ranks),
+            find_mpirun(),
+            "-launcher",
+            "ssh",
+            "-launcher-exec",
+            str(self.remote_shell),
+            "-localhost",
+            SWITCH_ADDRESS,
+            "-hosts",
+            ",".join(self.addresses[:ranks]),
+            "-ppn",
+            "1",
+            "-n",
+            str(ranks),
             *command,
-        ]  # fmt: skip
+        ]
         job = subprocess.Popen(
             ["ip", "netns", "exec", self._switch, *arguments],
             start_new_session=True,

@@ -50,9 +50,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, and what they come to: `size`, `where`."""
     parser = Parser(prog="python -m bench.layerwise", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--paper", action="store_true",
+        "--paper",
+        action="store_true",
         help="AlexNet and ResNet-9 in full with the paper's schedule, on --data; ResNet-50 on --imagenet if given",
-    )  # fmt: skip
+    )
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="NAME,…")
     parser.add_argument("--networks", type=lambda text: text.split(","), help="of those of the size", metavar="NAME,…")
     parser.add_argument("--ratios", type=_numbers, help="of random k and top k", metavar="X,…")
@@ -163,8 +164,15 @@ def report(runs: Runs, size: Size, about: dict[str, Any]) -> tuple[str, list[dic
 
 #: Of a run's steps, the columns that are drawn or in tables.
 SHOWN = (
-    "iteration", "density", "layer_error", "layer_moment", "layer_bound", "model_error", "model_moment", "model_bound",
-)  # fmt: skip
+    "iteration",
+    "density",
+    "layer_error",
+    "layer_moment",
+    "layer_bound",
+    "model_error",
+    "model_moment",
+    "model_bound",
+)
 
 
 def part(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,16 +241,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bar.write(line)
 
             runs = run_grid(
-                run, grid, out / "runs", processes=options.processes, threads=options.threads,
-                resume=options.resume, show=show,
-            )  # fmt: skip
+                run,
+                grid,
+                out / "runs",
+                processes=options.processes,
+                threads=options.threads,
+                resume=options.resume,
+                show=show,
+            )
         about = environment() | {"command": command, "cores": usable_cores(), "data_sha256": digest}
         with writing(out):
             shown = kept.keep(out, runs, part)
             text, findings = report(shown, options.size, about)
             record = {
-                "environment": about, "size": asdict(options.size), "findings": findings, "runs": condensed(runs),
-            }  # fmt: skip
+                "environment": about,
+                "size": asdict(options.size),
+                "findings": findings,
+                "runs": condensed(runs),
+            }
             write_json(out / "layerwise.json", plain(record))
             write(shown, options, about, text, out)
             print(text)

@@ -142,23 +142,36 @@ STATEMENTS = (
     Statement("Fig. 3", "TernGrad, ResNet-50 on ImageNet: layer-wise better", "terngrad", "better", imagenet=True),
     Statement("section 5.3", f"TernGrad: {_FINER}", "terngrad", "better", error=True),
     Statement("Fig. 4", "QSGD: layer-wise better", "qsgd-gather", "better"),
-    Statement("Fig. 4", "QSGD, ResNet-50 on ImageNet: layer-wise better (1.52x)", "qsgd-gather", "better",
-              imagenet=True),
+    Statement(
+        "Fig. 4", "QSGD, ResNet-50 on ImageNet: layer-wise better (1.52x)", "qsgd-gather", "better", imagenet=True
+    ),
     Statement("section 5.3", f"QSGD: {_FINER}", "qsgd-gather", "better", error=True),
     Statement("Fig. 5", "adaptive threshold: layer-wise better", "adaptive", "better"),
     Statement("section 5.3", f"adaptive threshold: {_FINER}", "adaptive", "better", error=True),
     Statement(
-        "Fig. 5", "adaptive threshold converges slower than without compression, even layer-wise", "adaptive", "better",
-        first=BASELINE, second=LAYER,
+        "Fig. 5",
+        "adaptive threshold converges slower than without compression, even layer-wise",
+        "adaptive",
+        "better",
+        first=BASELINE,
+        second=LAYER,
     ),
     Statement("Fig. 6", "threshold v: the same over three orders of magnitude", "threshold", "same"),
     Statement("Fig. 7a, b", "top k: the same above 10 %", "topk", "same", least=0.11),
-    Statement("Fig. 7a, b", "top k: entire-model better at 10 % and below", "topk", "better", most=0.1, first=MODEL,
-              second=LAYER),
+    Statement(
+        "Fig. 7a, b",
+        "top k: entire-model better at 10 % and below",
+        "topk",
+        "better",
+        most=0.1,
+        first=MODEL,
+        second=LAYER,
+    ),
     Statement("Fig. 7c", "top k with Nesterov momentum: layer-wise not worse", "topk", "not worse", "nesterov"),
-    Statement("Fig. 8", "top k, ResNet-50 on ImageNet: layer-wise better (1.25 to 1.63x)", "topk", "better",
-              imagenet=True),
-)  # fmt: skip
+    Statement(
+        "Fig. 8", "top k, ResNet-50 on ImageNet: layer-wise better (1.25 to 1.63x)", "topk", "better", imagenet=True
+    ),
+)
 
 
 # --- what was found --------------------------------------------------------------------------------------------------
@@ -177,9 +190,13 @@ def settings_of(runs: Runs, network: Network) -> list[Setting]:
 def runs_of(runs: Runs, network: Network, setting: Setting, granularity: str | None) -> list[Mapping[str, Any]]:
     """By seed."""
     return select(
-        runs, network=network.name, method=setting.method, value=setting.value, optimiser=setting.optimiser,
+        runs,
+        network=network.name,
+        method=setting.method,
+        value=setting.value,
+        optimiser=setting.optimiser,
         granularity=granularity,
-    )  # fmt: skip
+    )
 
 
 def metric_of(network: Network) -> str:
@@ -300,9 +317,18 @@ def accuracy_table(runs: Runs, network: Network) -> str:
             ]
         )
     heads = [
-        "method", "setting", "optimiser", "layer-wise %", "entire-model %", "difference", "seeds", "error layer-wise",
-        "error entire-model", "density layer-wise", "density entire-model",
-    ]  # fmt: skip
+        "method",
+        "setting",
+        "optimiser",
+        "layer-wise %",
+        "entire-model %",
+        "difference",
+        "seeds",
+        "error layer-wise",
+        "error entire-model",
+        "density layer-wise",
+        "density entire-model",
+    ]
     return str(tabulate(rows, heads, tablefmt="github", disable_numparse=True))
 
 
@@ -320,9 +346,16 @@ def theory_table(runs: Runs, network: Network) -> str:
             row += [_mean(these, f"{granularity}_bound"), _mean(these, f"{granularity}_moment")]
         rows.append(row)
     heads = [
-        "method", "setting", "optimiser", "Σ(1+Ω_j)", "L·max(1+Ω_j)", "bound layer-wise", "measured",
-        "bound entire-model", "measured",
-    ]  # fmt: skip
+        "method",
+        "setting",
+        "optimiser",
+        "Σ(1+Ω_j)",
+        "L·max(1+Ω_j)",
+        "bound layer-wise",
+        "measured",
+        "bound entire-model",
+        "measured",
+    ]
     return str(tabulate(rows, heads, tablefmt="github", disable_numparse=True))
 
 

@@ -58,10 +58,18 @@ def run(spec: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
         task.model.parameters(), spec["optimiser"], momentum=spec["momentum"], weight_decay=spec["weight_decay"]
     )
     result = simulate(
-        task, aggregation, optimiser, schedule(spec["lr"], spec["warmup"], iterations),
-        workers=spec["workers"], iterations=iterations, seed=spec["seed"], observers=observers, record_every=every,
-        checkpoint=checkpoint, checkpoint_every=max(1, iterations // CHECKPOINTS),
-    )  # fmt: skip
+        task,
+        aggregation,
+        optimiser,
+        schedule(spec["lr"], spec["warmup"], iterations),
+        workers=spec["workers"],
+        iterations=iterations,
+        seed=spec["seed"],
+        observers=observers,
+        record_every=every,
+        checkpoint=checkpoint,
+        checkpoint_every=max(1, iterations // CHECKPOINTS),
+    )
     return {**about, **result}
 
 
@@ -129,7 +137,13 @@ def _task(spec: Mapping[str, Any]) -> tuple[Task, str, float]:
     model = model.to(spec["device"])
     top = IMAGENET_TOP if folder else 1
     task = Images(
-        model, dataset, spec["batch_size"], spec["workers"], seed=spec["seed"], augment=spec["augment"],
-        device=spec["device"], top=top,
-    )  # fmt: skip
+        model,
+        dataset,
+        spec["batch_size"],
+        spec["workers"],
+        seed=spec["seed"],
+        augment=spec["augment"],
+        device=spec["device"],
+        top=top,
+    )
     return task, dataset.source, min(1.0, top / dataset.num_classes)

@@ -138,11 +138,16 @@ PAPER = Size(
         Network("alexnet"),
         Network("resnet9", nesterov=True),
         Network(
-            "resnet50", imagenet=True, batch_size=256, workers=4, epochs=34, long_epochs=34,
+            "resnet50",
+            imagenet=True,
+            batch_size=256,
+            workers=4,
+            epochs=34,
+            long_epochs=34,
             methods=("terngrad", "qsgd-gather", "topk"),
         ),
     ),
-)  # fmt: skip
+)
 
 
 #: How operators and data differ from the authors' code, whatever the size.

@@ -77,9 +77,20 @@ TIMING: dict[str, Any] = {"iterations": 60, "eval_every": 0, "checkpoint_every":
 FREE = {"data", "timeout", "checkpoint_every", "trace", "figures", "progress", "out", "resume"}
 #: Options of one method only.
 ONLY_GRADIVEQ = {
-    "warmup", "sample", "compress", "max_sample", "stop_multiple", "loss_threshold", "n_components", "ratio",
-    "slice_size", "reuse", "fit_slices", "sampling", "holdout_every",
-}  # fmt: skip
+    "warmup",
+    "sample",
+    "compress",
+    "max_sample",
+    "stop_multiple",
+    "loss_threshold",
+    "n_components",
+    "ratio",
+    "slice_size",
+    "reuse",
+    "fit_slices",
+    "sampling",
+    "holdout_every",
+}
 
 
 class UsageError(Exception):
@@ -147,26 +158,32 @@ def make_parser() -> Parser:
 
     run = parser.add_argument_group("the run")
     add(
-        run, "--methods", "which, in this order; below is what else there is", type=lambda text: text.split(","),
+        run,
+        "--methods",
+        "which, in this order; below is what else there is",
+        type=lambda text: text.split(","),
         metavar="NAME,…",
-    )  # fmt: skip
+    )
     add(run, "--iterations", "SGD steps of each method", type=int, metavar="N")
     add(
-        run, "--paper",
+        run,
+        "--paper",
         "the paper's values: 45,000 iterations on CIFAR-100 with its schedule; says what the paper leaves out",
         action="store_true",
-    )  # fmt: skip
+    )
     add(
-        run, "--timing",
+        run,
+        "--timing",
         f"only what the time breakdown needs: {TIMING['iterations']} iterations, no evaluation, no checkpoint",
         action="store_true",
-    )  # fmt: skip
+    )
     add(
-        run, "--data",
+        run,
+        "--data",
         "CIFAR-100 or CIFAR-10 in binary form (archive or folder), a folder with Fashion-MNIST's IDX files, or "
         "'cifar-100' or 'cifar-10' to download it (default: the shipped sample of Fashion-MNIST)",
         metavar="PATH",
-    )  # fmt: skip
+    )
     add(run, "--model", "one of resnet20, 32, 44, 56, 110, or resnet8 for tests", metavar="NAME")
     add(run, "--seed", "of weights, data order, augmentation and quantisation", type=int, metavar="N")
     add(run, "--out", "folder for what is recorded (default: results/ and the date, time, and what ran)", metavar="DIR")
@@ -181,9 +198,11 @@ def make_parser() -> Parser:
     add(sgd, "--momentum", "of SGD", type=float, metavar="X")
     add(sgd, "--weight-decay", "of SGD", type=float, metavar="X")
     add(
-        sgd, "--nonfinite", "on a gradient that is not finite: end the run, or skip the step on all ranks",
+        sgd,
+        "--nonfinite",
+        "on a gradient that is not finite: end the run, or skip the step on all ranks",
         choices=("fail", "skip"),
-    )  # fmt: skip
+    )
 
     pca = parser.add_argument_group("GradiVeQ")
     scaled = "(default: the paper's, scaled to the iterations)"
@@ -192,23 +211,29 @@ def make_parser() -> Parser:
     add(pca, "--compress", f"Lc, compressed iterations of a window, or 'auto' {scaled}", type=length, metavar="N")
     add(pca, "--max-sample", "most sampling iterations of a window with --sample auto", type=int, metavar="N")
     add(
-        pca, "--stop-multiple",
+        pca,
+        "--stop-multiple",
         "with --compress auto: a worker votes to end a window when its loss is above so many times the window's first",
-        type=float, metavar="X",
-    )  # fmt: skip
+        type=float,
+        metavar="X",
+    )
     add(
-        pca, "--loss-threshold",
+        pca,
+        "--loss-threshold",
         "lambda: the in-sample loss that PCA may have, at least 0 and below 1 (default: 0.01)",
-        type=float, metavar="X",
-    )  # fmt: skip
+        type=float,
+        metavar="X",
+    )
     add(pca, "--n-components", "d of every layer, instead of a loss threshold", type=int, metavar="N")
     add(pca, "--ratio", "K/d of every layer, instead of a loss threshold", type=float, metavar="X")
     add(pca, "--slice-size", "K of every layer (default: F*D' of each, at most 4,096)", type=int, metavar="K")
     add(pca, "--reuse", "s: consecutive slices that share a basis, or 'inf' for a whole layer", type=reuse, metavar="S")
     add(
-        pca, "--fit-slices", "fit a basis on the first of its slices as in the paper, or on all",
+        pca,
+        "--fit-slices",
+        "fit a basis on the first of its slices as in the paper, or on all",
         choices=("first", "all"),
-    )  # fmt: skip
+    )
     add(pca, "--sampling", "how gradients travel in sampling iterations", choices=("qsgd", "plain"))
     add(pca, "--holdout-every", "compressed iterations from one held-out loss to the next; 0: none", type=int)
 
@@ -217,49 +242,62 @@ def make_parser() -> Parser:
     add(qsgd, "--qsgd-bucket", "elements that share a norm", type=int, metavar="N")
     add(qsgd, "--qsgd-norm", "of a bucket", choices=("max", "l2"))
     add(
-        qsgd, "--qsgd-whole-segments", "one message a segment and hop, as in the paper, instead of pipelined chunks",
-        dest="qsgd_pipelined", action="store_false",
-    )  # fmt: skip
+        qsgd,
+        "--qsgd-whole-segments",
+        "one message a segment and hop, as in the paper, instead of pipelined chunks",
+        dest="qsgd_pipelined",
+        action="store_false",
+    )
 
     cluster = parser.add_argument_group("emulation")
     add(
-        cluster, "--cluster",
+        cluster,
+        "--cluster",
         "whose clock runs beside this machine's: a preset of bench/clusters, a TOML file as in ring/cluster.py, or "
         f"'{NO_CLUSTER}' (default: gradiveq-cpu, with a node for each rank). Given without mpirun: all "
         "nodes of the cluster are threads of one process",
         metavar="NAME",
-    )  # fmt: skip
+    )
 
     machine = parser.add_argument_group("the machine")
     add(machine, "--device", "where models are trained, and gradients encoded and decoded", choices=("cpu", "cuda"))
     add(
-        machine, "--gpu-aware",
+        machine,
+        "--gpu-aware",
         "MPI can read and write the GPU's memory, and adds what is sent by its own all-reduce; with --device cuda",
         action="store_true",
-    )  # fmt: skip
+    )
     add(
-        machine, "--threads",
+        machine,
+        "--threads",
         "of each rank (default: cores / ranks of this machine; 1 where all ranks are in one process)",
-        type=int, metavar="N",
-    )  # fmt: skip
+        type=int,
+        metavar="N",
+    )
     add(machine, "--chunk-bytes", "most payload in a message (default: the ring's)", type=int, metavar="N")
     add(machine, "--timeout", "seconds that a rank waits for a neighbour", type=float, metavar="S")
 
     output = parser.add_argument_group("output")
     add(
-        output, "--eval-every", "iterations between evaluations; 0: none (default: a fifth of the run)",
-        type=int, metavar="N",
-    )  # fmt: skip
+        output,
+        "--eval-every",
+        "iterations between evaluations; 0: none (default: a fifth of the run)",
+        type=int,
+        metavar="N",
+    )
     add(
-        output, "--checkpoint-every",
+        output,
+        "--checkpoint-every",
         "iterations between checkpoints; 0: none (default: a tenth of the run, at most 500)",
-        type=int, metavar="N",
-    )  # fmt: skip
+        type=int,
+        metavar="N",
+    )
     add(
-        output, "--trace",
+        output,
+        "--trace",
         "the last compressed iteration of each method (the last one, if it has none) as a file for ui.perfetto.dev",
         action="store_true",
-    )  # fmt: skip
+    )
     add(output, "--no-figures", "draw nothing", dest="figures", action="store_false")
     add(output, "--progress", "a bar, lines, or what suits the terminal", choices=("auto", "bar", "lines", "none"))
     return parser

@@ -142,9 +142,7 @@ def breakdown(cluster: Cluster, vector: Gradient) -> dict[str, Any]:
     methods = {}
     for method, mix in mixes.items():
         aggregation_s = sum(count * each[phase].time_s for phase, count in mix.items())
-        kinds = {
-            part: sum(count * _part_s(each[phase], part) for phase, count in mix.items()) for part in PARTS
-        }  # fmt: skip
+        kinds = {part: sum(count * _part_s(each[phase], part) for phase, count in mix.items()) for part in PARTS}
         methods[method] = {
             "computation_s": computation_s,
             "aggregation_s": aggregation_s,
@@ -186,21 +184,32 @@ def compare(vector: Gradient) -> dict[str, Any]:
             how = "fitted" if method in FITTED else "predicted"
             cells.append(
                 {
-                    "method": method, "what": "aggregation", "stated_s": paper.stated_s(method),
-                    "derived_s": paper.derived_s(method), "spread_s": paper.spread_s(method), "ours_s": value_s,
-                    "error": value_s / paper.aggregation_s(method) - 1, "how": how,
+                    "method": method,
+                    "what": "aggregation",
+                    "stated_s": paper.stated_s(method),
+                    "derived_s": paper.derived_s(method),
+                    "spread_s": paper.spread_s(method),
+                    "ours_s": value_s,
+                    "error": value_s / paper.aggregation_s(method) - 1,
+                    "how": how,
                 }
-            )  # fmt: skip
+            )
         for method in METHODS:
             value_s, stated_s = ours["methods"][method]["total_s"], paper.totals_s[method]
             #: Without GradiVeQ's there is nothing in a total that the fit hasn't seen.
             how = "predicted" if method == "gradiveq" else "of fitted cells"
             cells.append(
                 {
-                    "method": method, "what": "to converge", "stated_s": stated_s, "derived_s": None, "spread_s": None,
-                    "ours_s": value_s, "error": value_s / stated_s - 1, "how": how,
+                    "method": method,
+                    "what": "to converge",
+                    "stated_s": stated_s,
+                    "derived_s": None,
+                    "spread_s": None,
+                    "ours_s": value_s,
+                    "error": value_s / stated_s - 1,
+                    "how": how,
                 }
-            )  # fmt: skip
+            )
         rar_s, compressed_s = paper.aggregation_s("rar") / WINDOW, paper.compressed_s()
         limit = ours["compressed"]["limit"]
         found[name] = {
@@ -208,13 +217,16 @@ def compare(vector: Gradient) -> dict[str, Any]:
             "cells": cells,
             "compressed": {
                 "paper": {
-                    "rar_s": rar_s, "compressed_s": compressed_s, "speedup": rar_s / compressed_s, "limit": limit,
+                    "rar_s": rar_s,
+                    "compressed_s": compressed_s,
+                    "speedup": rar_s / compressed_s,
+                    "limit": limit,
                     "quotient": rar_s / compressed_s / limit,
                 },
                 "ours": ours["compressed"],
             },
             "ours": ours,
-        }  # fmt: skip
+        }
     return found
 
 
@@ -321,11 +333,17 @@ def cells_table(found: Mapping[str, Any], form: str = "simple") -> str:
             error = f"{cell['error']:+.1%}" if cell["how"] == "predicted" else f"({cell['error']:+.1%})"
             rows.append(
                 [
-                    name, "aggregation" if per_window else "to converge", LABELS[cell["method"]],
-                    _seconds(cell["stated_s"]), _seconds(cell["derived_s"]), spread,
-                    _seconds(cell["ours_s"], 1 if per_window else 0), error, cell["how"],
+                    name,
+                    "aggregation" if per_window else "to converge",
+                    LABELS[cell["method"]],
+                    _seconds(cell["stated_s"]),
+                    _seconds(cell["derived_s"]),
+                    spread,
+                    _seconds(cell["ours_s"], 1 if per_window else 0),
+                    error,
+                    cell["how"],
                 ]
-            )  # fmt: skip
+            )
     heads = ["cluster", "seconds", "method", "stated", "derived", "spread", "ours", "error", "ours is"]
     return str(
         tabulate(rows, heads, tablefmt=form, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 5 + ("left",))

@@ -112,9 +112,22 @@ SUMMARY = "summary.json"
 SOURCE = (":(top)", ":(top,exclude)results")
 #: All kinds of seconds, in the order of an iteration.
 KINDS = (
-    "data", "forward", "backward", "pack", "encode", "add", "recode", "decode", "wait", "overhead", "fit", "update",
-    "control", "measure", "other",
-)  # fmt: skip
+    "data",
+    "forward",
+    "backward",
+    "pack",
+    "encode",
+    "add",
+    "recode",
+    "decode",
+    "wait",
+    "overhead",
+    "fit",
+    "update",
+    "control",
+    "measure",
+    "other",
+)
 #: What the tables and the breakdown show -> the kinds that it sums.
 GROUPS = {
     "compute": ("forward", "backward", "update"),
@@ -289,10 +302,13 @@ def commit() -> str | None:
         texts = [
             subprocess.run(
                 ["git", "-C", str(Path(__file__).parent), *arguments],
-                capture_output=True, text=True, timeout=10, check=True,
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
             ).stdout.strip()
             for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *SOURCE])
-        ]  # fmt: skip
+        ]
     except (OSError, subprocess.SubprocessError):
         return None
     return texts[0] + ("+changes" if texts[1] else "")

@@ -21,9 +21,10 @@ FILE = "gradients.npz"
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m bench.record_gradients", description=(__doc__ or "").splitlines()[0],
+        prog="python -m bench.record_gradients",
+        description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--data", metavar="PATH", help="as for the training job; the shipped sample if left out")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"folder for {FILE}")
     parser.add_argument("--layers", default="conv1,layer1.0.conv1", metavar="NAME,…", help="convolutions")

@@ -125,8 +125,10 @@ def run_threads(options: dict[str, Any], recorded: Mapping[str, Any]) -> int:
     set_up_torch(options["threads"])
     return run_as_threads(
         lambda workers, ring, stop: Run(workers, ring, copy.deepcopy(options), recorded, cluster, stop).run(),
-        cluster.nodes, timeout_s=options["timeout"], chunk_bytes=options["chunk_bytes"] or CHUNK_BYTES,
-    )  # fmt: skip
+        cluster.nodes,
+        timeout_s=options["timeout"],
+        chunk_bytes=options["chunk_bytes"] or CHUNK_BYTES,
+    )
 
 
 def check_gpu_aware() -> None:
@@ -232,10 +234,17 @@ class Run:
         name = self.options["model"]
         model = resnet_cifar(8, classes, seed=seed) if name == "resnet8" else MODELS[name](classes, seed=seed)
         return Trainer(
-            self.ring, model, self.dataset, method, self.configuration.settings,
-            nonfinite=self.options["nonfinite"], device=device, gpu_aware=self.options["gpu_aware"],
-            cluster=self.cluster, trace=self.options["trace"],
-        )  # fmt: skip
+            self.ring,
+            model,
+            self.dataset,
+            method,
+            self.configuration.settings,
+            nonfinite=self.options["nonfinite"],
+            device=device,
+            gpu_aware=self.options["gpu_aware"],
+            cluster=self.cluster,
+            trace=self.options["trace"],
+        )
 
     # --- with a folder
 
@@ -437,10 +446,13 @@ class Run:
 
         try:
             complete = train(
-                trainer, write, save,
-                eval_every=self.options["eval_every"], checkpoint_every=self.options["checkpoint_every"],
+                trainer,
+                write,
+                save,
+                eval_every=self.options["eval_every"],
+                checkpoint_every=self.options["checkpoint_every"],
                 stop=lambda: stop() or unwritten is not None,
-            )  # fmt: skip
+            )
             if not complete:
                 raise Interrupted(f"stopped after {trainer.iteration} of {trainer.settings.iterations} with {name}")
             result = trainer.result()

@@ -304,9 +304,13 @@ def draw(sweep: Sweep, points: Sequence[Point], found: Mapping[str, Any], title:
         )
         bars.xaxis.set_minor_formatter(NullFormatter())
         above.annotate(
-            f" {sweep.base.name}", (sweep.place, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8.5,
+            f" {sweep.base.name}",
+            (sweep.place, 1),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=8.5,
             color="#666666",
-        )  # fmt: skip
+        )
     return figure
 
 
@@ -333,9 +337,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="resnet32", metavar="NAME", help="of the gradient (default: %(default)s)")
     parser.add_argument(
-        "--batch", type=positive, default=1.0, metavar="X",
+        "--batch",
+        type=positive,
+        default=1.0,
+        metavar="X",
         help="images per node, times those of the cluster's iteration_s (default: %(default)g)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--iteration-s",
         type=positive,
@@ -367,10 +374,15 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], str]
     computing_s = options.batch * iteration_s(base)
     about = environment(("numpy", "scipy", "torch", "matplotlib")) | {"command": command, "cores": usable_cores()}
     record: dict[str, Any] = {
-        "environment": about, "cluster": as_table(base), "model": options.model, "ratio": options.ratio,
-        "computing_s": computing_s, "payload_bytes": {phase: gradient.payload_bytes(phase) for phase in PHASES},
-        "basis_bytes": gradient.basis_bytes, "sweeps": {},
-    }  # fmt: skip
+        "environment": about,
+        "cluster": as_table(base),
+        "model": options.model,
+        "ratio": options.ratio,
+        "computing_s": computing_s,
+        "payload_bytes": {phase: gradient.payload_bytes(phase) for phase in PHASES},
+        "basis_bytes": gradient.basis_bytes,
+        "sweeps": {},
+    }
     texts = []
     for what in ("nodes", "bandwidth"):
         sweep = Sweep(what, base, gradient, computing_s)
@@ -383,14 +395,16 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], str]
         record["sweeps"][what] = {
             "points": [
                 {
-                    "x": point.x, "iteration_s": point.iteration_s, "compressed_s": point.compressed_s,
+                    "x": point.x,
+                    "iteration_s": point.iteration_s,
+                    "compressed_s": point.compressed_s,
                     "speedup": {method: point.speedup(method) for method in METHODS[1:]},
                 }
                 for point in points
             ],
             "crossings": found,
             "words": lines,
-        }  # fmt: skip
+        }
     return plain(record), "\n".join(texts)
 
 

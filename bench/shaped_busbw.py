@@ -97,9 +97,14 @@ def sizes(options: argparse.Namespace, hosts: int, rate_mbps: float) -> list[int
 def measure(part: str, shaped: Hosts, options: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     """(the MPI, rows) of one part on the hosts as they are shaped now."""
     plan: dict[str, Any] = {
-        "part": part, "addresses": shaped.addresses, "device": "eth0", "rate_mbps": shaped.rate_mbps,
-        "burst_bytes": shaped.burst_bytes, "repeats": options.repeats, "timeout_s": RANK_TIMEOUT_S,
-    }  # fmt: skip
+        "part": part,
+        "addresses": shaped.addresses,
+        "device": "eth0",
+        "rate_mbps": shaped.rate_mbps,
+        "burst_bytes": shaped.burst_bytes,
+        "repeats": options.repeats,
+        "timeout_s": RANK_TIMEOUT_S,
+    }
     if part == "busbw":
         plan |= {"sizes": sizes(options, shaped.number, shaped.rate_mbps), "seconds": options.seconds}
     else:
@@ -133,17 +138,27 @@ def busbw_table(rows: Sequence[dict[str, Any]]) -> str:
     table = []
     for row in rows:
         if row["implementation"] == "TCP stream":
+            at_once = row["all_at_once_bytes_per_s"] / row["bytes_per_s"]
+            note = f"all at once {at_once:.3f}, {row['latency_us']:.0f} us"
             table.append(
-                [row["hosts"], row["rate_mbps"], "", "TCP stream", "", row["bytes_per_s"] / 1e6, 1, "", "",
-                 f"all at once {row['all_at_once_bytes_per_s'] / row['bytes_per_s']:.3f}, {row['latency_us']:.0f} us"]
-            )  # fmt: skip
+                [row["hosts"], row["rate_mbps"], "", "TCP stream", "", row["bytes_per_s"] / 1e6, 1, "", "", note]
+            )
             continue
         low, high = row["fraction_quartiles"]
         table.append(
-            [row["hosts"], row["rate_mbps"], bytes_text(row["size_bytes"]), row["implementation"], row["time_s"] * 1e3,
-             row["busbw_bytes_per_s"] / 1e6, row["fraction"], f"{low:.3f}-{high:.3f}", row["cpu_s"] * 1e3,
-             f"{row['wrong']} wrong" if row["wrong"] else ""]
-        )  # fmt: skip
+            [
+                row["hosts"],
+                row["rate_mbps"],
+                bytes_text(row["size_bytes"]),
+                row["implementation"],
+                row["time_s"] * 1e3,
+                row["busbw_bytes_per_s"] / 1e6,
+                row["fraction"],
+                f"{low:.3f}-{high:.3f}",
+                row["cpu_s"] * 1e3,
+                f"{row['wrong']} wrong" if row["wrong"] else "",
+            ]
+        )
     head = ["hosts", "Mbit/s", "size", "", "ms", "busbw MB/s", "of TCP", "quartiles", "cpu ms", ""]
     formats = ("g", "g", "", "", ".2f", ".2f", ".3f", "", ".2f", "")
     return str(tabulate(table, head, floatfmt=formats, disable_numparse=[7]))
@@ -152,11 +167,20 @@ def busbw_table(rows: Sequence[dict[str, Any]]) -> str:
 def aggregation_table(rows: Sequence[dict[str, Any]]) -> str:
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["spans_s"]))
     table = [
-        [row["hosts"], row["rate_mbps"], row["method"], row["bytes_sent"], row["time_s"] * 1e3,
-         "-".join(f"{time_s * 1e3:.1f}" for time_s in row["time_quartiles_s"]), row["times_faster"], row["of_bytes"],
-         *(row["spans_s"].get(kind, 0.0) * 1e3 for kind in kinds), row["cpu_s"] * 1e3]
+        [
+            row["hosts"],
+            row["rate_mbps"],
+            row["method"],
+            row["bytes_sent"],
+            row["time_s"] * 1e3,
+            "-".join(f"{time_s * 1e3:.1f}" for time_s in row["time_quartiles_s"]),
+            row["times_faster"],
+            row["of_bytes"],
+            *(row["spans_s"].get(kind, 0.0) * 1e3 for kind in kinds),
+            row["cpu_s"] * 1e3,
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     head = ["hosts", "Mbit/s", "method", "bytes", "ms", "quartiles", "x faster", "of bytes", *kinds, "cpu ms"]
     formats = ("g", "g", "", ".0f", ".1f", "", ".2f", ".3f", *[".1f"] * (len(kinds) + 1))
     return str(tabulate(table, head, floatfmt=formats, disable_numparse=[5]))

@@ -223,15 +223,23 @@ class Trainer:
             self._cluster_state = self.virtual.state_dict()
             self.timeline = Timeline(self._wall_clock(), virtual=Timeline(self.virtual.clock))
         self.aggregator = Aggregator(
-            self.model, self.training_ring, method, seed=settings.seed, nonfinite=nonfinite, timeline=self.timeline,
-            device=None if self.device.type == "cpu" else self.device, gpu_aware=gpu_aware,
-        )  # fmt: skip
+            self.model,
+            self.training_ring,
+            method,
+            seed=settings.seed,
+            nonfinite=nonfinite,
+            timeline=self.timeline,
+            device=None if self.device.type == "cpu" else self.device,
+            gpu_aware=gpu_aware,
+        )
         self.noise = RunningNoise(ring.size, seed=settings.seed)
         self.aggregator.watch = self._see
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=settings.lr, momentum=optimizer_momentum(method, settings),
+            self.model.parameters(),
+            lr=settings.lr,
+            momentum=optimizer_momentum(method, settings),
             weight_decay=settings.weight_decay,
-        )  # fmt: skip
+        )
         self.batches = Batches(
             dataset, settings.batch_size, ring.rank, ring.size, seed=settings.seed, device=self.device
         )
@@ -546,9 +554,18 @@ class Trainer:
 
 
 _COUNTERS = (
-    "iteration", "skipped", "windows", "time_s", "virtual_s", "evaluation_s", "compute_cpu_s", "late_loss",
-    "late_iterations", "last_evaluation", "compression",
-)  # fmt: skip
+    "iteration",
+    "skipped",
+    "windows",
+    "time_s",
+    "virtual_s",
+    "evaluation_s",
+    "compute_cpu_s",
+    "late_loss",
+    "late_iterations",
+    "last_evaluation",
+    "compression",
+)
 
 
 def _sum(time_s: float, phases: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

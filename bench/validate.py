@@ -104,9 +104,14 @@ class Model:
     """The described cluster that cells are predicted with."""
 
     NAMES = (
-        "share of the rate", "share of the burst", "share of the codecs' time", "latency_us", "call_us", "overhead_us",
+        "share of the rate",
+        "share of the burst",
+        "share of the codecs' time",
+        "latency_us",
+        "call_us",
+        "overhead_us",
         "copy_us_per_mib",
-    )  # fmt: skip
+    )
     BEGIN = (0.94, 0.5, 0.9, 50.0, 20.0, 50.0, 400.0)
 
     def __init__(self, rates: Mapping[str, float], bursts: Mapping[int, int], cores: int) -> None:
@@ -192,9 +197,13 @@ def measure(
 
 def as_cell(found: Mapping[str, Any]) -> Cell:
     return Cell(
-        found["method"], found["size_bytes"], found["rate_mbps"], found["hosts"], tuple(found["times_s"]),
+        found["method"],
+        found["size_bytes"],
+        found["rate_mbps"],
+        found["hosts"],
+        tuple(found["times_s"]),
         found["bytes_sent"],
-    )  # fmt: skip
+    )
 
 
 def codec_rates(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -221,12 +230,21 @@ def compare(found: Mapping[str, Any]) -> dict[str, Any]:
         bound = max(WANTED_ERROR, 2 * cell.spread)
         rows.append(
             {
-                "method": cell.method, "hosts": cell.hosts, "rate_mbps": cell.rate_mbps,
-                "size_bytes": cell.size_bytes, "fitted": cell.calibrates, "measured_s": cell.time_s,
-                "spread": cell.spread, "predicted_s": predicted_s, "error": error, "bound": bound,
-                "within": abs(error) <= bound, "naive_s": cell.naive_s, "naive_error": cell.naive_s / cell.time_s - 1,
+                "method": cell.method,
+                "hosts": cell.hosts,
+                "rate_mbps": cell.rate_mbps,
+                "size_bytes": cell.size_bytes,
+                "fitted": cell.calibrates,
+                "measured_s": cell.time_s,
+                "spread": cell.spread,
+                "predicted_s": predicted_s,
+                "error": error,
+                "bound": bound,
+                "within": abs(error) <= bound,
+                "naive_s": cell.naive_s,
+                "naive_error": cell.naive_s / cell.time_s - 1,
             }
-        )  # fmt: skip
+        )
     predicted = [row for row in rows if not row["fitted"]]
     error = mean_error([row["error"] for row in predicted])
     naive = mean_error([row["naive_error"] for row in predicted])
@@ -256,16 +274,31 @@ def report(result: Mapping[str, Any]) -> str:
     """The table and what it comes to, as Markdown."""
     lines = [
         [
-            row["method"], row["hosts"], row["rate_mbps"], bytes_text(row["size_bytes"]),
-            f"{row['measured_s'] * 1e3:.2f}", f"{row['spread']:.0%}", f"{row['predicted_s'] * 1e3:.2f}",
-            f"{row['error']:+.1%}", f"{row['naive_error']:+.1%}",
+            row["method"],
+            row["hosts"],
+            row["rate_mbps"],
+            bytes_text(row["size_bytes"]),
+            f"{row['measured_s'] * 1e3:.2f}",
+            f"{row['spread']:.0%}",
+            f"{row['predicted_s'] * 1e3:.2f}",
+            f"{row['error']:+.1%}",
+            f"{row['naive_error']:+.1%}",
             "fitted" if row["fitted"] else "" if row["within"] else f"beyond {row['bound']:.0%}",
         ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     headings = [
-        "method", "hosts", "Mbit/s", "size", "measured ms", "spread", "predicted ms", "error", "bytes / rate", "",
-    ]  # fmt: skip
+        "method",
+        "hosts",
+        "Mbit/s",
+        "size",
+        "measured ms",
+        "spread",
+        "predicted ms",
+        "error",
+        "bytes / rate",
+        "",
+    ]
     table = tabulate(
         lines, headings, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 8 + ["left"]
     )
@@ -344,9 +377,12 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     else:
         found = measure(HOSTS, RATES_MBPS, SIZES, options.repeats, options.seconds)
     return found | {
-        "cores": usable_cores(), "chunk_bytes": CHUNK_BYTES, "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": f"python -m bench.validate {shlex.join(sys.argv[1:])}".rstrip(), **environment(),
-    }  # fmt: skip
+        "cores": usable_cores(),
+        "chunk_bytes": CHUNK_BYTES,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": f"python -m bench.validate {shlex.join(sys.argv[1:])}".rstrip(),
+        **environment(),
+    }
 
 
 if __name__ == "__main__":

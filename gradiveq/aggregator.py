@@ -169,7 +169,7 @@ class Aggregator:
         self._packed: Vector | Tensor = self._gradient if self._mirror is None else self._mirror.values[:length]
         plain = Planner(ring.rank, ring.size).plan(
             "all_reduce", self._vector, Identity(), "mean", self._chunk_bytes, None
-        )  # fmt: skip
+        )
         self._dense_bytes = plain.stats.bytes_sent
         self._strategy = make_strategy(method, self.layout, ring, seed, self._chunk_bytes, self._mirror)
 

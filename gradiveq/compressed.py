@@ -66,9 +66,7 @@ class CompressedStrategy(WorkerStrategy):
         self.ring, self.length, self.chunk_bytes = ring, layout.length, chunk_bytes
         parts = method.parts(layout.blocks)
         check_size((part.compressor for part in parts), ring.size)
-        self.worker = Worker(
-            parts, self.length, rank=ring.rank, size=ring.size, seed=seed, feedback=method.feedback
-        )  # fmt: skip
+        self.worker = Worker(parts, self.length, rank=ring.rank, size=ring.size, seed=seed, feedback=method.feedback)
         self.master: Master | None = None
         if method.master is not None:
             self.master = Master(method.master_parts(layout.blocks), self.length, seed=seed)

@@ -201,9 +201,14 @@ class Worker:
                 error *= np.float32(lr)
             remembered = float(sum_of_squares(error))
         self.measures = Measures(
-            norm, compression_error, remembered, self._total_error + remembered, num_sent,
-            num_sent / max(1, self.length), num_bytes,
-        )  # fmt: skip
+            norm,
+            compression_error,
+            remembered,
+            self._total_error + remembered,
+            num_sent,
+            num_sent / max(1, self.length),
+            num_bytes,
+        )
         self._pending = True
         return outgoing
 

@@ -121,7 +121,7 @@ class GradiVeQ:
         """What the fit needs to know."""
         return PCAConfig(
             self.slice_size, self.reuse, self.fit_slices, self.loss_threshold, self.n_components, self.ratio
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

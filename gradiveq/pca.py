@@ -657,11 +657,15 @@ class PCASampler:
             built[held.group.layer].append((held.group, held.rebuild(fit)))
         return [
             LayerBasis(
-                block.name, block.length, self._slice_sizes[block.name], (total / self.samples).astype(np.float32),
-                tuple(group for group, _ in built[block.name]), tuple(basis for _, basis in built[block.name]),
+                block.name,
+                block.length,
+                self._slice_sizes[block.name],
+                (total / self.samples).astype(np.float32),
+                tuple(group for group, _ in built[block.name]),
+                tuple(basis for _, basis in built[block.name]),
             )
             for block, total in zip(self.layers, self._sums, strict=True)
-        ]  # fmt: skip
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on sampling; it differs by rank."""

@@ -125,9 +125,18 @@ def recode(incoming: Tensor | None, values: Tensor, base: int, codec: QSGD, out:
     base = (base + 2**63) % 2**64 - 2**63  # as an int64, whatever its size
     with torch.cuda.device_of(values):  # where Triton launches, whatever device is this thread's
         _recode_kernel[grid](
-            incoming if has_incoming else out, values, out, base, len(values),
-            has_incoming, codec.bits, codec.bucket, codec.norm == "l2", words, enable_fp_fusion=False,
-        )  # fmt: skip
+            incoming if has_incoming else out,
+            values,
+            out,
+            base,
+            len(values),
+            has_incoming,
+            codec.bits,
+            codec.bucket,
+            codec.norm == "l2",
+            words,
+            enable_fp_fusion=False,
+        )
 
 
 def decode(incoming: Tensor, codec: QSGD, values: Tensor, divisor: int) -> None:

@@ -40,9 +40,11 @@ class WindowLog:
     def __init__(self, method: GradiVeQ, warmup: int | None = None) -> None:
         self._method = method
         self.schedule = Schedule(
-            method.warmup if warmup is None else warmup, method.most_samples, method.compress,
+            method.warmup if warmup is None else warmup,
+            method.most_samples,
+            method.compress,
             until_stable=method.sample == "auto",
-        )  # fmt: skip
+        )
         self.entries: list[dict[str, Any]] = []
         self.vote = False
         self._watch = LossWatch(method.stop_multiple)
@@ -51,11 +53,21 @@ class WindowLog:
         """A window begins with this iteration's sample."""
         self.entries.append(
             {
-                "window": self.schedule.window, "iteration": iteration, "sample": 0, "compress": 0, "ended_by": None,
-                "stable": None, "checks": [], "ratio": None, "fit_bytes": 0, "fit_s": 0.0, "held_out": [],
-                "after": None, "layers": {},
+                "window": self.schedule.window,
+                "iteration": iteration,
+                "sample": 0,
+                "compress": 0,
+                "ended_by": None,
+                "stable": None,
+                "checks": [],
+                "ratio": None,
+                "fit_bytes": 0,
+                "fit_s": 0.0,
+                "held_out": [],
+                "after": None,
+                "layers": {},
             }
-        )  # fmt: skip
+        )
 
     @contextmanager
     def fitting(self, clock: Callable[[], float] = time.perf_counter) -> Iterator[None]:

@@ -75,9 +75,13 @@ class Windows(CodecStrategy):
 
     def _new_sampler(self) -> PCASampler:
         return PCASampler(
-            self._layout.blocks, self._slice_sizes, self.method.pca, self.ring.rank, self.ring.size,
+            self._layout.blocks,
+            self._slice_sizes,
+            self.method.pca,
+            self.ring.rank,
+            self.ring.size,
             self.method.most_samples,
-        )  # fmt: skip
+        )
 
     @property
     def _fitted(self) -> Composite:

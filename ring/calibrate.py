@@ -68,9 +68,12 @@ class _Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m ring.calibrate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, default=Path("results/this-machine.toml"), metavar="FILE",
+        "--out",
+        type=Path,
+        default=Path("results/this-machine.toml"),
+        metavar="FILE",
         help="written anew (results/this-machine.toml)",
-    )  # fmt: skip
+    )
     parser.add_argument("--max-bytes", type=parse_bytes, default="4M", metavar="B", help="largest message (4M)")
     parser.add_argument(
         "--repeats", type=positive, default=21, metavar="N", help="measurements of each kind at most (21)"
@@ -169,9 +172,7 @@ def fit_link(times: LinkTimes) -> LinkFit:
     spread_gbps = _spread(
         8e-9 * stream_sizes[-1] / times.streams["one way"][:, -1] if limited else [rate for _, rate in single]
     )
-    link = Link(
-        latency_us=rounded(latency_us), bandwidth_gbps=rounded(bandwidth_gbps), burst_bytes=times.burst_bytes
-    )  # fmt: skip
+    link = Link(latency_us=rounded(latency_us), bandwidth_gbps=rounded(bandwidth_gbps), burst_bytes=times.burst_bytes)
     fit = LinkFit(link, handling.intercept, handling.slope, spread_us, spread_gbps, "link" if limited else "processor")
     one_s, both_s = (float(np.median(times.streams[name][:, -1])) for name in ("one way", "both ways"))
     if limited and both_s > HALF_DUPLEX * one_s:
@@ -224,9 +225,13 @@ def residual_row(label: str, samples: Samples, fitted_s: float) -> list[str]:
     low, median, high = quartiles(samples)
     error = float(relative_errors(median, fitted_s)) if median > 0 else 0.0
     return [
-        label, f"{median * 1e6:.2f}", f"{low * 1e6:.2f}-{high * 1e6:.2f}", f"{fitted_s * 1e6:.2f}", f"{error:+.1%}",
+        label,
+        f"{median * 1e6:.2f}",
+        f"{low * 1e6:.2f}-{high * 1e6:.2f}",
+        f"{fitted_s * 1e6:.2f}",
+        f"{error:+.1%}",
         flag(error),
-    ]  # fmt: skip
+    ]
 
 
 COLUMNS = ("bytes", "measured", "quartiles", "fitted", "error")
@@ -356,12 +361,20 @@ def report(
     rows = []
     for rank, (times, fit) in enumerate(zip(links, fits, strict=True)):
         errors = relative_errors(np.median(times.one_way, axis=0), [fit.one_way_s(size) for size in times.sizes])
-        rows.append([
-            f"{rank}->{(rank + 1) % len(links)}", f"{fit.link.latency_us:.2f}", f"{fit.spread_us:.2f}",
-            f"{fit.link.bandwidth_gbps:.4g}", f"{fit.spread_gbps:.3g}", fit.limited_by, str(fit.link.burst_bytes),
-            "full" if fit.link.full_duplex else "half", f"{np.abs(errors).max():.1%}",
-            "  written apart" if rank in cluster.other_links else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{rank}->{(rank + 1) % len(links)}",
+                f"{fit.link.latency_us:.2f}",
+                f"{fit.spread_us:.2f}",
+                f"{fit.link.bandwidth_gbps:.4g}",
+                f"{fit.spread_gbps:.3g}",
+                fit.limited_by,
+                str(fit.link.burst_bytes),
+                "full" if fit.link.full_duplex else "half",
+                f"{np.abs(errors).max():.1%}",
+                "  written apart" if rank in cluster.other_links else "",
+            ]
+        )
     head = ("link", "latency us", "+-", "Gbit/s", "+-", "limited by", "burst", "duplex", "largest error")
     parts.append(table(head, rows))
     parts.append(

@@ -124,9 +124,7 @@ def closed_form(
         raise ClusterError(f"cluster {cluster.name}: the closed form is for nodes and links that are all alike")
     if size < LEAST_NODES:
         raise ClusterError(f"cluster {cluster.name}: the closed form needs {LEAST_NODES} `nodes` or more, got {size}")
-    sizes = _Sizes(
-        cluster, codec, length, dtype=dtype, op=op, chunk_bytes=chunk_bytes, most_segments=MOST_SEGMENTS
-    )  # fmt: skip
+    sizes = _Sizes(cluster, codec, length, dtype=dtype, op=op, chunk_bytes=chunk_bytes, most_segments=MOST_SEGMENTS)
     if not sizes.most_chunks:
         return sizes.estimate(0.0, {}, closed_form=True)
     nothing = np.zeros_like(sizes.bytes)
@@ -263,7 +261,7 @@ class _Sizes:
         per_segment = float(self.present[: self.spaced].sum()) / self.spaced
         return Estimate(
             ends_s, dict(seconds), trips * self.num_bytes, round(trips * self.size * per_segment), closed_form
-        )  # fmt: skip
+        )
 
 
 def _event_by_event(sizes: _Sizes) -> Estimate:
@@ -317,9 +315,15 @@ class _AllNodes:
             for row in range(self._size)
         ]
         program = record(
-            self._sizes.codec, self._size * self._most, self._sizes.dtype, "all_reduce", segments, 0,
-            mean=self._sizes.mean, amounts=lambda kind, values, start, payload: [(CODEC, 1.0)],
-        )  # fmt: skip
+            self._sizes.codec,
+            self._size * self._most,
+            self._sizes.dtype,
+            "all_reduce",
+            segments,
+            0,
+            mean=self._sizes.mean,
+            amounts=lambda kind, values, start, payload: [(CODEC, 1.0)],
+        )
         #: Messages on their way, by the step of the receiver and the number of the chunk: when each receiver has it.
         arriving: dict[tuple[int, int], Floats] = {}
         tables: dict[tuple[str, ...], Floats] = {}

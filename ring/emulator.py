@@ -140,10 +140,12 @@ class _Links:
 
     def state(self) -> dict[str, Any]:
         return {
-            "free": list(self.free_s), "ports": list(self._ports_s), "tokens": list(self._tokens),
+            "free": list(self.free_s),
+            "ports": list(self._ports_s),
+            "tokens": list(self._tokens),
             "counted": list(self._counted_s),
             "uplinks": [[way, rack, free_s] for (way, rack), free_s in self._uplink_s.items()],
-        }  # fmt: skip
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.free_s, self._ports_s = list(state["free"]), list(state["ports"])

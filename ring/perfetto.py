@@ -66,9 +66,11 @@ def events(trace: Trace) -> dict[str, Any]:
 def _names(rank: int, size: int) -> Iterator[dict[str, Any]]:
     process, computing, link = _ids(rank)
     names: list[tuple[int, str, Any]] = [
-        (computing, "process_name", f"rank {rank}"), (computing, "process_sort_index", rank),
-        (computing, "thread_name", "computing"), (computing, "thread_sort_index", 0),
-    ]  # fmt: skip
+        (computing, "process_name", f"rank {rank}"),
+        (computing, "process_sort_index", rank),
+        (computing, "thread_name", "computing"),
+        (computing, "thread_sort_index", 0),
+    ]
     if size > 1:
         names += [(link, "thread_name", f"link to rank {(rank + 1) % size}"), (link, "thread_sort_index", 1)]
     for thread, name, value in names:
@@ -81,9 +83,13 @@ def _slices(trace: Trace, rank: int) -> Iterator[dict[str, Any]]:
     for activity in trace.activities[rank]:
         about = {name: getattr(activity, name) for name in ("call", "step", "segment", "chunk")}
         yield _slice(
-            activity.kind, process, computing, _ns(activity.start_s), _ns(activity.end_s),
+            activity.kind,
+            process,
+            computing,
+            _ns(activity.start_s),
+            _ns(activity.end_s),
             {name: value for name, value in about.items() if value is not None},
-        )  # fmt: skip
+        )
     receiver = (rank + 1) % trace.size
     receiving = _receiving(trace.activities[receiver])
     free = 0
@@ -91,10 +97,15 @@ def _slices(trace: Trace, rank: int) -> Iterator[dict[str, Any]]:
         start = max(_ns(message.departed_s), free)
         free = end = max(start, _ns(message.left_s if trace.exact else message.arrived_s))
         about = {
-            "call": message.call, "step": message.step, "segment": message.segment, "chunk": message.chunk,
-            "bytes": message.num_bytes, "posted_us": _us(_ns(message.posted_s)),
-            "left_us": _us(_ns(message.left_s)), "arrived_us": _us(_ns(message.arrived_s)),
-        }  # fmt: skip
+            "call": message.call,
+            "step": message.step,
+            "segment": message.segment,
+            "chunk": message.chunk,
+            "bytes": message.num_bytes,
+            "posted_us": _us(_ns(message.posted_s)),
+            "left_us": _us(_ns(message.left_s)),
+            "arrived_us": _us(_ns(message.arrived_s)),
+        }
         yield _slice(f"step {message.step}, segment {message.segment}", process, link, start, end, about)
         target = _target(message, receiving)
         if target is not None and start < end:
@@ -108,8 +119,14 @@ def _slices(trace: Trace, rank: int) -> Iterator[dict[str, Any]]:
 
 def _slice(name: str, process: int, thread: int, start: int, end: int, about: dict[str, Any]) -> dict[str, Any]:
     return {
-        "name": name, "ph": "X", "pid": process, "tid": thread, "ts": _us(start), "dur": _us(end - start), "args": about
-    }  # fmt: skip
+        "name": name,
+        "ph": "X",
+        "pid": process,
+        "tid": thread,
+        "ts": _us(start),
+        "dur": _us(end - start),
+        "args": about,
+    }
 
 
 Receiving = dict[tuple[int, int, int], list[Activity]]

@@ -72,9 +72,17 @@ class Plan:
         """The algorithm, ready to run on `vector`."""
         payload = vector.view(np.uint8) if self.payload is None else self.payload
         return ring(
-            port, codec, vector, payload, self.inbox, self.work,
-            first=self.first, last=self.last, mean=self.mean, size=size,
-        )  # fmt: skip
+            port,
+            codec,
+            vector,
+            payload,
+            self.inbox,
+            self.work,
+            first=self.first,
+            last=self.last,
+            mean=self.mean,
+            size=size,
+        )
 
 
 def _brief(text: str, most: int = 160) -> str:
@@ -109,9 +117,14 @@ class Planner:
                 "encoded again on its way is gathered (`all_gather` of uint8)"
             )
         key = (
-            operation, vector.shape, vector.dtype, codec.describe(vector.dtype), op, chunk_bytes,
+            operation,
+            vector.shape,
+            vector.dtype,
+            codec.describe(vector.dtype),
+            op,
+            chunk_bytes,
             None if bounds is None else tuple(bounds),
-        )  # fmt: skip
+        )
         flags = vector.flags
         if not (flags.c_contiguous and flags.writeable):
             raise ValueError("`vector` must be contiguous and writable, got one that is not")

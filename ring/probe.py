@@ -114,7 +114,7 @@ class LinkTimes:
         large = slice(-3, None)
         line = fit_line(
             self.stream_sizes[large], np.median(self.streams["one way"], axis=0)[large], through_origin=True
-        )  # fmt: skip
+        )
         return 1 / line.slope
 
 
@@ -343,16 +343,28 @@ class Probe:
 
         first_s = {size: min(one_way(size, 1) for _ in range(2)) for size in times.sizes}
         repeats, trips = self._plan(
-            {size: 2 * first_s[size] for size in first_s}, peer, leading, repeats=repeats, seconds=seconds,
-            most=1 if filling else ROUND_TRIPS, sample_s=SAMPLE_TRIPS_S,
-        )  # fmt: skip
+            {size: 2 * first_s[size] for size in first_s},
+            peer,
+            leading,
+            repeats=repeats,
+            seconds=seconds,
+            most=1 if filling else ROUND_TRIPS,
+            sample_s=SAMPLE_TRIPS_S,
+        )
         times.one_way = np.array([[one_way(size, trips[size]) for size in times.sizes] for _ in range(repeats)])
         return times
 
     def _plan(
-        self, once_s: Mapping[int, float], peer: int, leading: bool,
-        *, repeats: int, seconds: float, most: int, sample_s: float,
-    ) -> tuple[int, dict[int, int]]:  # fmt: skip
+        self,
+        once_s: Mapping[int, float],
+        peer: int,
+        leading: bool,
+        *,
+        repeats: int,
+        seconds: float,
+        most: int,
+        sample_s: float,
+    ) -> tuple[int, dict[int, int]]:
         """How many repeats of how many trips of each size fit into the time; the leading rank's word."""
         counts = [max(1, min(most, int(sample_s / max(cost_s, 1e-9)))) for cost_s in once_s.values()]
         total_s = sum(count * cost_s for count, cost_s in zip(counts, once_s.values(), strict=True))
@@ -372,9 +384,14 @@ class Probe:
 
         once_s = {size: STREAMS * 2 * seconds_of(stream(size, LEAST_STREAMED, True)) for size in times.stream_sizes}
         repeats, counts = self._plan(
-            once_s, peer, leading, repeats=min(repeats, STREAM_REPEATS), seconds=2 * seconds, most=MOST_STREAMED,
+            once_s,
+            peer,
+            leading,
+            repeats=min(repeats, STREAM_REPEATS),
+            seconds=2 * seconds,
+            most=MOST_STREAMED,
             sample_s=STREAMS * STREAM_S,
-        )  # fmt: skip
+        )
         whole: dict[str, list[list[float]]] = {"one way": [], "both ways": []}
         late: dict[str, list[list[float]]] = {"one way": [], "both ways": []}
         busy, waiting = [], []

@@ -109,9 +109,17 @@ def record(
     payload: Payload = np.broadcast_to(np.zeros(1, np.uint8), (num_bytes,))
     recorder = _Recorder(amounts or codec.amounts, vector, payload)
     for wait in ring(
-        recorder, codec, vector, payload, [payload], schedule(operation, segments, rank, size),
-        first=first, last=last, mean=mean, size=size,
-    ):  # fmt: skip
+        recorder,
+        codec,
+        vector,
+        payload,
+        [payload],
+        schedule(operation, segments, rank, size),
+        first=first,
+        last=last,
+        mean=mean,
+        size=size,
+    ):
         recorder.operations.append(Operation(WAIT_SENT if wait.sending else WAIT, wait.work))
     return recorder.operations
 

@@ -119,9 +119,7 @@ class Timeline:
 
     def fork(self) -> Timeline:
         """An empty one by the same clocks, that goes on counting calls; to be given back to `absorb`."""
-        fork = Timeline(
-            self.clock, keep=self.keep, virtual=None if self.virtual is None else self.virtual.fork()
-        )  # fmt: skip
+        fork = Timeline(self.clock, keep=self.keep, virtual=None if self.virtual is None else self.virtual.fork())
         fork.call = self.call
         return fork
 

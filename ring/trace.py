@@ -167,7 +167,7 @@ class Trace:
                 posted_s, departed_s, left_s = map(self._since, times_s)
                 transfer = Transfer(
                     rank, call, step, segment, chunk, num_bytes, posted_s, departed_s, left_s, arrived_s
-                )  # fmt: skip
+                )
                 if not posted_s <= departed_s <= left_s <= arrived_s:
                     raise TraceError(f"the times of {transfer} are not in order; do the ranks' clocks differ?")
                 transfers.append(transfer)

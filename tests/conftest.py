@@ -110,9 +110,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
             if not top.endswith(".pth"):
                 (packages / top).symlink_to(Path(str(lent.locate_file(top))))
     # Finds everything there, in the versions that the wheel asks for, or fails.
-    call(
-        sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-compile", wheel
-    )  # fmt: skip
+    call(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-compile", wheel)
     torchrun = python.with_name("torchrun")
     torchrun.write_text(f"#!{python}\nimport sys\nfrom torch.distributed.run import main\nsys.exit(main())\n")
     torchrun.chmod(0o755)

@@ -216,7 +216,7 @@ def checkpoints_of_something_else() -> None:
         ({**saved, "scheme": {}}, "is damaged", "KeyError: 'memory'"),
         ({**saved, "scheme": {"memory": {name: p[:1] for name, p in memory.items()}}}, "of shape (", "got (1,"),
         ({**saved, "scheme": {"memory": {**memory, "fc2": memory["fc.bias"]}}}, "fc2 must be nothing here"),
-    ):  # fmt: skip
+    ):
         with raises(ValueError, "on rank 0, rank 1", *words):
             fresh.load_state_dict(damaged)
         if rank() == 0:  # the others' are good

@@ -407,9 +407,7 @@ def small_answer(gbps: float, **costs: MethodCost) -> Answer:
 
 
 def test_words_where_only_the_number_of_steps_is_saved() -> None:
-    found = small_answer(
-        10.0, topk=made_cost(100, what="all_gather"), natural=made_cost(10_000, what="all_gather")
-    )  # fmt: skip
+    found = small_answer(10.0, topk=made_cost(100, what="all_gather"), natural=made_cost(10_000, what="all_gather"))
     plain_s, topk_s = found.predictions[PLAIN].time_s, found.predictions["topk"].time_s
     assert plain_s == pytest.approx(0.002 + 30 * 52e-6, rel=0.01)
     assert topk_s == pytest.approx(0.002 + 15 * 50e-6, rel=0.01)
@@ -477,9 +475,25 @@ def test_it_answers_and_writes(
 def test_a_probe_measures_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     options = advise.parse(
-        ["--model", "test_advise:small_images", "--input", "3x32x32", "--batch-size", "2", "--nodes", "2",
-         "--bandwidth", "1", "--methods", "half,gradiveq,topk:0.01", "--ratio", "8", "--probe", "20"]
-    )  # fmt: skip
+        [
+            "--model",
+            "test_advise:small_images",
+            "--input",
+            "3x32x32",
+            "--batch-size",
+            "2",
+            "--nodes",
+            "2",
+            "--bandwidth",
+            "1",
+            "--methods",
+            "half,gradiveq,topk:0.01",
+            "--ratio",
+            "8",
+            "--probe",
+            "20",
+        ]
+    )
     asked = advise.ask(options)
     assert 0 < asked.probed["half"].loss < 1e-4  # type: ignore[operator]
     assert asked.probed["half"].ratio == pytest.approx(2, rel=0.01)
@@ -563,19 +577,25 @@ CLUSTERED = ["--cluster", "v100-10gbe"]
         (["--nodes", "4", *CLUSTERED], "--nodes, --bandwidth and --latency describe a cluster; --cluster names"),
         (["--model", "vgg", *CLUSTERED], "`--model` must be one of resnet20, "),
         (["--model", "bench.nowhere:f", *CLUSTERED], "`--model` bench.nowhere:f can't be imported: ModuleNotFound"),
-        (["--model", "test_advise:no_model", "--input", "3x8x8", *CLUSTERED],
-         "no_model() must return a torch.nn.Module, got <class 'str'>"),
+        (
+            ["--model", "test_advise:no_model", "--input", "3x8x8", *CLUSTERED],
+            "no_model() must return a torch.nn.Module, got <class 'str'>",
+        ),
         (["--model", "test_advise:tiny_model", *CLUSTERED], "`--input` is needed with test_advise:tiny_model"),
-        (["--model", "test_advise:tiny_model", "--input", "3x9x9", *CLUSTERED],
-         "can't be trained on such an `--input`: RuntimeError: mat1 and mat2"),
+        (
+            ["--model", "test_advise:tiny_model", "--input", "3x9x9", *CLUSTERED],
+            "can't be trained on such an `--input`: RuntimeError: mat1 and mat2",
+        ),
         (["--model", "resnet20", "--input", "3xx", *CLUSTERED], "argument --input: must be like 3x224x224, got 3xx"),
         (["--methods", "topp", *CLUSTERED], "method 'topp': unknown method 'topp'"),
         (["--batch-size", "0", *CLUSTERED], "argument --batch-size: must be a whole number of at least 1, got 0"),
         (["--seconds-per-iteration", "-1", *CLUSTERED], "--seconds-per-iteration: must be a positive number, got -1"),
         (["--seconds-per-iteration", "1", "--tflops", "1", *CLUSTERED], "both say how long an iteration computes"),
         (["--probe", "2", *CLUSTERED], "argument --probe: must be 0 or at least 3"),
-        (["--model", "test_advise:tiny_model", "--input", "3x8x8", "--probe", "9", "--methods", "half", *CLUSTERED],
-         "--probe and --data are for models that take 3x32x32 images"),
+        (
+            ["--model", "test_advise:tiny_model", "--input", "3x8x8", "--probe", "9", "--methods", "half", *CLUSTERED],
+            "--probe and --data are for models that take 3x32x32 images",
+        ),
         (["--threads", "9999", *CLUSTERED], f"argument --threads: must be at most {usable_cores()}, the cores at hand"),
         (["--examples", "--model", "resnet32"], "--examples asks questions of its own: --model can't go with it"),
         (["--also", "nothing", *CLUSTERED], "`also` has 'nothing', which matches none of the "),
@@ -583,7 +603,7 @@ CLUSTERED = ["--cluster", "v100-10gbe"]
         (["--validate", "--hosts", "9"], "argument --hosts: must be numbers of hosts from 2 to 6, got 9"),
         (["--validate", "--models", "vgg"], "argument --models: must be of resnet32, "),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -343,8 +343,12 @@ def test_resume_is_bitwise(method: Any) -> None:
             assert_same_bits([grads[stop:], their_grads])
             for one, other in zip(reports[stop:], their_reports, strict=True):
                 assert (one.iteration, one.phase, one.bytes_sent, one.fit_bytes, one.ratio) == (
-                    other.iteration, other.phase, other.bytes_sent, other.fit_bytes, other.ratio,
-                )  # fmt: skip
+                    other.iteration,
+                    other.phase,
+                    other.bytes_sent,
+                    other.fit_bytes,
+                    other.ratio,
+                )
                 assert one.losses == other.losses
             assert without_times(end) == without_times(their_end)
 
@@ -431,8 +435,14 @@ def spoilt(rank: int, iteration: int, names: dict[str, float]) -> Gradients:
 
 
 METHODS_AND_ITERATIONS = [
-    (Plain(), 1), (QSGDRing(), 1), (QUICK, 1), (QUICK, 4), (QUICK, 7), (QUICK, 8), (QUICK, 10),
-]  # fmt: skip
+    (Plain(), 1),
+    (QSGDRing(), 1),
+    (QUICK, 1),
+    (QUICK, 4),
+    (QUICK, 7),
+    (QUICK, 8),
+    (QUICK, 10),
+]
 
 
 @pytest.mark.parametrize(("method", "iteration"), METHODS_AND_ITERATIONS)

@@ -56,9 +56,19 @@ def test_everything_is_read(tmp_path: Path) -> None:
     node = Node(2.0, 1.3, 1.5, 9.0, 3.0, 40.0, 1.2)
     link = Link(50.0, 5.0, 10.0, 0.01, 1000, False)
     assert cluster == Cluster(
-        "two-racks", "invented for this test", 6, 7, 2, node, link, Racks(3, 5.0, "round-robin"), Stragglers(0.1, 4.0),
-        {"add": 4e9, "qsgd.encode": 3e8}, {3: replace(node, compute_speed=0.5)}, {2: replace(link, bandwidth_gbps=1.0)},
-    )  # fmt: skip
+        "two-racks",
+        "invented for this test",
+        6,
+        7,
+        2,
+        node,
+        link,
+        Racks(3, 5.0, "round-robin"),
+        Stragglers(0.1, 4.0),
+        {"add": 4e9, "qsgd.encode": 3e8},
+        {3: replace(node, compute_speed=0.5)},
+        {2: replace(link, bandwidth_gbps=1.0)},
+    )
     assert cluster.node_at(3).compute_speed == 0.5
     assert cluster.node_at(2) is cluster.node
     assert cluster.link_from(2).bytes_per_s == pytest.approx(1e9 / 8 * 0.99)

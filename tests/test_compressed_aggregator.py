@@ -32,13 +32,24 @@ CALLS = 4
 #: Every compressor by itself, and what can be combined with them.
 SPECS = [
     *(f"{name}@{where}" for name in COMPRESSORS for where in ("layer", "model")),
-    "topk:0.1+ef", "topk:0.1+ef-scaled", "topk:0.1+ef-update", "threshold:1.0@model+ef", "randomk:0.2+ef", "half+ef",
-    "topk:0.1/*.bias=identity/3.weight=half:bfloat16+ef", "sign:scaled@0.*|[12].*+ef", "threshold:9.0",
-]  # fmt: skip
+    "topk:0.1+ef",
+    "topk:0.1+ef-scaled",
+    "topk:0.1+ef-update",
+    "threshold:1.0@model+ef",
+    "randomk:0.2+ef",
+    "half+ef",
+    "topk:0.1/*.bias=identity/3.weight=half:bfloat16+ef",
+    "sign:scaled@0.*|[12].*+ef",
+    "threshold:9.0",
+]
 BOTH_WAYS = [
-    "topk:0.2^threshold:0.5", "half^topk:0.3", "sign:mean@model^sign", "threshold:1.0+ef^half",
-    "randomk:0.5^randomk:0.5", "topk:0.2/*.bias=half@0.*|[12].*+ef^natural",
-]  # fmt: skip
+    "topk:0.2^threshold:0.5",
+    "half^topk:0.3",
+    "sign:mean@model^sign",
+    "threshold:1.0+ef^half",
+    "randomk:0.5^randomk:0.5",
+    "topk:0.2/*.bias=half@0.*|[12].*+ef^natural",
+]
 
 
 def compressed(spec: str) -> Compressed:

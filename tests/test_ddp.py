@@ -91,12 +91,16 @@ def test_a_rank_that_dies_or_falls_silent(tmp_path: Path) -> None:
         jobs.append(
             [
                 subprocess.Popen(
-                    command, cwd=tmp_path, env=environment(RANK=str(rank), **common),
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                    command,
+                    cwd=tmp_path,
+                    env=environment(RANK=str(rank), **common),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
                 )
                 for rank in range(2)
             ]
-        )  # fmt: skip
+        )
     try:
         for (method, fate), (survivor, _) in zip(cases, jobs, strict=True):
             said, _ = survivor.communicate(timeout=90)

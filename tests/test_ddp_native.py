@@ -42,13 +42,32 @@ from gradiveq.powersgd import PowerSGD
 from gradiveq.specs import parse
 
 SPECS = (
-    "identity", "half", "half:bfloat16",
-    "integer", "integer:1000.3:bits=16:rounding=stochastic", "integer:3:bits=8", "integer:1e30",
-    "randomk:0.2", "randomk:0.7:unbiased=true", "topk:0.01", "topk:0.2", "topk:0.6", "topk:1", "topk:count=3",
-    "sign", "sign:mean", "sign:scaled", "natural", "terngrad", "terngrad:2.5",
-    "qsgd-gather", "qsgd-gather:3", "qsgd-gather:100:norm=max:bucket=64", "qsgd-gather:65536:bucket=512",
+    "identity",
+    "half",
+    "half:bfloat16",
+    "integer",
+    "integer:1000.3:bits=16:rounding=stochastic",
+    "integer:3:bits=8",
+    "integer:1e30",
+    "randomk:0.2",
+    "randomk:0.7:unbiased=true",
+    "topk:0.01",
+    "topk:0.2",
+    "topk:0.6",
+    "topk:1",
+    "topk:count=3",
+    "sign",
+    "sign:mean",
+    "sign:scaled",
+    "natural",
+    "terngrad",
+    "terngrad:2.5",
+    "qsgd-gather",
+    "qsgd-gather:3",
+    "qsgd-gather:100:norm=max:bucket=64",
+    "qsgd-gather:65536:bucket=512",
     "qsgd-gather:1:norm=max:bucket=7",
-)  # fmt: skip
+)
 #: What vectors are made of: both zeros, denormals, the ends of float32, few magnitudes and many.
 TINY, HUGE = np.float32(1e-45), np.finfo(np.float32).max
 PALETTES: dict[str, Sequence[Any]] = {
@@ -479,10 +498,25 @@ def drained(rounds: Rounds, expected: int = 1) -> None:
 
 #: Each kind, each form of top-k's positions, and all that isn't one compressor.
 WAITLESS = [
-    "identity", "half", "integer", "integer:1000.3:bits=16:rounding=stochastic", "randomk:0.2",
-    "randomk:0.7:unbiased=true", "topk:0.01", "topk:0.6", "sign", "sign:scaled", "natural", "terngrad:2.5",
-    "qsgd-gather", "qsgd-gather:100:norm=max:bucket=64", "whole buckets", "several", "both ways", "both ways, added",
-]  # fmt: skip
+    "identity",
+    "half",
+    "integer",
+    "integer:1000.3:bits=16:rounding=stochastic",
+    "randomk:0.2",
+    "randomk:0.7:unbiased=true",
+    "topk:0.01",
+    "topk:0.6",
+    "sign",
+    "sign:scaled",
+    "natural",
+    "terngrad:2.5",
+    "qsgd-gather",
+    "qsgd-gather:100:norm=max:bucket=64",
+    "whole buckets",
+    "several",
+    "both ways",
+    "both ways, added",
+]
 
 
 @pytest.mark.parametrize("name", WAITLESS)

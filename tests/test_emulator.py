@@ -21,9 +21,15 @@ from ring.timeline import Timeline
 from ring.virtual import VirtualRing
 
 RATES = {
-    "add": 1e6, "copy": 1e6, "scale": 1e6, "pairsums.encode": 250e3, "pairsums.decode": 500e3,
-    "halfperhop.encode": 250e3, "halfperhop.recode": 250e3, "halfperhop.decode": 500e3,
-}  # fmt: skip
+    "add": 1e6,
+    "copy": 1e6,
+    "scale": 1e6,
+    "pairsums.encode": 250e3,
+    "pairsums.decode": 500e3,
+    "halfperhop.encode": 250e3,
+    "halfperhop.recode": 250e3,
+    "halfperhop.decode": 500e3,
+}
 #: 1 byte per microsecond, and 1 ms until it is there.
 LINK = {"bandwidth_gbps": 0.008, "latency_us": 1000.0}
 
@@ -129,9 +135,10 @@ def test_cores_are_shared_only_while_somebody_else_computes() -> None:
     """
     shared = cluster(override={"link": {"1": {"latency_us": 2000.0}}}, shared_cores=1)
     spans = [[span for span in timeline.spans if span.kind == "add"] for _, timeline in in_virtual_time(shared)]
-    assert [(span.start_s * 1e3, span.end_s * 1e3) for span, in spans] == [
-        pytest.approx((4, 7)), pytest.approx((3, 6)),
-    ]  # fmt: skip
+    assert [(span.start_s * 1e3, span.end_s * 1e3) for (span,) in spans] == [
+        pytest.approx((4, 7)),
+        pytest.approx((3, 6)),
+    ]
 
 
 def test_a_rested_link_passes_a_burst_at_once() -> None:
@@ -310,13 +317,15 @@ def random_cluster(rng: random.Random, nodes: int, *, alike: bool) -> Cluster:
     table: dict[str, Any] = {
         "nodes": nodes,
         "node": {
-            "slowdown": rng.uniform(1, 2), "overlap_slowdown": rng.choice([1.0, 1.0, 1.2, 2.0]),
-            "overhead_us": rng.choice([0, 0, 5, 50]), "call_us": rng.choice([0, 30]),
+            "slowdown": rng.uniform(1, 2),
+            "overlap_slowdown": rng.choice([1.0, 1.0, 1.2, 2.0]),
+            "overhead_us": rng.choice([0, 0, 5, 50]),
+            "call_us": rng.choice([0, 30]),
             "copy_us_per_mib": rng.choice([0, 200]),
         },
         "link": {"latency_us": 10 ** rng.uniform(0, 3.5), "bandwidth_gbps": 10 ** rng.uniform(-2, 2)},
         "rates": rates,
-    }  # fmt: skip
+    }
     if not alike:
         table["link"] |= {"jitter_us": rng.choice([0, 20]), "burst_bytes": rng.choice([0, 30_000])}
         table["stragglers"] = {"probability": 0.3, "slowdown": 2.0}

@@ -64,9 +64,7 @@ def workers(
 ) -> list[Worker]:
     third = length // 3
     parts = [Part("first", 0, third, compressor), Part("second", third, length, compressor)]
-    return [
-        Worker(parts, length, rank=rank, size=WORKERS, feedback=feedback, **options) for rank in range(WORKERS)
-    ]  # fmt: skip
+    return [Worker(parts, length, rank=rank, size=WORKERS, feedback=feedback, **options) for rank in range(WORKERS)]
 
 
 def trained(group: list[Worker], lr: Callable[[int], float]) -> tuple[Vector, list[Vector]]:
@@ -335,9 +333,15 @@ def test_layers_and_the_model() -> None:
         (block.name, block.offset, block.stop) for block in layout.blocks
     ]
     assert {part.name: part.compressor for part in parts} == {
-        "0.weight": TopK(), "2.weight": TopK(), "0.bias": Identity(), "1.weight": TopK(), "1.bias": Identity(),
-        "2.bias": Identity(), "3.weight": Half(), "3.bias": Identity(),
-    }  # fmt: skip
+        "0.weight": TopK(),
+        "2.weight": TopK(),
+        "0.bias": Identity(),
+        "1.weight": TopK(),
+        "1.bias": Identity(),
+        "2.bias": Identity(),
+        "3.weight": Half(),
+        "3.bias": Identity(),
+    }
     assert model_parts(layout.blocks, TopK()) == [Part("model", 0, layout.length, TopK())]
     assert model_parts([], TopK()) == [Part("model", 0, 0, TopK())]
 
@@ -349,8 +353,11 @@ def test_groups_stand_together_in_a_layout_of_theirs() -> None:
     assert names == ["2.weight", "2.bias", "0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]
     parts = group_parts(layout.blocks, TopK(), groups, [("2.*", Half()), ("3.bias", Identity())])
     assert [(part.name, part.length, part.compressor) for part in parts] == [
-        ("2.*", 16, Half()), ("[01].*", 63, TopK()), ("3.weight", 8, TopK()), ("3.bias", 2, Identity()),
-    ]  # fmt: skip
+        ("2.*", 16, Half()),
+        ("[01].*", 63, TopK()),
+        ("3.weight", 8, TopK()),
+        ("3.bias", 2, Identity()),
+    ]
     assert Worker(parts, layout.length, rank=0, size=1).length == layout.length
 
 

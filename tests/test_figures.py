@@ -42,47 +42,82 @@ def method_record(folder: Path, method: str, iterations: int, evaluations: bool)
         time_s += sum(seconds.values())
         lines.append(
             {
-                "type": "iteration", "iteration": iteration, "epoch": iteration / 62, "phase": phase,
-                "loss": None if iteration == 3 else 2.3 * 0.98**iteration, "lr": 0.1 if iteration < 20 else 0.01,
-                "bytes_sent": 1000, "dense_bytes": 8000, "ratio": 8.0, "fit_bytes": 0, "measure_bytes": 0,
-                "skipped": iteration == 3, "seconds": seconds, "iteration_s": sum(seconds.values()), "time_s": time_s,
+                "type": "iteration",
+                "iteration": iteration,
+                "epoch": iteration / 62,
+                "phase": phase,
+                "loss": None if iteration == 3 else 2.3 * 0.98**iteration,
+                "lr": 0.1 if iteration < 20 else 0.01,
+                "bytes_sent": 1000,
+                "dense_bytes": 8000,
+                "ratio": 8.0,
+                "fit_bytes": 0,
+                "measure_bytes": 0,
+                "skipped": iteration == 3,
+                "seconds": seconds,
+                "iteration_s": sum(seconds.values()),
+                "time_s": time_s,
             }
-        )  # fmt: skip
+        )
         if evaluations and iteration % 10 == 9:
             lines.append(
                 {
-                    "type": "evaluation", "iteration": iteration + 1, "epoch": 0.5, "time_s": time_s,
-                    "test_accuracy": 0.1 + iteration / 100, "test_loss": 2.0, "evaluation_s": 1.0,
+                    "type": "evaluation",
+                    "iteration": iteration + 1,
+                    "epoch": 0.5,
+                    "time_s": time_s,
+                    "test_accuracy": 0.1 + iteration / 100,
+                    "test_loss": 2.0,
+                    "evaluation_s": 1.0,
                 }
-            )  # fmt: skip
+            )
         part = phases.setdefault(phase, {"iterations": 0, "seconds": dict.fromkeys(KINDS, 0.0)})
         part["iterations"] += 1
         for kind, value in seconds.items():
             part["seconds"][kind] += value
     for part in phases.values():
         part |= {
-            "groups": grouped(part["seconds"]), "time_s": sum(part["seconds"].values()), "bytes_per_iteration": 1000,
+            "groups": grouped(part["seconds"]),
+            "time_s": sum(part["seconds"].values()),
+            "bytes_per_iteration": 1000,
             "ratio": 8.0,
-        }  # fmt: skip
+        }
     (folder / metrics_name(method)).write_text("".join(json.dumps(line) + "\n" for line in lines))
     seconds = {kind: sum(part["seconds"][kind] for part in phases.values()) for kind in KINDS}
     window = {
-        "window": 1, "iteration": 30,
+        "window": 1,
+        "iteration": 30,
         "layers": {
             name: {
-                "d": [9] if i else [3, 5], "slice_size": 256, "ratio": 28.4 * (i + 1), "in_sample_loss": 0.009,
+                "d": [9] if i else [3, 5],
+                "slice_size": 256,
+                "ratio": 28.4 * (i + 1),
+                "in_sample_loss": 0.009,
                 "held_out_loss": 0.5 if i else None,
             }
             for i, name in enumerate(LAYERS)
         },
-    }  # fmt: skip
+    }
     return {
-        "test_accuracy": 0.5, "test_loss": 1.0, "train_loss": 1.0, "iterations": iterations, "skipped": 1,
-        "time_s": time_s, "bytes_per_iteration": 1000, "dense_bytes_per_iteration": 8000, "ratio": 8.0,
-        "seconds": seconds, "groups": grouped(seconds), "compute_cpu_s": 1.0, "evaluation_s": 1.0, "checkpoint_s": 0.1,
-        "weights_sha256": "0" * 64, "windows": 2, "last_window": window if method == "gradiveq" else None,
+        "test_accuracy": 0.5,
+        "test_loss": 1.0,
+        "train_loss": 1.0,
+        "iterations": iterations,
+        "skipped": 1,
+        "time_s": time_s,
+        "bytes_per_iteration": 1000,
+        "dense_bytes_per_iteration": 8000,
+        "ratio": 8.0,
+        "seconds": seconds,
+        "groups": grouped(seconds),
+        "compute_cpu_s": 1.0,
+        "evaluation_s": 1.0,
+        "checkpoint_s": 0.1,
+        "weights_sha256": "0" * 64,
+        "windows": 2,
+        "last_window": window if method == "gradiveq" else None,
         "phases": phases,
-    }  # fmt: skip
+    }
 
 
 def add_cluster(folder: Path, *, one_process: bool, slower: float = 3.0) -> Path:
@@ -109,16 +144,30 @@ def make_run(folder: Path, methods: tuple[str, ...] = ("rar", "qsgd", "gradiveq"
     folder.mkdir(parents=True)
     records = {method: method_record(folder, method, 40, evaluations) for method in methods}
     summary = {
-        "title": f"resnet32 on {SOURCE}", "data_source": SOURCE, "model": "resnet32", "ranks": 6,
-        "ranks_per_machine": 6, "cores": 2, "batch_size": 16, "iterations": 40, "complete": True, "notes": [],
+        "title": f"resnet32 on {SOURCE}",
+        "data_source": SOURCE,
+        "model": "resnet32",
+        "ranks": 6,
+        "ranks_per_machine": 6,
+        "cores": 2,
+        "batch_size": 16,
+        "iterations": 40,
+        "complete": True,
+        "notes": [],
         "methods": records,
         "options": {"loss_threshold": None, "ratio": None, "n_components": None},
-    }  # fmt: skip
+    }
     environment = {
-        "date": "2026-01-01 00:00:00 +0000", "command": "mpirun -n 6 python -m bench.resnet32_cifar100", "versions": {},
-        "cpu": "A processor", "cores": 2, "commit": "0123456789abcdef+changes", "seed": 7, "ranks": 6,
+        "date": "2026-01-01 00:00:00 +0000",
+        "command": "mpirun -n 6 python -m bench.resnet32_cifar100",
+        "versions": {},
+        "cpu": "A processor",
+        "cores": 2,
+        "commit": "0123456789abcdef+changes",
+        "seed": 7,
+        "ranks": 6,
         "data_source": SOURCE,
-    }  # fmt: skip
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "environment.json").write_text(json.dumps(environment))
     return folder
@@ -127,19 +176,31 @@ def make_run(folder: Path, methods: tuple[str, ...] = ("rar", "qsgd", "gradiveq"
 def make_bandwidth(path: Path, ranks: int = 2) -> Path:
     rows = [
         {
-            "implementation": name, "ranks": ranks, "size_bytes": 4**power, "count": 4**power // 4, "dtype": "float32",
-            "time_s": 1e-5 + 4**power / speed, "time_quartiles_s": [9e-6 + 4**power / speed, 2e-5 + 4**power / speed],
+            "implementation": name,
+            "ranks": ranks,
+            "size_bytes": 4**power,
+            "count": 4**power // 4,
+            "dtype": "float32",
+            "time_s": 1e-5 + 4**power / speed,
+            "time_quartiles_s": [9e-6 + 4**power / speed, 2e-5 + 4**power / speed],
             "algbw_gb_per_s": 4**power / (1e-5 + 4**power / speed) / 1e9,
-            "busbw_gb_per_s": 4**power / (1e-5 + 4**power / speed) / 1e9, "wrong": None if name == "limit" else 0,
+            "busbw_gb_per_s": 4**power / (1e-5 + 4**power / speed) / 1e9,
+            "wrong": None if name == "limit" else 0,
             "repeats": 15,
         }
         for power in range(1, 12)
         for name, speed in (("ring", 3e9), ("MPI_Allreduce", 2e9), ("limit", 8e9))
-    ]  # fmt: skip
+    ]
     environment = {
-        "mpi": "MPICH Version: 5.0", "ranks": ranks, "cores": 2, "cpu": "some CPU", "python": "3.11", "numpy": "2",
-        "chunk_bytes": 262144, "command": f"mpirun -n {ranks} python -m ring.bench",
-    }  # fmt: skip
+        "mpi": "MPICH Version: 5.0",
+        "ranks": ranks,
+        "cores": 2,
+        "cpu": "some CPU",
+        "python": "3.11",
+        "numpy": "2",
+        "chunk_bytes": 262144,
+        "command": f"mpirun -n {ranks} python -m ring.bench",
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment, "rows": rows}))
     return path
@@ -150,9 +211,14 @@ def make_recording(path: Path, count: int = 30) -> Path:
     basis = generator.standard_normal((4, 256))
     layer = (generator.standard_normal((count, 9, 4)) @ basis).reshape(count, 2304)
     about = {
-        "data": SOURCE, "seed": 7, "ranks": 6, "batch_size": 16, "first_iteration": 100, "command": "mpirun …",
+        "data": SOURCE,
+        "seed": 7,
+        "ranks": 6,
+        "batch_size": 16,
+        "first_iteration": 100,
+        "command": "mpirun …",
         "layers": {"conv1": [3, 3, 3, 16], "layer1.0.conv1": [3, 3, 16, 16]},
-    }  # fmt: skip
+    }
     arrays: dict[str, Any] = {
         "conv1": generator.standard_normal((count, 432)).astype(np.float32),
         "layer1.0.conv1": layer.astype(np.float32),
@@ -242,8 +308,10 @@ def test_what_the_run_figures_show(tmp_path, pages):
     np.testing.assert_allclose(widths["exposed communication"], [400] + [100] * 4)
     np.testing.assert_allclose(widths["fit"], [0, 0, 0, 70, 0], atol=1e-9)
     assert [label.get_text() for label in right.get_yticklabels()][2:] == [
-        "GradiVeQ, warm-up", "GradiVeQ, sample", "GradiVeQ, compress",
-    ]  # fmt: skip
+        "GradiVeQ, warm-up",
+        "GradiVeQ, sample",
+        "GradiVeQ, compress",
+    ]
     assert sum(line.get_linestyle() == ":" for line in loss.axes[0].lines) == 1  # one fall of the learning rate
     means = loss.axes[0].lines[1].get_ydata()
     assert means[0] == pytest.approx(np.mean([2.3 * 0.98**i for i in (0, 1, 2, 4)]))  # 3 has no loss
@@ -293,9 +361,21 @@ def test_a_method_has_one_color(tmp_path, pages):
 
 
 MANY = (
-    "rar", "topk:0.01+ef", "topk:0.01", "sign", "half", "threshold:0.1+ef", "powersgd:4", "natural", "terngrad",
-    "randomk:0.01", "adacomp", "qsgd-gather:16", "topk:0.1/*.bias=identity+ef", "integer",
-)  # fmt: skip
+    "rar",
+    "topk:0.01+ef",
+    "topk:0.01",
+    "sign",
+    "half",
+    "threshold:0.1+ef",
+    "powersgd:4",
+    "natural",
+    "terngrad",
+    "randomk:0.01",
+    "adacomp",
+    "qsgd-gather:16",
+    "topk:0.1/*.bias=identity+ef",
+    "integer",
+)
 
 
 def test_many_methods_are_told_apart(tmp_path, pages):
@@ -403,9 +483,14 @@ def test_everything_under_a_folder(tmp_path, few_sizes, capsys):
     assert output.err == ""
     drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
     assert drawn == {
-        "busbw/ranks-2.png", "deep/er/early-fig4.png", "deep/er/early-fig5.png", "runs/a/accuracy.png",
-        "runs/a/breakdown.png", "runs/a/compression.png", "runs/a/loss.png",
-    }  # fmt: skip
+        "busbw/ranks-2.png",
+        "deep/er/early-fig4.png",
+        "deep/er/early-fig5.png",
+        "runs/a/accuracy.png",
+        "runs/a/breakdown.png",
+        "runs/a/compression.png",
+        "runs/a/loss.png",
+    }
     assert all(name in output.out for name in drawn)
     assert "Fig. 5, same iterations: dips" in output.out
     # the same record, the same bytes; and what was drawn is no record

@@ -49,20 +49,35 @@ def recorded(codec: Codec, virtual: bool, chunk_bytes: int) -> dict[str, Any]:
 def record(virtual: bool) -> dict[str, Any]:
     panels = [
         {
-            "method": method, "codec": "toy", "chunks": chunks, "bytes_sent": 1234, "loss": 0.25,
-            "lengths_s": [0.001, 0.002], "trace": recorded(codec, virtual, chunk_bytes),
+            "method": method,
+            "codec": "toy",
+            "chunks": chunks,
+            "bytes_sent": 1234,
+            "loss": 0.25,
+            "lengths_s": [0.001, 0.002],
+            "trace": recorded(codec, virtual, chunk_bytes),
         }
         for method, codec, chunks, chunk_bytes in (("qsgd", HalfPerHop(), 1, 10**9), ("gradiveq", PairSums(), 4, 500))
-    ]  # fmt: skip
+    ]
     return {
-        "figure": "2", "cluster": {"name": "slow", "source": "made up"} if virtual else None, "ranks": 3,
-        "model": "resnet32", "data_source": "a sample", "batch_size": 1, "ratio": 8.0, "slice_size": 64,
+        "figure": "2",
+        "cluster": {"name": "slow", "source": "made up"} if virtual else None,
+        "ranks": 3,
+        "model": "resnet32",
+        "data_source": "a sample",
+        "batch_size": 1,
+        "ratio": 8.0,
+        "slice_size": 64,
         "panels": panels,
         "environment": {
-            "cpu": "a processor", "cores": 2, "mpi": None if virtual else "MPICH", "seed": 5,
-            "commit": "0123456789abcdef", "command": "python -m bench.gantt",
+            "cpu": "a processor",
+            "cores": 2,
+            "mpi": None if virtual else "MPICH",
+            "seed": 5,
+            "commit": "0123456789abcdef",
+            "command": "python -m bench.gantt",
         },
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("virtual", [True, False])
@@ -78,9 +93,7 @@ def test_a_picture_is_drawn_from_a_record_and_again_with_the_same_bytes(
 
     monkeypatch.setattr(figures, "new_figure", watched)
     written = gantt.write_all(record(virtual), tmp_path, "x")
-    assert [path.name for path in written] == [
-        "x.json", "x.png", "x-qsgd.perfetto.json", "x-gradiveq.perfetto.json"
-    ]  # fmt: skip
+    assert [path.name for path in written] == ["x.json", "x.png", "x-qsgd.perfetto.json", "x-gradiveq.perfetto.json"]
     pixels = image.imread(tmp_path / "x.png")
     assert pixels.shape[1] == 12.5 * figures.DPI
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
@@ -171,8 +184,11 @@ def test_in_virtual_time_without_mpi(tmp_path: Path):
     (tmp_path / "three.toml").write_text(CLUSTER)
     result = subprocess.run(
         [sys.executable, "-m", "bench.gantt", *SHORT, "--cluster", "three.toml", "--out", "out"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}, cwd=tmp_path, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
     assert_written(tmp_path / "out", "three", "virtual", 3)

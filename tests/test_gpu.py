@@ -99,8 +99,12 @@ def test_ranks_share_the_card_over_mpi(mpirun: Launch) -> None:
 def test_the_hook_as_on_the_cpu(backend: str, ranks: int, tmp_path: Path) -> None:
     result = subprocess.run(
         [str(TORCHRUN), "--standalone", "--nproc-per-node", str(ranks), gpu_hook.__file__, backend, "cuda:0"],
-        cwd=tmp_path, env=ddp_environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=ddp_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "all as on the CPU" in result.stdout
 

@@ -15,8 +15,13 @@ from bench.models import resnet_cifar
 from gradiveq.flatten import Layout
 
 ABOUT: dict[str, Any] = {
-    "data": "made up", "seed": 0, "ranks": 1, "batch_size": 4, "first_iteration": 10, "command": "pytest",
-}  # fmt: skip
+    "data": "made up",
+    "seed": 0,
+    "ranks": 1,
+    "batch_size": 4,
+    "first_iteration": 10,
+    "command": "pytest",
+}
 
 
 def give_gradients(model: torch.nn.Module, seed: int) -> None:

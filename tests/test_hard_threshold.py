@@ -93,8 +93,12 @@ def test_the_papers_hyper_parameters() -> None:
     )
     assert sum(spec["compressor"] == "accordion" for spec in images) == 3 * 6
     for parameters, expected in (
-        (11_173_962, 4.73e-3), (11_220_132, 4.72e-3), (6_166_250, 6.37e-3), (6_258_500, 6.32e-3), (11_436_256, 4.68e-3),
-    ):  # fmt: skip
+        (11_173_962, 4.73e-3),
+        (11_220_132, 4.72e-3),
+        (6_166_250, 6.37e-3),
+        (6_258_500, 6.32e-3),
+        (11_436_256, 4.68e-3),
+    ):
         assert threshold_for(1e-3, parameters) == pytest.approx(expected, abs=1e-5)
 
 
@@ -220,12 +224,30 @@ TINY_RATINGS = {"factors": 2, "layers": [8, 4]}
 
 def spec_of(kind: str, network: str, options: Mapping[str, Any], data: str | None = None, **more: Any) -> dict:
     return {
-        "part": "networks", "kind": kind, "network": network, "data": data, "device": "cpu", "workers": 3,
-        "batch_size": 4, "epochs": 0.2, "optimiser": "sgd", "momentum": 0.9, "lr": 0.5, "lr_start": 0.5,
-        "warmup_epochs": 0, "milestones": [], "weight_decay": 0.0, "options": dict(options), "evaluations": 2,
-        "granularity": "layer", "feedback": "gradient", "seed": 0, "compressor": "topk", "fields": {"ratio": 0.1},
+        "part": "networks",
+        "kind": kind,
+        "network": network,
+        "data": data,
+        "device": "cpu",
+        "workers": 3,
+        "batch_size": 4,
+        "epochs": 0.2,
+        "optimiser": "sgd",
+        "momentum": 0.9,
+        "lr": 0.5,
+        "lr_start": 0.5,
+        "warmup_epochs": 0,
+        "milestones": [],
+        "weight_decay": 0.0,
+        "options": dict(options),
+        "evaluations": 2,
+        "granularity": "layer",
+        "feedback": "gradient",
+        "seed": 0,
+        "compressor": "topk",
+        "fields": {"ratio": 0.1},
         **more,
-    }  # fmt: skip
+    }
 
 
 def test_a_language_models_state_is_each_workers_own(tmp_path: Path) -> None:
@@ -357,11 +379,17 @@ def test_one_process_trains_as_the_ring_does(method: str, compressor: Any) -> No
 def trace(**more: Any) -> dict[str, Any]:
     points = 11
     made: dict[str, Any] = {
-        "iteration": list(range(0, 10 * points, 10)), "epoch": list(range(points)),
-        "suboptimality": [10.0 ** -n for n in range(points)], "elements": [float(n) for n in range(points)],
-        "num_bytes": [4.0 * n for n in range(points)], "corrected": [0.0, *(2.0 ** -n for n in range(1, points))],
-        "error": [0.0, *(2.0 ** -n for n in range(1, points))], "silent": [0] * points, "total_error": 1.0, "step": 0.1,
-    }  # fmt: skip
+        "iteration": list(range(0, 10 * points, 10)),
+        "epoch": list(range(points)),
+        "suboptimality": [10.0**-n for n in range(points)],
+        "elements": [float(n) for n in range(points)],
+        "num_bytes": [4.0 * n for n in range(points)],
+        "corrected": [0.0, *(2.0**-n for n in range(1, points))],
+        "error": [0.0, *(2.0**-n for n in range(1, points))],
+        "silent": [0] * points,
+        "total_error": 1.0,
+        "step": 0.1,
+    }
     return made | more
 
 
@@ -370,12 +398,21 @@ def logistic_runs(hard: dict[str, Any], top: dict[str, Any], sgd: dict[str, Any]
     for seed in range(2):
         for name, one in (("identity", sgd), ("topk", top), ("threshold", hard)):
             spec = {
-                "part": "logistic", "problem": "generated", "algorithm": "ef-sgd", "workers": 20, "compressor": name,
-                "seed": seed, "fields": {"precision": 1.25e-4} if name == "threshold" else {},
-            }  # fmt: skip
+                "part": "logistic",
+                "problem": "generated",
+                "algorithm": "ef-sgd",
+                "workers": 20,
+                "compressor": name,
+                "seed": seed,
+                "fields": {"precision": 1.25e-4} if name == "threshold" else {},
+            }
             result = {
-                "source": "made (x)", "fields": {"value": 2.0}, "length": 25, "step": 0.1, "trace": trace(**one),
-            }  # fmt: skip
+                "source": "made (x)",
+                "fields": {"value": 2.0},
+                "length": 25,
+                "step": 0.1,
+                "trace": trace(**one),
+            }
             runs[f"{name}{seed}"] = {"spec": spec, "result": result, "seconds": 1.0}
     return runs
 
@@ -441,13 +478,26 @@ def test_ef_gdstar_is_judged_by_its_end(end: float, verdict: str) -> None:
 def network_run(seed: int, metric: float, share: float, error: float = 1.0, **spec: Any) -> dict[str, Any]:
     fields = spec.pop("fields", {})
     return {
-        "spec": {"part": "networks", "kind": "text", "network": "lstm", "compressor": "identity",
-                 "feedback": "gradient", "granularity": "layer", "seed": seed, "fields": fields, **spec},
-        "result": {"source": "a text (x)", "average_density": share, "diverged": None,
-                   "evaluations": [{"iteration": 9, "perplexity": metric}],
-                   "steps": {"iteration": [5, 9], "error": [error, error / 2], "total_error": [error, 1.5 * error]}},
+        "spec": {
+            "part": "networks",
+            "kind": "text",
+            "network": "lstm",
+            "compressor": "identity",
+            "feedback": "gradient",
+            "granularity": "layer",
+            "seed": seed,
+            "fields": fields,
+            **spec,
+        },
+        "result": {
+            "source": "a text (x)",
+            "average_density": share,
+            "diverged": None,
+            "evaluations": [{"iteration": 9, "perplexity": metric}],
+            "steps": {"iteration": [5, 9], "error": [error, error / 2], "total_error": [error, 1.5 * error]},
+        },
         "seconds": 1.0,
-    }  # fmt: skip
+    }
 
 
 def network_runs(hard: float, hard_error: float = 0.5) -> dict[str, Any]:
@@ -520,8 +570,10 @@ def test_the_table_lists_each_rule_once_and_none_for_what_is_not_here() -> None:
     text = table(made)
     assert text.count("above 0") == 1
     assert [word for word in (CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE) if f" {word} " in text] == [
-        CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE,
-    ]  # fmt: skip
+        CONFIRMED,
+        NOT_CONFIRMED,
+        NOT_TESTABLE,
+    ]
     assert "2. " not in text
 
 
@@ -539,12 +591,31 @@ def test_logistic_regression_from_the_command_line(tmp_path: Path, capsys: pytes
         lines.append(f"{label} " + " ".join(f"{i}:{v}" for i, v in enumerate(values, 1)))
     path.write_text("\n".join(lines) + "\n")
     out = tmp_path / "out"
-    words = ["--part", "logistic", "--data", f"madelon={path}", "--seeds", "1", "--gdstar-epochs", "30",
-             "--processes", "1", "--out", str(out)]  # fmt: skip
+    words = [
+        "--part",
+        "logistic",
+        "--data",
+        f"madelon={path}",
+        "--seeds",
+        "1",
+        "--gdstar-epochs",
+        "30",
+        "--processes",
+        "1",
+        "--out",
+        str(out),
+    ]
     assert main(words) == 0
     names = {file.name for file in out.iterdir()}
-    assert {"table.md", "hard-threshold.json", "fig1-madelon.png", "fig4-madelon.png", "fig7-madelon.png",
-            "fig8-madelon.png", "fig9-madelon.png"} <= names  # fmt: skip
+    assert {
+        "table.md",
+        "hard-threshold.json",
+        "fig1-madelon.png",
+        "fig4-madelon.png",
+        "fig7-madelon.png",
+        "fig8-madelon.png",
+        "fig9-madelon.png",
+    } <= names
     check_drawn_again(out)
     runs = {file: file.read_bytes() for file in (out / "runs").iterdir()}
     assert all(file.suffix == ".json" for file in runs)
@@ -596,11 +667,17 @@ def test_networks_from_the_command_line(
     assert main(words) == 0, capsys.readouterr().err
     names = {file.name for file in out.iterdir()}
     expected = {
-        "images": {"fig2-volume.png", "fig3-images.png", "fig11-entire-model.png", "fig12-no-feedback.png",
-                   "fig13-update.png", "accordion-alexnet.png"},
+        "images": {
+            "fig2-volume.png",
+            "fig3-images.png",
+            "fig11-entire-model.png",
+            "fig12-no-feedback.png",
+            "fig13-update.png",
+            "accordion-alexnet.png",
+        },
         "text": {"fig2-volume.png", "fig5-text.png"},
         "ratings": {"fig2-volume.png", "fig6-ratings.png"},
-    }[kind]  # fmt: skip
+    }[kind]
     assert expected <= names
     text = (out / "table.md").read_text()
     assert "Fig. 2" in text

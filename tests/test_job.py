@@ -30,10 +30,32 @@ DEADLINE_S = 100
 METHODS = ("rar", "qsgd", "gradiveq")
 ITERATIONS = 24
 SMALL = [
-    "--model", "resnet8", "--iterations", str(ITERATIONS), "--batch-size", "4", "--lr", "0.05", "--seed", "5",
-    "--warmup", "3", "--sample", "5", "--compress", "6", "--fit-slices", "all", "--n-components", "4",
-    "--eval-every", "8", "--checkpoint-every", "5", "--no-figures",
-]  # fmt: skip
+    "--model",
+    "resnet8",
+    "--iterations",
+    str(ITERATIONS),
+    "--batch-size",
+    "4",
+    "--lr",
+    "0.05",
+    "--seed",
+    "5",
+    "--warmup",
+    "3",
+    "--sample",
+    "5",
+    "--compress",
+    "6",
+    "--fit-slices",
+    "all",
+    "--n-components",
+    "4",
+    "--eval-every",
+    "8",
+    "--checkpoint-every",
+    "5",
+    "--no-figures",
+]
 
 
 def launcher(ranks: int) -> list[str]:
@@ -51,8 +73,12 @@ def environment(**other: str) -> dict[str, str]:
 def job(ranks: int, arguments: list[str], folder: Path, **other: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(ranks, arguments),
-        cwd=folder, env=environment(**other), capture_output=True, text=True, timeout=DEADLINE_S,
-    )  # fmt: skip
+        cwd=folder,
+        env=environment(**other),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
 
 
 def write_idx(folder: Path, images: int = 64, test_images: int = 21) -> Path:
@@ -65,9 +91,7 @@ def write_idx(folder: Path, images: int = 64, test_images: int = 21) -> Path:
         for image, label in zip(pixels, labels, strict=True):
             image[14 * (label // 2) :, 14 * (label % 2) :][:14, :14] += 150
         header = b"\0\0\x08\x03" + np.array([count, 28, 28], ">u4").tobytes()
-        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(
-            gzip.compress(header + pixels.astype(np.uint8).tobytes())
-        )  # fmt: skip
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.astype(np.uint8).tobytes()))
         header = b"\0\0\x08\x01" + np.array([count], ">u4").tobytes()
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
     return folder
@@ -184,8 +208,12 @@ def stopped(
     name = file or method
     process = subprocess.Popen(
         command(ranks, arguments),
-        cwd=run.parent, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=run.parent,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + DEADLINE_S
     while count(run / f"metrics-{name}.jsonl") < 2:
         assert process.poll() is None
@@ -216,8 +244,11 @@ def test_killed_twice_and_stopped_and_resumed_is_bitwise_the_same(whole: tuple[P
     def killed(arguments: list[str], method: str, lines: int) -> None:
         process = subprocess.Popen(
             command(2, arguments),
-            cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         kill_when(process, lambda: count(run / f"metrics-{method}.jsonl") >= lines)
         manifest = json.loads((run / "checkpoint" / "manifest.json").read_text())
         assert manifest["current"]["method"] == method
@@ -267,8 +298,12 @@ def test_compressors_are_recorded_stopped_and_resumed(whole: tuple[Path, Path, s
         assert entry["virtual"]["groups"]["exposed communication"] > 0
         if spec != "rar":
             assert set(entry["compression"]) == {
-                "density", "relative_error", "compression_error", "error", "payload_bytes"
-            }  # fmt: skip
+                "density",
+                "relative_error",
+                "compression_error",
+                "error",
+                "payload_bytes",
+            }
             measures = [line["compression"] for line in lines]
             assert all(set(one) >= set(entry["compression"]) | {"norm", "total_error", "num_sent"} for one in measures)
             assert sum(line["seconds"].get("encode", 0) for line in lines) > 0
@@ -282,9 +317,7 @@ def test_compressors_are_recorded_stopped_and_resumed(whole: tuple[Path, Path, s
     assert re.search(r"method +test .*density +relative", result.stdout)
 
     stopping = folder / "specs-stopped"
-    stopped(
-        2, [*arguments, "--out", stopping.name], stopping, "topk:0.01+ef", signal.SIGTERM, file="topk-0.01-ef"
-    )  # fmt: skip
+    stopped(2, [*arguments, "--out", stopping.name], stopping, "topk:0.01+ef", signal.SIGTERM, file="topk-0.01-ef")
     result = job(2, ["--resume", stopping.name], folder)
     assert result.returncode == 0, result.stderr
     assert timeless(json.loads((stopping / "summary.json").read_text())["methods"]) == timeless(methods)
@@ -368,8 +401,12 @@ def said_in_turn(ranks: int, cases: Cases, folder: Path) -> Refusals:
     turns = [str(ROOT / "tests" / "in_turn.py"), "bench.resnet32_cifar100"]
     result = subprocess.run(
         [*launcher(ranks), sys.executable, *turns, json.dumps([arguments for arguments, _ in cases.values()])],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S,
-    )  # fmt: skip
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
     assert (result.returncode, result.stderr) == (0, "")
     said = [json.loads(line) | {"before": before} for line in result.stdout.splitlines()]
     return dict(zip(cases, said, strict=True))
@@ -473,11 +510,15 @@ def test_bad_input_in_turn(refusals: Refusals, name: str) -> None:
 def test_a_foreign_mpirun_is_explained(inputs: Path) -> None:
     both = [
         subprocess.Popen(
-            command(1, []), cwd=inputs, env=environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=rank),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            command(1, []),
+            cwd=inputs,
+            env=environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=rank),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in ("0", "1")
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=DEADLINE_S)[1].splitlines() for process in both]
     assert [process.returncode for process in both] == [2, 2]
     assert [len(lines) for lines in said] == [1, 0], said

@@ -226,8 +226,12 @@ sys.exit(run_as_threads(main, 3, timeout_s=30, chunk_bytes=4096))
 def test_how_threads_end(tmp_path: Path, how: str, status: int, message: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, how],
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     process.stdout.readline()
     if how == "interrupted":

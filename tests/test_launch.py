@@ -35,11 +35,17 @@ def test_a_job_on_two_hosts(tmp_path: Path, heading: str) -> None:
         environment = os.environ | MPI_OVER_TCP | {"PATH": path, "PYTHONPATH": str(ROOT)}
         jobs = [
             hosts.popen(
-                hosts.addresses.index(address), ["sh", "-ec", command], cwd=tmp_path, env=environment, text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                hosts.addresses.index(address),
+                ["sh", "-ec", command],
+                cwd=tmp_path,
+                env=environment,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
             for address, command in commands(tried).items()
-        ]  # fmt: skip
+        ]
         said = [job.communicate(timeout=DEADLINE_S) for job in jobs]
     assert [job.returncode for job in jobs] == [0] * len(jobs), said
     found = losses(said[0][0])

@@ -213,8 +213,12 @@ def fake(
     return {
         f"{setting}-{granularity}-{seed}": {
             "spec": {
-                "network": "alexnet", "method": setting.method, "value": setting.value, "granularity": granularity,
-                "optimiser": setting.optimiser, "seed": seed,
+                "network": "alexnet",
+                "method": setting.method,
+                "value": setting.value,
+                "granularity": granularity,
+                "optimiser": setting.optimiser,
+                "seed": seed,
             },
             "result": {
                 "source": "made up",
@@ -225,7 +229,7 @@ def fake(
             "seconds": 1.0,
         }
         for seed, accuracy in enumerate(accuracies)
-    }  # fmt: skip
+    }
 
 
 TOPK = Statement("Fig. 7", "entire-model better", "topk", "better", most=0.1, first="model", second="layer")

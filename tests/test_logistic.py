@@ -99,9 +99,12 @@ def test_the_optimum_is_certified(problem: Problem, best: Optimum) -> None:
     assert best.gap < 1e-20
     scale = problem.step**0.5
     found = scipy.optimize.minimize(
-        lambda z: problem.value(scale * z), np.zeros(problem.length), jac=lambda z: scale * problem.gradient(scale * z),
-        method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-9},
-    )  # fmt: skip
+        lambda z: problem.value(scale * z),
+        np.zeros(problem.length),
+        jac=lambda z: scale * problem.gradient(scale * z),
+        method="L-BFGS-B",
+        options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-9},
+    )
     assert best.value - 1e-14 <= found.fun <= best.value + 1e-9
 
 

@@ -193,9 +193,7 @@ def test_gradiveqs_compressed_all_reduce_with_data_takes_as_long(vector: Gradien
 def test_gradiveqs_aggregator_with_data_takes_as_long() -> None:
     """A whole window: 58 samples are the fewest that show 512 components in 9 slices."""
     cluster, vector = clusters.load(CPU), Gradient.of(resnet_cifar(8, 100))
-    method = GradiVeQ(
-        warmup=0, sample=58, compress=1, ratio=8, fit_slices="all", sampling=Plain(), holdout_every=0
-    )  # fmt: skip
+    method = GradiVeQ(warmup=0, sample=58, compress=1, ratio=8, fit_slices="all", sampling=Plain(), holdout_every=0)
     *samples, compressed = run_with_data(cluster, method, 59, depth=8)
     plain_s = vector.aggregation(cluster, "rar").time_s
     assert compressed["time_s"] == pytest.approx(vector.aggregation(cluster, "compress").time_s, rel=1e-9)
@@ -214,8 +212,10 @@ def test_it_prints_and_writes_what_it_found(tmp_path: Path, capsys: pytest.Captu
     assert "predicted" in text
     assert "(inference" in text
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
-        "breakdown.png", "paper-timing.json", "table.md",
-    ]  # fmt: skip
+        "breakdown.png",
+        "paper-timing.json",
+        "table.md",
+    ]
     check_drawn_again(tmp_path / "new" / "folder")
     record = json.loads((tmp_path / "new" / "folder" / "paper-timing.json").read_text())
     assert set(record["clusters"]) == {CPU, GPU}

@@ -98,10 +98,17 @@ def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1e-30, float(np.abs(b).max(initial=0))))
 
 
-@pytest.mark.parametrize("method", [
-    PowerSGD(2), PowerSGD(1), PowerSGD(4, warm_start=False), PowerSGD(3, error_feedback=False),
-    PowerSGD(2, min_compression_rate=2), PowerSGD(3, min_compression_rate=0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        PowerSGD(2),
+        PowerSGD(1),
+        PowerSGD(4, warm_start=False),
+        PowerSGD(3, error_feedback=False),
+        PowerSGD(2, min_compression_rate=2),
+        PowerSGD(3, min_compression_rate=0),
+    ],
+)
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_algorithms_1_and_2_in_numpy(method: PowerSGD, size: int) -> None:
     workers = [PowerSGDWorker(BLOCKS, method, seed=3) for _ in range(size)]

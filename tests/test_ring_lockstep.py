@@ -150,8 +150,12 @@ def test_the_schedule_is_the_picture() -> None:
     """Rank 0 of 3 works on s0, s2, s1 (finished), s0, s2: the table above the algorithm."""
     segments = cut_segments([Region(3, 1, 8)], 3, 64)
     assert [(work.step, work.segment) for work in schedule("all_reduce", segments, 0, 3)] == [
-        (0, 0), (1, 2), (2, 1), (3, 0), (4, 2),
-    ]  # fmt: skip
+        (0, 0),
+        (1, 2),
+        (2, 1),
+        (3, 0),
+        (4, 2),
+    ]
     assert [work.step for work in schedule("reduce_scatter", segments, 1, 3)] == [0, 1, 2]
     assert [work.step for work in schedule("all_gather", segments, 1, 3)] == [2, 3, 4]
 

@@ -84,9 +84,15 @@ def train(
     task = Images(model, dataset(), batch_size, workers, seed=seed)
     steps = make_optimiser(model.parameters(), optimiser, weight_decay=1e-3)
     return simulate(
-        task, aggregation, steps, lambda iteration: lr / (1 + iteration), workers=workers, iterations=iterations,
-        seed=seed, **how,
-    )  # fmt: skip
+        task,
+        aggregation,
+        steps,
+        lambda iteration: lr / (1 + iteration),
+        workers=workers,
+        iterations=iterations,
+        seed=seed,
+        **how,
+    )
 
 
 # --- what it is equal to ---------------------------------------------------------------------------------------------

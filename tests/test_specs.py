@@ -36,32 +36,54 @@ EF = ErrorFeedback()
         ("threshold-v:0.5", Compressed(Threshold(0.5))),
         ("half:dtype=bfloat16:workers=8", Compressed(Half("bfloat16", 8))),
         ("half:collective=all_reduce", Compressed(Half())),
-        ("topk/*.bias=identity/fc.*=half:bfloat16+ef",
-         Compressed(TopK(), overrides=(("*.bias", Identity()), ("fc.*", Half("bfloat16"))), feedback=EF)),
+        (
+            "topk/*.bias=identity/fc.*=half:bfloat16+ef",
+            Compressed(TopK(), overrides=(("*.bias", Identity()), ("fc.*", Half("bfloat16"))), feedback=EF),
+        ),
         ("topk@layer1.*|layer[23].*", Compressed(TopK(), ("layer1.*", "layer[23].*"))),
         ("topk:0.1+ef^topk:0.2", Compressed(TopK(0.1), feedback=EF, master=TopK(0.2))),
         ("sign:mean@model^sign", Compressed(Sign("mean"), "model", master=Sign())),
         ("powersgd", PowerSGD(4)),
         ("powersgd:2@layer+ef", PowerSGD(2)),
-        ("powersgd:rank=2:error_feedback=false:warm_start=false:min_compression_rate=2",
-         PowerSGD(2, False, False, 2.0)),
-        ("threshold:auto:0.01@model+ef",
-         AutoThreshold("auto", 0.01, applied=Compressed(Threshold(), "model", feedback=EF))),
-        ("hard-threshold:auto:warmup=50/*.bias=identity",
-         AutoThreshold(warmup=50, applied=Compressed(Threshold(), overrides=(("*.bias", Identity()),)))),
-        ("threshold:simple:count=70^half",
-         AutoThreshold("simple", count=70, applied=Compressed(Threshold(), master=Half()))),
-        ("accordion:topk:0.1|topk:0.01+ef",
-         Accordion(Compressed(TopK(0.1), feedback=EF), Compressed(TopK(0.01), feedback=EF))),
-        ("accordion:eta=0.3:interval=50:window=7:powersgd:4|powersgd:1",
-         Accordion(PowerSGD(4), PowerSGD(1), 50, 7, 0.3)),
-        ("accordion:interval=30:identity/fc=half|topk:count=3@a.*|b.*+ef",
-         Accordion(Compressed(Identity(), ("a.*", "b.*"), (("fc", Half()),), EF),
-                   Compressed(TopK(count=3), ("a.*", "b.*"), feedback=EF), 30, 3)),
-        ("accordion:half|topk@model^half",
-         Accordion(Compressed(Half(), "model", master=Half()), Compressed(TopK(), "model", master=Half()))),
+        (
+            "powersgd:rank=2:error_feedback=false:warm_start=false:min_compression_rate=2",
+            PowerSGD(2, False, False, 2.0),
+        ),
+        (
+            "threshold:auto:0.01@model+ef",
+            AutoThreshold("auto", 0.01, applied=Compressed(Threshold(), "model", feedback=EF)),
+        ),
+        (
+            "hard-threshold:auto:warmup=50/*.bias=identity",
+            AutoThreshold(warmup=50, applied=Compressed(Threshold(), overrides=(("*.bias", Identity()),))),
+        ),
+        (
+            "threshold:simple:count=70^half",
+            AutoThreshold("simple", count=70, applied=Compressed(Threshold(), master=Half())),
+        ),
+        (
+            "accordion:topk:0.1|topk:0.01+ef",
+            Accordion(Compressed(TopK(0.1), feedback=EF), Compressed(TopK(0.01), feedback=EF)),
+        ),
+        (
+            "accordion:eta=0.3:interval=50:window=7:powersgd:4|powersgd:1",
+            Accordion(PowerSGD(4), PowerSGD(1), 50, 7, 0.3),
+        ),
+        (
+            "accordion:interval=30:identity/fc=half|topk:count=3@a.*|b.*+ef",
+            Accordion(
+                Compressed(Identity(), ("a.*", "b.*"), (("fc", Half()),), EF),
+                Compressed(TopK(count=3), ("a.*", "b.*"), feedback=EF),
+                30,
+                3,
+            ),
+        ),
+        (
+            "accordion:half|topk@model^half",
+            Accordion(Compressed(Half(), "model", master=Half()), Compressed(TopK(), "model", master=Half())),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_spec_means(text: str, method: object) -> None:
     assert parse(text) == method
 
@@ -87,8 +109,10 @@ def test_momentum_is_that_of_update_compression() -> None:
         ("natural:7", "it has no settings, got '7'"),
         ("sign:rule=both", "`rule` must be vote or mean or scaled, got 'both'"),
         ("randomk:unbiased=1", "`unbiased` must be true or false, got '1'"),
-        ("topk:collective=all_reduce", "topk can't be added as they are, so all_gather is what fits; all_reduce is "
-         "that of identity, .*half"),
+        (
+            "topk:collective=all_reduce",
+            "topk can't be added as they are, so all_gather is what fits; all_reduce is that of identity, .*half",
+        ),
         ("half:collective=all_gather", "half are added on their way, so all_reduce is what fits"),
         ("half:collective=broadcast", "`collective` must be all_reduce or all_gather, got 'broadcast'"),
         ("topk+ef-nag", r"must be one of \+ef, \+ef-scaled, \+ef-update, got \+ef-nag"),
@@ -130,7 +154,7 @@ def test_momentum_is_that_of_update_compression() -> None:
         ("accordion:interval=5:window=6:topk|topk", r"`window` must be a .* 1 to 5 \(the interval\), got 6"),
         ("accordion:interval=5:interval=6:topk|topk", "`interval` is given twice"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         parse(text)

@@ -214,9 +214,7 @@ def test_powersgd_with_sums_that_overflow() -> None:
             train(ring, PowerSGD(2), 2, gradients=huge)
         return str(error.value)
 
-    assert run(2, work) == [
-        "the sum of finite gradients overflows float32 in iteration 1: 2.weight on all ranks"
-    ] * 2  # fmt: skip
+    assert run(2, work) == ["the sum of finite gradients overflows float32 in iteration 1: 2.weight on all ranks"] * 2
 
 
 def test_powersgd_with_a_memory_that_overflows() -> None:
@@ -233,9 +231,10 @@ def test_powersgd_with_a_memory_that_overflows() -> None:
             train(ring, PowerSGD(1), 2, gradients=huge)
         return str(error.value)
 
-    assert run(2, work) == [
-        "non-finite gradient in iteration 1: the sum of a gradient and what error feedback remembers on rank 1"
-    ] * 2  # fmt: skip
+    assert (
+        run(2, work)
+        == ["non-finite gradient in iteration 1: the sum of a gradient and what error feedback remembers on rank 1"] * 2
+    )
 
 
 def test_accordion_is_its_two_settings() -> None:
@@ -277,9 +276,7 @@ def test_accordion_of_ranks() -> None:
     results = run(2, lambda ring: train(ring, ACCORDION_RANKS, 20))
     layout = Layout(small_model())
     sent = [report.measures.payload_bytes for report in results[0][1] if report.measures is not None]
-    ends = [
-        sum(PowerSGD(rank).payload_bytes(block.shape) for block in layout.blocks) for rank in (3, 1)
-    ]  # fmt: skip
+    ends = [sum(PowerSGD(rank).payload_bytes(block.shape) for block in layout.blocks) for rank in (3, 1)]
     assert sent[0] == sent[14] == ends[0]
     assert ends[1] in sent
     assert all(ends[1] <= num_bytes <= ends[0] for num_bytes in sent)
@@ -435,9 +432,7 @@ def test_how_a_method_applies_compressors() -> None:
 
 def test_groups_of_layers_are_switched_together() -> None:
     groups = ("0.*", "[12].*")
-    method = Accordion(
-        topk(0.5, granularity=groups), Compressed(Identity(), granularity=groups), interval=4, window=4
-    )  # fmt: skip
+    method = Accordion(topk(0.5, granularity=groups), Compressed(Identity(), granularity=groups), interval=4, window=4)
     results = run(2, lambda ring: train(ring, method, 12))
     assert_same_bits([grads for _, _, grads in results])
     changes = [entry["changes"] for entry in results[0][0].window_log if entry["cause"] == "norms"]

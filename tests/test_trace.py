@@ -459,9 +459,10 @@ def test_slices_flows_and_names():
     assert [e["args"]["name"] for e in by_phase["M"] if e["name"] == "process_name"] == ["rank 0", "rank 1"]
     slices = {(names[e["pid"], e["tid"]], e["name"]): (e["ts"], e["dur"]) for e in by_phase["X"] if e["pid"] == 10}
     assert slices == {
-        ("computing", "encode"): (0, 1e6), ("computing", "update"): (1e6, 1.25e6),
+        ("computing", "encode"): (0, 1e6),
+        ("computing", "update"): (1e6, 1.25e6),
         ("link to rank 1", "step 0, segment 0"): (1e6, 2e6),
-    }  # fmt: skip
+    }
     (start,), (end,) = by_phase["s"], by_phase["f"]
     assert (start["pid"], start["tid"], start["ts"]) == (10, 11, 1e6)
     assert (end["pid"], end["tid"], end["ts"]) == (20, 20, 2.25e6)  # within the wait from 0.5 to 3.5 s

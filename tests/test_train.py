@@ -65,9 +65,16 @@ def dataset() -> Dataset:
     mean = tuple(float(train_images[:, c].mean() / 255) for c in range(3))
     std = tuple(float(train_images[:, c].std() / 255) for c in range(3))
     return Dataset(
-        "stripes", "48 + 25 stripes", train_images, train_labels, test_images, test_labels, CLASSES,
-        (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]),
-    )  # fmt: skip
+        "stripes",
+        "48 + 25 stripes",
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        CLASSES,
+        (mean[0], mean[1], mean[2]),
+        (std[0], std[1], std[2]),
+    )
 
 
 def settings(iterations: int = 12, **other: Any) -> Settings:
@@ -187,8 +194,10 @@ def test_seconds_and_bytes_add_up(dataset: Dataset, method: Method) -> None:
         assert result["compression"] is None
     if method.name == "gradiveq":
         assert {name: part["iterations"] for name, part in result["phases"].items()} == {
-            "warm-up": 2, "sample": 7, "compress": 5,
-        }  # fmt: skip
+            "warm-up": 2,
+            "sample": 7,
+            "compress": 5,
+        }
 
 
 class Processor:
@@ -408,9 +417,13 @@ def test_a_rank_that_is_asked_to_stop_stops_all_in_the_same_iteration(dataset: D
         job = trainer(ring, dataset, Plain(), settings())
         saved: list[int] = []
         complete = train(
-            job, lambda line: None, lambda: saved.append(job.iteration), eval_every=100, checkpoint_every=4,
+            job,
+            lambda line: None,
+            lambda: saved.append(job.iteration),
+            eval_every=100,
+            checkpoint_every=4,
             stop=lambda: ring.rank == 1 and job.iteration == 5,
-        )  # fmt: skip
+        )
         return complete, job.iteration, saved
 
     assert run(3, work) == [(False, 6, [4, 6])] * 3
@@ -565,11 +578,20 @@ def test_the_schedule_is_the_papers_and_shrinks_with_the_run() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("iterations", 0), ("iterations", -5), ("batch_size", 0), ("lr", 0.0), ("lr", math.nan), ("lr", math.inf),
-        ("lr_warmup", -1), ("lr_warmup", 13), ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-4),
+        ("iterations", 0),
+        ("iterations", -5),
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("lr_warmup", -1),
+        ("lr_warmup", 13),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("weight_decay", -1e-4),
         ("seed", -1),
     ],
-)  # fmt: skip
+)
 def test_settings_are_checked(name: str, value: float) -> None:
     values = {"iterations": 12, "batch_size": 4} | {name: value}
     with pytest.raises(ValueError, match=rf"`{name}` must be .* got {value}"):

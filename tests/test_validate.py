@@ -15,8 +15,15 @@ from bench.hosts import why_not
 from bench.validate import Cell, Model, compare, main, mean_error, report
 
 TRUE = (0.9, 0.6, 0.8, 200.0, 150.0, 50.0, 300.0)
-RATES = {"add": 5e9, "scale": 5e9, "qsgd.encode": 6e8, "qsgd.recode": 5e8, "qsgd.decode": 2e9,
-         "pca.encode": 1.5e10, "pca.decode": 2e10}  # fmt: skip
+RATES = {
+    "add": 5e9,
+    "scale": 5e9,
+    "qsgd.encode": 6e8,
+    "qsgd.recode": 5e8,
+    "qsgd.decode": 2e9,
+    "pca.encode": 1.5e10,
+    "pca.decode": 2e10,
+}
 
 
 def made_cells(noise: float = 0.0) -> dict[str, Any]:

@@ -18,8 +18,15 @@ from ring.cluster import Cluster, ClusterError, read
 FOLDER = Path(__file__).parent
 #: What the codecs of this project can be rated by (`Codec.amounts`).
 RATES = (
-    "add", "copy", "scale", "qsgd.encode", "qsgd.recode", "qsgd.decode", "pca.encode", "pca.decode",
-)  # fmt: skip
+    "add",
+    "copy",
+    "scale",
+    "qsgd.encode",
+    "qsgd.recode",
+    "qsgd.decode",
+    "pca.encode",
+    "pca.decode",
+)
 #: Where `python -m bench.calibrate` writes the machine at hand.
 THIS_MACHINE = Path("results/this-machine.toml")
 

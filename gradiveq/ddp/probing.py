@@ -184,16 +184,30 @@ class Probe:
         """
         rows = [
             [
-                row.method, row.layer, row.elements, row.ratio, row.held_out_loss, row.in_sample_loss,
-                1e3 * row.compress_s, 1e3 * row.decompress_s, 1e3 * row.fit_s,
+                row.method,
+                row.layer,
+                row.elements,
+                row.ratio,
+                row.held_out_loss,
+                row.in_sample_loss,
+                1e3 * row.compress_s,
+                1e3 * row.decompress_s,
+                1e3 * row.fit_s,
             ]
             for row in self.report()
             if layers or row.layer == "all"
-        ]  # fmt: skip
+        ]
         headers = [
-            "method", "layer", "elements", "ratio", "held-out loss", "in-sample loss",
-            "compress ms", "decompress ms", "fit ms",
-        ]  # fmt: skip
+            "method",
+            "layer",
+            "elements",
+            "ratio",
+            "held-out loss",
+            "in-sample loss",
+            "compress ms",
+            "decompress ms",
+            "fit ms",
+        ]
         text = str(tabulate(rows, headers, floatfmt=("", "", "", ".1f", ".3g", ".3g", ".2f", ".2f", ".1f")))
         reasons = dict.fromkeys(self.left_out.values())
         named = {why: ", ".join(name for name, other in self.left_out.items() if other == why) for why in reasons}

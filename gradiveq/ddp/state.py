@@ -134,9 +134,16 @@ class State:
             raise ValueError("`model` has no parameter that requires a gradient")
         self._codes = flaws.Codes(self._group.size, len(self._parameters.names))
         self._new_scheme = partial(
-            make_scheme, method, model, self._parameters, self._group,
-            seed=seed, start=start_iteration, min_ratio=min_ratio, also=also,
-        )  # fmt: skip
+            make_scheme,
+            method,
+            model,
+            self._parameters,
+            self._group,
+            seed=seed,
+            start=start_iteration,
+            min_ratio=min_ratio,
+            also=also,
+        )
         self._scheme: Scheme = self._new_scheme()
         self._identity = {
             "method": repr(method),

@@ -96,19 +96,31 @@ class Trial(ABC):
             seen = self.seen[block.name]
             found.append(
                 LayerReport(
-                    self.name, block.name, block.length,
-                    4 * block.length / fmean(seen.bytes_sent), fmean(loss.relative for loss in seen.losses),
-                    seen.in_sample_loss, median(seen.compress_s), median(seen.decompress_s), seen.fit_s,
+                    self.name,
+                    block.name,
+                    block.length,
+                    4 * block.length / fmean(seen.bytes_sent),
+                    fmean(loss.relative for loss in seen.losses),
+                    seen.in_sample_loss,
+                    median(seen.compress_s),
+                    median(seen.decompress_s),
+                    seen.fit_s,
                 )
-            )  # fmt: skip
+            )
         calls = zip(*(seen.losses for seen in self.seen.values()), strict=True)
         total = sum(block.length for block in self.blocks)
         sent = sum(fmean(seen.bytes_sent) for seen in self.seen.values())
         everything = LayerReport(
-            self.name, "all", total, 4 * total / sent, fmean(sum(losses, Loss()).relative for losses in calls), None,
-            sum(row.compress_s for row in found), sum(row.decompress_s for row in found),
+            self.name,
+            "all",
+            total,
+            4 * total / sent,
+            fmean(sum(losses, Loss()).relative for losses in calls),
+            None,
+            sum(row.compress_s for row in found),
+            sum(row.decompress_s for row in found),
             sum(row.fit_s for row in found),
-        )  # fmt: skip
+        )
         return [everything, *found]
 
     def _compare(self, estimate: Float32, average: Float32) -> None:
@@ -158,9 +170,8 @@ class PowerSGDTrial(Trial):
         estimate = np.empty_like(own)
         places = [slice(block.offset, block.stop) for block in self.blocks]
         rounds = [
-            worker.rounds(own[place], estimate[place], call)
-            for worker, place in zip(self.workers, places, strict=True)
-        ]  # fmt: skip
+            worker.rounds(own[place], estimate[place], call) for worker, place in zip(self.workers, places, strict=True)
+        ]
         spent: list[list[float]] = [[] for _ in rounds]
         messages: list[Float32 | None] = []
         sent = [0] * len(rounds)

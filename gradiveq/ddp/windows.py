@@ -164,9 +164,13 @@ class WindowsScheme(Scheme):
 
     def _new_sampler(self) -> PCASampler:
         return PCASampler(
-            tuple(self._layers.values()), self._slice_sizes, self.method.pca, self.group.rank, self.group.size,
+            tuple(self._layers.values()),
+            self._slice_sizes,
+            self.method.pca,
+            self.group.rank,
+            self.group.size,
             self.method.most_samples,
-        )  # fmt: skip
+        )
 
     def _agree(self, dims: Float64, iteration: int, traffic: Traffic) -> Float64:
         """Every group's d, once all ranks have fitted.
