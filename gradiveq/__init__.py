@@ -3,9 +3,9 @@
 `Aggregator(model, ring, method)` takes any `Method`; `parse("topk:0.01+ef")` makes one of a short text.
 """
 
-from gradiveq.aggregator import Aggregator, FitError, NonFiniteGradient, Report
-from gradiveq.exchange import ErrorFeedback
+from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.over_ring.aggregator import Aggregator, FitError, NonFiniteGradient, Report
 from gradiveq.powersgd import PowerSGD
 from gradiveq.specs import parse
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 Vector = npt.NDArray[np.float32]
+AnyArray = TypeVar("AnyArray", npt.NDArray[Any], Tensor)
 
 #: Above this, a covariance (K x K floats) takes more than 64 MiB and the refit seconds.
 SLICE_LIMIT = 4096
@@ -30,21 +32,25 @@ SLICE_LIMIT = 4096
 
 @dataclass(frozen=True)
 class Block:
-    """One parameter's place in the vector.
+    """One parameter's place in a vector.
 
     Attributes:
-        name: as in `model.named_parameters()`.
-        offset: first element in the vector.
+        name: as in `model.named_parameters()` of the model without wrappers.
+        start: first element in the vector.
         length: number of elements.
         shape: of the parameter, (F, D, *kernel) for a convolution.
-        compressed: whether it is a convolution in the order of Fig. 3a; otherwise it is stored as PyTorch has it.
+        compressed: whether it is for PCA and in the order of Fig. 3a; otherwise it is stored as PyTorch has it.
+        index: number of the parameter, which its random numbers are keyed by.
+        stride: of its elements in the vector, if that is neither of the two orders; as `torch.Tensor.stride`.
     """
 
     name: str
-    offset: int
+    start: int
     length: int
     shape: tuple[int, ...]
     compressed: bool
+    index: int = 0
+    stride: tuple[int, ...] | None = None
 
     @property
     def filters(self) -> int:
@@ -58,16 +64,77 @@ class Block:
 
     @property
     def stop(self) -> int:
-        return self.offset + self.length
+        return self.start + self.length
+
+    @property
+    def where(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def rows_are_innermost(self) -> bool:
+        """Whether neighbours in the vector are of different rows of `matrix`: of a convolution in the order of Fig. 3a,
+        of a linear layer whose weight is stored transposed."""
+        if self.stride is None or self.shape[0] == 1:
+            return self.compressed and self.stride is None
+        return self.stride[0] == 1 and max(self.shape[1:]) > 1
 
     def view(self, flat: Tensor) -> Tensor:
         """The block's stretch of a flat tensor, as a view in the parameter's shape."""
-        part = flat[self.offset : self.stop]
+        part = flat[self.start : self.stop]
+        if self.stride is not None:
+            return part.as_strided(self.shape, self.stride)
         if not self.compressed:
             return part.view(self.shape)
         filters, depth, *kernel = self.shape
         axes = range(len(kernel))
         return part.view(*kernel, depth, filters).permute(len(kernel) + 1, len(kernel), *axes)
+
+    def matrix(self, flat: AnyArray) -> AnyArray:
+        """The gradient of two or more dimensions as a matrix, (outputs, inputs), of a convolution (F, D·H·W).
+
+        Its columns may be in another order than PyTorch's, the same in every vector in which the block is stored alike.
+
+        Args:
+            flat: array or tensor, with the block's elements in their place.
+        Returns:
+            A view, contiguous or the transpose of what is.
+        """
+        rows, columns = matrix_shape(self.shape)
+        part = flat[self.start : self.stop]
+        if self.rows_are_innermost:
+            return part.reshape(columns, rows).T
+        return part.reshape(rows, columns)
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """(n, m) of a parameter of two or more dimensions: (outputs, inputs), of a convolution (F, D·H·W)."""
+    return shape[0], prod(shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """A flat vector of several parameters' gradients, in order and without gaps: DDP's, or the whole model's.
+
+    Attributes:
+        blocks: its parameters.
+        length: in elements.
+        unknown: how many of its parameters, from some one on, are not the model's; then `blocks` ends there.
+    """
+
+    blocks: tuple[Block, ...]
+    length: int
+    unknown: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(block.name for block in self.blocks)
+
+    def title(self) -> str:
+        """Its first and last parameter, for messages."""
+        names = self.names
+        if not names:
+            return "no parameter of the model"
+        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
 
 def default_slice_size(filters: int, depth: int, limit: int = SLICE_LIMIT) -> int:
@@ -128,9 +195,8 @@ class Layout:
         groups: patterns (`fnmatch`) of the names of parameters that are to stand together: a group for each.
 
     Attributes:
-        blocks: the groups, then what is in none; in each the convolutions first, then the rest, both in the order of
-            `model.named_parameters()`.
-        length: elements of the vector.
+        bucket: the vector. Its blocks are the groups, then what is in none; in each the convolutions first, then the
+            rest, both in the order of `model.named_parameters()`.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[str] = ()) -> None:
@@ -145,15 +211,21 @@ class Layout:
             return group, id(item[1]) not in convolutions
 
         ordered = sorted(named, key=place)  # stable
-        blocks, offset = [], 0
-        for name, p in ordered:
-            shape = tuple(p.shape)
-            blocks.append(Block(name, offset, prod(shape), shape, id(p) in convolutions))
-            offset += blocks[-1].length
-        self.blocks = tuple(blocks)
-        self.length = offset
+        blocks: list[Block] = []
+        for index, (name, p) in enumerate(ordered):
+            start, shape = blocks[-1].stop if blocks else 0, tuple(p.shape)
+            blocks.append(Block(name, start, prod(shape), shape, id(p) in convolutions, index))
+        self.bucket = Bucket(tuple(blocks), blocks[-1].stop if blocks else 0)
         self._parameters = tuple(p for _, p in ordered)
         self._last: tuple[Vector | Tensor, list[Tensor]] | None = None
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return self.bucket.blocks
+
+    @property
+    def length(self) -> int:
+        return self.bucket.length
 
     def _views(self, vector: Vector | Tensor) -> list[Tensor]:
         """Each block in its parameter's shape. The last vector's are kept: making them takes as long as copying."""

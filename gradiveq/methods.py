@@ -9,17 +9,17 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from gradiveq.accordion import check as check_regimes
+from gradiveq.arrays.levels import Norm, check_format
 from gradiveq.checks import at_least, is_number
 from gradiveq.compressors.base import Compressor
 from gradiveq.compressors.threshold import Threshold
-from gradiveq.exchange import ErrorFeedback, Part
+from gradiveq.exchange.critical_regimes import check as check_regimes
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.parts import Override, Part, group_parts, layer_parts, model_parts
 from gradiveq.flatten import Block
 from gradiveq.noise import BLOCK as NOISE_BLOCK
-from gradiveq.parts import Override, group_parts, layer_parts, model_parts
-from gradiveq.pca import PCAConfig
+from gradiveq.pca.config import PCAConfig
 from gradiveq.powersgd import PowerSGD
-from gradiveq.qsgd import QSGD, Norm
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class QSGDRing:
     """QSGD at every hop of the ring (Fig. 2a of Yu et al. 2018), on the whole gradient vector.
 
     Attributes:
-        bits, bucket, norm: see `gradiveq.qsgd.QSGD`.
+        bits, bucket, norm: see `gradiveq.over_ring.qsgd.QSGD`.
         pipelined: cut segments into chunks, so that a hop quantises one while the next arrives; False for one chunk a
             segment, as in the paper.
     Raises:
@@ -49,11 +49,7 @@ class QSGDRing:
     name: ClassVar[str] = "qsgd"
 
     def __post_init__(self) -> None:
-        self.codec()  # which checks the values
-
-    def codec(self, seed: int = 0, call: int = 0) -> QSGD:
-        """The codec of one all-reduce; the random numbers depend on both arguments."""
-        return QSGD(self.bits, self.bucket, self.norm, seed, call)
+        check_format(self.bits, self.bucket, self.norm)
 
 
 @dataclass(frozen=True)
@@ -72,6 +68,8 @@ class GradiVeQ:
         holdout_every: measure the held-out loss in the first of each so many compressed iterations, by an exact
             all-reduce of the same gradients beside the compressed one; 0 for never.
         max_sample: most sampling iterations in a window with sample="auto".
+        error_feedback: whether each worker adds what its bases leave out to its next gradient; it is sent in the next
+            sampling iteration.
         stop_multiple: with compress="auto", a worker votes to end the window when its relative local loss (Eq. 7)
             exceeds so many times that of the window's first compressed iteration.
     Raises:
@@ -91,6 +89,7 @@ class GradiVeQ:
     holdout_every: int = 50
     max_sample: int = 400
     stop_multiple: float = 2.0
+    error_feedback: bool = False
 
     name: ClassVar[str] = "gradiveq"
 
@@ -131,7 +130,7 @@ class Compressed:
     Attributes:
         compressor: Q_W.
         granularity: what it is applied to at once: each "layer", the entire "model", or groups of layers, given as
-            patterns (`gradiveq.parts`); layers that are in no group are parts of their own.
+            patterns (`gradiveq.exchange.parts`); layers that are in no group are parts of their own.
         overrides: (pattern, compressor) for layers that have another one.
         feedback: error feedback, or None.
         master: Q_M, which compresses the mean on its way back (Algorithm 1 of Dutta et al. 2020), or None. It is
@@ -185,7 +184,7 @@ class Compressed:
         return () if isinstance(self.granularity, str) else self.granularity
 
     def parts(self, blocks: Sequence[Block]) -> list[Part]:
-        """For `gradiveq.exchange.Worker`, of a layout that was made with `groups`.
+        """What is compressed at once, of a layout that was made with `groups`.
 
         Raises:
             ValueError: a pattern doesn't fit the layers.
@@ -195,11 +194,6 @@ class Compressed:
         if self.granularity == "model":
             return model_parts(blocks, self.compressor)
         return group_parts(blocks, self.compressor, self.groups, self.overrides)
-
-    def master_parts(self, blocks: Sequence[Block]) -> list[Part]:
-        """The same parts with Q_M, for `gradiveq.exchange.Master`."""
-        assert self.master is not None
-        return [part._replace(compressor=self.master) for part in self.parts(blocks)]
 
 
 def takes_mean(compressor: Compressor) -> bool:
@@ -211,12 +205,12 @@ def takes_mean(compressor: Compressor) -> bool:
 
 @dataclass(frozen=True)
 class Accordion:
-    """Two settings of a method, and each layer by the one or the other (`gradiveq.accordion`).
+    """Two settings of a method, and each layer by the one or the other (`gradiveq.exchange.critical_regimes`).
 
     Attributes:
         low: the low compression, for critical regimes.
         high: the high compression, for the others.
-        interval, window, eta: of `gradiveq.accordion.CriticalRegimes`. In the paper an interval is 10 epochs and its
+        interval, window, eta: of `gradiveq.exchange.critical_regimes.CriticalRegimes`. In the paper an interval is 10 epochs and its
             window 1; the default is as many iterations of CIFAR at a batch of 2,048, as in Sahu et al. 2021. A window
             of None is a tenth of the interval.
     Raises:

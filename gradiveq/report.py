@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradiveq.exchange import Measures
-from ring.timeline import Timeline
+from gradiveq.exchange.error_memory import Measures
 
 NAMES_IN_MESSAGE = 3
 
@@ -59,26 +58,6 @@ class Report:
     virtual_seconds: dict[str, float] = field(default_factory=dict)
     losses: dict[str, Any] | None = None
     measures: Measures | None = None
-
-
-@dataclass
-class Ongoing:
-    """The iteration under way: its number and learning rate, and what it has cost and found so far.
-
-    Attributes:
-        overflowed: this worker's gradient is finite, but together with what error feedback remembers it isn't.
-    """
-
-    iteration: int
-    lr: float
-    timeline: Timeline
-    ratio: float = 1.0
-    bytes_sent: int = 0
-    fit_bytes: int = 0
-    measure_bytes: int = 0
-    losses: dict[str, Any] = field(default_factory=dict)
-    measures: Measures | None = None
-    overflowed: bool = False
 
 
 def listed(names: Sequence[str]) -> str:

@@ -32,8 +32,8 @@ import torch
 from numba import types
 from torch import Tensor
 
+from gradiveq.arrays.jit import FLOATS, jit
 from gradiveq.compressors.base import Float32
-from gradiveq.jit import FLOATS, jit
 from gradiveq.noise import BLOCK, Float64, NoiseEstimate, estimate_of, variance
 
 #: w: numbers of a sketch.

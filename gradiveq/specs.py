@@ -33,7 +33,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from gradiveq.compressors import COMPRESSORS, Compressor
 from gradiveq.compressors.threshold import Threshold
-from gradiveq.exchange import ErrorFeedback, Form
+from gradiveq.exchange.error_memory import ErrorFeedback, Form
 from gradiveq.methods import METHODS, Accordion, AutoThreshold, Compressed, Method
 from gradiveq.powersgd import PowerSGD
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradiveq.compressors.base import Constants, Draw, Float32
-from gradiveq.exchange import Part
+from gradiveq.exchange.parts import Part
 
 
 class Lemma1(NamedTuple):

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from gradiveq.arrays.bits import UInt32, pack, packed_bytes, unpack
+from gradiveq.arrays.jit import FLOATS, jit
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
-from gradiveq.compressors.bits import UInt32, pack, packed_bytes, unpack
 from gradiveq.compressors.sparse import add, decode_count, decode_positions, encode_positions, positions_bytes, put
-from gradiveq.jit import FLOATS, jit
 
 _SCALE_BYTES = 4
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradiveq.arrays.bits import UInt32
+from gradiveq.arrays.reductions import largest
+from gradiveq.arrays.select import at_least
 from gradiveq.compressors.base import Constants, Float32
-from gradiveq.compressors.bits import UInt32
-from gradiveq.compressors.reductions import largest
-from gradiveq.compressors.select import at_least
 from gradiveq.compressors.sparse import Sparsifier, positions_bytes
 
 

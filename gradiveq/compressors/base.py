@@ -1,5 +1,7 @@
 """What every compressor of gradients is: a function of a vector, hyper-parameters and a key for random numbers.
 
+A compressor's file holds both of its forms: NumPy's and Numba's for the host, and where there is one, torch's for a device.
+
 A compressor knows nothing of rings, layers or memories: `gradiveq.exchange` applies it to a layer or to the whole
 model, adds what error feedback kept, and sends the payload. It says by which collective its payloads travel:
 
@@ -14,39 +16,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
-Float32 = npt.NDArray[np.float32]
-Array = npt.NDArray[Any]
+from gradiveq.arrays.counter_random import Draw
+from gradiveq.arrays.float32 import Array, Float32
+from gradiveq.device.bits import constant
+
+__all__ = ["Array", "Collective", "Compressor", "Constants", "Draw", "Float32"]
 
 Collective = Literal["all_reduce", "all_gather"]
-
-
-class Draw(NamedTuple):
-    """What the random numbers of one compression are keyed by; the same key draws the same numbers everywhere.
-
-    Attributes:
-        seed: of the run.
-        call: of the aggregation, counted from 0.
-        rank: of the worker.
-        part: which layer, or 0 for the entire model.
-    """
-
-    seed: int
-    call: int
-    rank: int
-    part: int
-
-    def generator(self, *, shared: bool = False) -> np.random.Generator:
-        """A generator of its own for this key; with `shared` it is the same on all ranks.
-
-        Philox, so a key costs no state and nothing depends on what was drawn before. Cost: about 10 µs.
-        """
-        rank = 0 if shared else self.rank + 1
-        return np.random.Generator(np.random.Philox(key=[self.seed, self.call], counter=[0, 0, rank, self.part]))
 
 
 @dataclass(frozen=True)
@@ -137,3 +119,54 @@ class Compressor(ABC):
     def finish(self, total: Float32, size: int) -> None:
         """Turn the sum of `size` workers' estimates into what training uses, in place: their mean. (Or a majority.)"""
         total /= np.float32(size)
+
+    # The same on a device, as torch operations. A compressor that has them gives the payloads of its other form, and
+    # decodes them alike, bit by bit; nothing waits for the device. `gradiveq.device` says what that takes.
+
+    @property
+    def on_device(self) -> bool:
+        """Whether this class has a torch form. One that is derived from such a class may do something else."""
+        return "compress_tensor" in type(self).__dict__
+
+    def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
+        """As `compress`.
+
+        Args:
+            values: float32 of shape (length,), on any device.
+        Returns:
+            The payload, there; may be a view of `values`.
+        """
+        raise TypeError(f"{self.name} has no torch form")
+
+    def estimates(self, payloads: Tensor, length: int) -> Tensor:
+        """What each of several payloads decodes to.
+
+        Args:
+            payloads: uint8 of shape (..., bytes), of an "all_gather".
+        Returns:
+            float32 of shape (..., length).
+        """
+        raise TypeError(f"{self.name} has no torch form")
+
+    def decompress_tensor(self, payload: Tensor, out: Tensor, draw: Draw) -> None:
+        """As `decompress`."""
+        out.copy_(self.estimates(payload, len(out)))
+
+    def add_tensors(self, payloads: Tensor, total: Tensor) -> None:
+        """As `add_to` of one payload after the other.
+
+        Args:
+            payloads: what was gathered, uint8 of shape (ranks, bytes).
+        """
+        for some in torch.split(payloads, at_once(len(total))):
+            for estimate in self.estimates(some, len(total)):
+                total += estimate
+
+    def finish_tensor(self, total: Tensor, size: int) -> None:
+        """As `finish`."""
+        total /= constant(size, total)
+
+
+def at_once(length: int) -> int:
+    """How many payloads of vectors of this length are decoded at once: as many as have 4 Mi elements, or one."""
+    return max(1, (1 << 22) // max(1, length))

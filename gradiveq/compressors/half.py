@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+import torch
 from numba import types
+from torch import Tensor
 
+from gradiveq.arrays.float32 import INFINITY_BITS
+from gradiveq.arrays.jit import FLOATS, jit
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
-from gradiveq.float32 import INFINITY_BITS
-from gradiveq.jit import FLOATS, jit
 
 HalfType = Literal["float16", "bfloat16"]
 _DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -148,3 +150,9 @@ class Half(Compressor):
         if self.dtype == "bfloat16":
             return Constants(omega=(1 + 2.0**-8) ** 2 - 1, delta=1 - 2.0**-16, variance=2.0**-16)
         return Constants(omega=3.0, variance=1.0)
+
+    def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
+        return values.clamp(-self.limit, self.limit).to(getattr(torch, self.dtype))
+
+    def decompress_tensor(self, payload: Tensor, out: Tensor, draw: Draw) -> None:
+        out.copy_(payload)

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numba import types
+from torch import Tensor
 
+from gradiveq.arrays.counter_random import random24, stream_key
+from gradiveq.arrays.jit import FLOATS, jit
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
-from gradiveq.counter_random import random24, stream_key
-from gradiveq.jit import FLOATS, jit
+from gradiveq.device import bits
 
 Rounding = Literal["nearest", "stochastic"]
 _DTYPES = {8: np.int8, 16: np.int16, 32: np.int32}
@@ -138,3 +141,16 @@ class Integer(Compressor):
         if self.rounding == "stochastic":
             return Constants(absolute=absolute)
         return Constants(omega=3.0, variance=1.0, absolute=absolute)
+
+    def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
+        """Float64 throughout, without which 32 bits can't be the host's."""
+        u: Tensor | float = 0.5
+        if self.rounding == "stochastic":
+            u = bits.random24(draw, len(values), values.device).double() * 2.0**-24
+        # Two operations: with one, a GPU wouldn't round the product.
+        steps = (values.double() * self.scale + u).floor_()
+        return steps.clamp_(-self.most, self.most).to(getattr(torch, f"int{self.bits}"))
+
+    def decompress_tensor(self, payload: Tensor, out: Tensor, draw: Draw) -> None:
+        exact = payload.double()
+        out.copy_(exact / bits.constant(self.scale, exact))

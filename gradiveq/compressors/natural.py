@@ -14,13 +14,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numba import types
+from torch import Tensor
 
+from gradiveq.arrays.counter_random import random24, stream_key
+from gradiveq.arrays.float32 import INFINITY_BITS
+from gradiveq.arrays.jit import BYTES, FLOATS, jit
+from gradiveq.arrays.signs import pack_signs, unpack_signs
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
-from gradiveq.compressors.signs import pack_signs, unpack_signs
-from gradiveq.counter_random import random24, stream_key
-from gradiveq.float32 import INFINITY_BITS
-from gradiveq.jit import BYTES, FLOATS, jit
+from gradiveq.device import bits
 
 
 @jit(types.void(FLOATS, types.uint64, types.uint8[::1]), cache=True)
@@ -68,3 +71,13 @@ class Natural(Compressor):
     def constants(self, length: int) -> Constants:
         """Theorem 1 of Horváth et al.: E‖C(x)‖² <= 9/8‖x‖². Of the normal numbers up to 2^127."""
         return Constants(omega=1 / 8, delta=7 / 8, variance=1 / 8)
+
+    def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
+        magnitudes = values.view(torch.int32) & 0x7FFFFFFF
+        powers = (magnitudes + (bits.random24(draw, len(values), values.device) >> 1)) >> 23
+        exponents = torch.where(magnitudes >= INFINITY_BITS, 255, powers.clamp(max=254)).to(torch.uint8)
+        return torch.cat([exponents, bits.pack_bits(values < 0)])
+
+    def estimates(self, payloads: Tensor, length: int) -> Tensor:
+        magnitudes = (payloads[..., :length].int() << 23).view(torch.float32)
+        return torch.where(bits.unpack_bits(payloads[..., length:], length), -magnitudes, magnitudes)

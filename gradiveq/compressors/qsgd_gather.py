@@ -1,4 +1,4 @@
-"""QSGD as its paper sends it: every worker's levels to everybody. (In the ring, hop by hop: `gradiveq.qsgd`.)
+"""QSGD as its paper sends it: every worker's levels to everybody. (In the ring, hop by hop: `gradiveq.over_ring.qsgd`.)
 
 Alistarh et al. 2017, section 3.1: with m the norm of the vector, or of each bucket of it, and s levels beside the sign,
 
@@ -17,15 +17,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numba import types
+from torch import Tensor
 
+from gradiveq.arrays.bits import UInt32, pack, packed_bytes, unpack
+from gradiveq.arrays.counter_random import random24, stream_key
+from gradiveq.arrays.float32 import LARGEST
+from gradiveq.arrays.jit import FLOATS, WORDS, jit
+from gradiveq.arrays.levels import Norm, level_variance
+from gradiveq.arrays.reductions import largest, sum_of_squares
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
-from gradiveq.compressors.bits import UInt32, pack, packed_bytes, unpack
-from gradiveq.compressors.reductions import largest, sum_of_squares
-from gradiveq.counter_random import random24, stream_key
-from gradiveq.float32 import LARGEST
-from gradiveq.jit import FLOATS, WORDS, jit
-from gradiveq.qsgd import Norm, level_variance
+from gradiveq.device import bits
 
 _MOST_LEVELS = 2**16
 #: Elements that are quantised and packed at a time: 1.4 times as fast as a vector of codes, as these stay in the cache.
@@ -143,7 +147,7 @@ class QSGDGather(Compressor):
         return 4 * self._num_norms(length) + packed_bytes(length, self.bits)
 
     def constants(self, length: int) -> Constants:
-        """Ω of `gradiveq.qsgd.level_variance`, the tight form of the paper's Lemma 3.1 (3.4 in later versions)."""
+        """Ω of `gradiveq.over_ring.qsgd.level_variance`, the tight form of the paper's Lemma 3.1 (3.4 in later versions)."""
         variance = level_variance(self.levels, max(1, min(self._bucket(length), length)), self.norm)
         return Constants(omega=variance, delta=1 - variance if variance < 1 else None, variance=variance)
 
@@ -158,3 +162,31 @@ class QSGDGather(Compressor):
         stretch_bytes = packed_bytes(_STRETCH, self.bits)
         for index, start in enumerate(range(0, length, _STRETCH)):
             yield start, wire[index * stretch_bytes : (index + 1) * stretch_bytes]
+
+    def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
+        """With norm "l2", norms may be the float32 beside the host's, and then codes one level off."""
+        length, bucket = len(values), self._bucket(len(values))
+        if not length:
+            return values.new_empty(0, dtype=torch.uint8)
+        rows = F.pad(values, (0, -length % bucket)).view(-1, bucket)
+        magnitudes = rows.abs()
+        most = magnitudes.amax(1)
+        norms = most
+        if self.norm == "l2":
+            lengths = torch.linalg.vector_norm(rows, 2, 1, dtype=torch.float64)
+            norms = torch.where(most.isfinite(), lengths.clamp(max=LARGEST).float(), most)
+        usable = (norms.isfinite() & (norms > 0)).view(-1, 1)
+        y = torch.where(usable, magnitudes / norms.view(-1, 1), 0) * self.levels
+        whole = y.int()
+        fractions = ((y - whole.float()) * (1 << 24)).int()
+        random = bits.random24(draw, rows.numel(), values.device).view(rows.shape)
+        levels = whole + ((fractions + random) >> 24)
+        codes = self.levels + torch.where(rows < 0, -levels, levels)
+        return torch.cat([norms.view(torch.uint8), bits.pack(codes.view(-1)[:length].long(), self.bits)])
+
+    def estimates(self, payloads: Tensor, length: int) -> Tensor:
+        header, bucket = payloads.shape[-1] - packed_bytes(length, self.bits), self.bucket or length
+        levels = (bits.unpack(payloads[..., header:], self.bits, length) - self.levels).float()
+        norms = bits.cast(payloads[..., :header], torch.float32).unsqueeze(-1)
+        norms = norms.expand(*norms.shape[:-1], bucket).flatten(-2)[..., :length]
+        return levels / bits.constant(self.levels, levels) * norms

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from gradiveq.arrays.float32 import LARGEST
+from gradiveq.arrays.select import check_kept, num_kept
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
-from gradiveq.compressors.select import check_kept, num_kept
-from gradiveq.float32 import LARGEST
+from gradiveq.device.bits import copied
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,14 @@ class RandomK(Compressor):
             variance=variance,
             absolute=0.0 if kept == 1 else None,
         )
+
+    def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
+        """Indices are drawn on the host, in a loop whose length depends on what it draws, and copied from pinned memory."""
+        sent = values[copied(self.indices(len(values), draw), values.device)]
+        if self.unbiased and len(sent):
+            return (sent.double() * (len(values) / len(sent))).clamp_(-LARGEST, LARGEST).float()
+        return sent
+
+    def decompress_tensor(self, payload: Tensor, out: Tensor, draw: Draw) -> None:
+        out.zero_()
+        out[copied(self.indices(len(out), draw), out.device)] = payload

@@ -21,10 +21,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from gradiveq.arrays.reductions import sum_of_magnitudes
+from gradiveq.arrays.signs import pack_signs, unpack_signs
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
-from gradiveq.compressors.reductions import sum_of_magnitudes
-from gradiveq.compressors.signs import pack_signs, unpack_signs
+from gradiveq.device import bits
 
 Rule = Literal["vote", "mean", "scaled"]
 RULES: tuple[Rule, ...] = ("vote", "mean", "scaled")
@@ -86,3 +89,22 @@ class Sign(Compressor):
 
     def _header(self, length: int) -> int:
         return 4 if self.rule == "scaled" and length else 0
+
+    def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
+        """The scale may be the float32 beside the host's: its sum is in the device's order (`gradiveq.device`)."""
+        signs = bits.pack_bits(values < 0)
+        if self.rule != "scaled" or not len(values):
+            return signs
+        scale = (values.abs().sum(dtype=torch.float64) / len(values)).float()
+        return torch.cat([bits.as_bytes(scale), signs])
+
+    def estimates(self, payloads: Tensor, length: int) -> Tensor:
+        header = payloads.shape[-1] - -(-length // 8)
+        magnitude = bits.cast(payloads[..., :4], torch.float32) if header else payloads.new_ones(1, dtype=torch.float32)
+        return torch.where(bits.unpack_bits(payloads[..., header:], length), -magnitude, magnitude)
+
+    def finish_tensor(self, total: Tensor, size: int) -> None:
+        if self.rule == "vote":
+            total.sign_()
+        else:
+            super().finish_tensor(total, size)

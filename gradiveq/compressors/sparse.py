@@ -10,7 +10,7 @@ Fano (1971), of which each index takes 2 to 3 bits + log2(length/count): 9 inste
 elements. Its size depends on length and count alone, so a fixed count has a fixed size. With
 b = max(0, floor(log2(length/count))):
 
-    * the lowest b bits of each index, packed (`gradiveq.compressors.bits`): ceil(count·b/8) bytes
+    * the lowest b bits of each index, packed (`gradiveq.arrays.bits`): ceil(count·b/8) bytes
     * of the rest, index >> b, which is ascending and at most h = (length - 1) >> b: bits of which number
       (index_i >> b) + i is set for i = 0, 1, ...: ceil((h + count)/8) bytes
 
@@ -35,11 +35,14 @@ from abc import abstractmethod
 from typing import Any
 
 import numpy as np
+import torch
 from numba import types
+from torch import Tensor
 
+from gradiveq.arrays.bits import UInt8, UInt32, pack, packed_bytes, unpack
+from gradiveq.arrays.jit import FLOATS, WORDS, jit
 from gradiveq.compressors.base import Array, Compressor, Draw, Float32
-from gradiveq.compressors.bits import UInt8, UInt32, pack, packed_bytes, unpack
-from gradiveq.jit import FLOATS, WORDS, jit
+from gradiveq.device import bits
 
 HEADER_BYTES = 5
 GAPS, BITMAP = 0, 1
@@ -227,3 +230,30 @@ def add(indices: Any, values: Any, total: Any) -> None:
     """total[indices] += values, of different indices; no bounds are checked."""
     for i in range(len(indices)):
         total[indices[i]] += values[i]
+
+
+def encode_positions_tensor(chosen: Tensor, indices: Tensor) -> list[Tensor]:
+    """`encode_positions` without the header, as torch operations.
+
+    Args:
+        chosen: bool of shape (length,).
+        indices: int64, where it is set, ascending.
+    """
+    length, count = len(chosen), len(indices)
+    if form_of(length, count) != GAPS:
+        return [bits.pack_bits(chosen)]
+    low, high = gaps_shape(length, count)
+    upper = torch.zeros(high, dtype=torch.bool, device=chosen.device)
+    upper[(indices >> low) + torch.arange(count, device=chosen.device)] = True
+    lower = [bits.pack(indices & ((1 << low) - 1), low)] if low else []
+    return [*lower, bits.pack_bits(upper)]
+
+
+def decode_positions_tensor(body: Tensor, length: int, count: int) -> Tensor:
+    """The indices, int64 of shape (..., count), ascending, of several payloads' positions without their headers."""
+    if form_of(length, count) != GAPS:
+        return bits.places(bits.unpack_bits(body, length), count)
+    low, high = gaps_shape(length, count)
+    cut = packed_bytes(count, low)
+    indices = bits.places(bits.unpack_bits(body[..., cut:], high), count) - torch.arange(count, device=body.device)
+    return (indices << low) | bits.unpack(body[..., :cut], low, count) if low else indices

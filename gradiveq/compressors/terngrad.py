@@ -18,12 +18,16 @@ from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numba import types
+from torch import Tensor
 
+from gradiveq.arrays.counter_random import random24, stream_key
+from gradiveq.arrays.jit import BYTES, FLOATS, jit
+from gradiveq.arrays.reductions import largest, standard_deviation
 from gradiveq.compressors.base import Array, Compressor, Constants, Draw, Float32
-from gradiveq.compressors.reductions import largest, standard_deviation
-from gradiveq.counter_random import random24, stream_key
-from gradiveq.jit import BYTES, FLOATS, jit
+from gradiveq.device import bits
 
 TRITS = 5
 #: ⌊byte / 3^k⌋ is (byte · _INVERSES[k]) >> 16 for every byte up to 242.
@@ -120,3 +124,38 @@ class TernGrad(Compressor):
             if cut > 0:
                 return cut
         return scale
+
+    def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
+        """With `clip`, the scale may be the float32 beside the host's while the vector's first element is within 2^13/√n
+        standard deviations of the mean and n < 2^26: its sums are in the device's order."""
+        length = len(values)
+        if not length:
+            return values.new_empty(0, dtype=torch.uint8)
+        magnitudes = values.abs()
+        scale = magnitudes.amax()
+        if self.clip is not None:
+            cut = torch.minimum(self.clip * _deviation_tensor(values), scale.double()).float()
+            scale = torch.where(cut > 0, cut, scale)
+        divisor = torch.where(scale == 0, 1, scale)
+        probability = (torch.minimum(magnitudes, divisor) / divisor * (1 << 24)).int()
+        sent = (probability + bits.random24(draw, length, values.device)) >> 24
+        digits = torch.where(values < 0, 1 - sent, 1 + sent).to(torch.uint8)
+        fields = F.pad(digits, (0, -length % TRITS)).view(TRITS, -1)
+        trits = fields[0].clone()
+        for field in range(1, TRITS):
+            trits += fields[field] * 3**field
+        return torch.cat([bits.as_bytes(scale), trits])
+
+    def estimates(self, payloads: Tensor, length: int) -> Tensor:
+        if not length:
+            return payloads.float()
+        weights = 3 ** torch.arange(TRITS, dtype=torch.int32, device=payloads.device).view(-1, 1)
+        digits = payloads[..., None, 4:].int().div(weights, rounding_mode="floor") % 3
+        return (digits.flatten(-2)[..., :length] - 1).float() * bits.cast(payloads[..., :4], torch.float32)
+
+
+def _deviation_tensor(values: Tensor) -> Tensor:
+    """`reductions.standard_deviation`, float64; exactly 0 of a constant vector too."""
+    differences = values.double() - values[0].double()
+    mean = differences.sum() / len(values)
+    return (differences.square().sum() / len(values) - mean * mean).clamp(min=0).sqrt()

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradiveq.arrays.bits import UInt32
+from gradiveq.arrays.float32 import LARGEST
+from gradiveq.arrays.select import at_least
 from gradiveq.compressors.base import Constants, Float32
-from gradiveq.compressors.bits import UInt32
-from gradiveq.compressors.select import at_least
 from gradiveq.compressors.sparse import Sparsifier, positions_bytes
-from gradiveq.float32 import LARGEST
 
 
 @dataclass(frozen=True)

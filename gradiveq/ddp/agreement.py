@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from gradiveq.ddp.group import Group
+from gradiveq.ddp.process_group import ProcessGroup
 from gradiveq.report import listed
 
 
-def compare(group: Group, said: Mapping[str, Any], iteration: int, refused: str = "") -> None:
+def compare(group: ProcessGroup, said: Mapping[str, Any], iteration: int, refused: str = "") -> None:
     """Refuse ranks that differ, or of which some can't go on; collective, 8 bytes from each rank.
 
     Args:

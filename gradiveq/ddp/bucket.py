@@ -10,7 +10,6 @@ format, whose gradient DDP stores with the parameter's own strides.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -18,58 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gradiveq.flatten import Block, Bucket
+
 #: Where a module is in what `torch.compile` makes of it.
 COMPILED = "_orig_mod"
 
 #: What compressors can take, all of them as float32; buckets of other types travel as they are.
 COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """One parameter in a bucket.
-
-    Attributes:
-        name: as in `named_parameters()` of the model without the wrappers of DDP and `torch.compile`.
-        index: among the parameters that require a gradient.
-        start, stop: elements of the bucket.
-        shape, stride: of its gradient there, of real numbers.
-    """
-
-    name: str
-    index: int
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def view(self, flat: Tensor) -> Tensor:
-        """The gradient, in the parameter's shape, as a view of the bucket's elements (or of as many others)."""
-        return flat[self.start : self.stop].as_strided(self.shape, self.stride)
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A bucket's parameters, in order and without gaps.
-
-    Attributes:
-        unknown: how many of the bucket's parameters, from some one on, are not the model's; then `places` ends there.
-    """
-
-    places: tuple[Place, ...]
-    length: int
-    unknown: int = 0
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(place.name for place in self.places)
-
-    def title(self) -> str:
-        """For messages."""
-        names = self.names
-        if not names:
-            return "no parameter of the model"
-        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
 
 class Parameters:
@@ -87,7 +41,7 @@ class Parameters:
         self.tensors = [p for _, p in named]
         self.shapes = [tuple(p.shape) + (2,) * p.is_complex() for p in self.tensors]
         self._index = {id(p): index for index, p in enumerate(self.tensors)}
-        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._buckets: dict[tuple[int, ...], Bucket] = {}
         # (the module's own parameters, name in there, index): looked at in each iteration, so it has to be quick
         self._seats = [
             (module._parameters, key, self._index[id(p)])
@@ -112,27 +66,34 @@ class Parameters:
         tensors = self.tensors
         return next((index for module, key, index in self._seats if module.get(key) is not tensors[index]), None)
 
-    def plan(self, bucket: dist.GradBucket) -> Plan:  # type: ignore[name-defined]
-        """What is where in a bucket."""
+    @property
+    def blocks(self) -> list[Block]:
+        """All parameters as if they were in one vector, each as PyTorch has it."""
+        blocks: list[Block] = []
+        for index, (name, shape) in enumerate(zip(self.names, self.shapes, strict=True)):
+            blocks.append(Block(name, blocks[-1].stop if blocks else 0, prod(shape), shape, False, index))
+        return blocks
+
+    def contents(self, bucket: dist.GradBucket) -> Bucket:  # type: ignore[name-defined]
+        """What is where in a bucket of DDP's."""
         parameters = bucket.parameters()
         key = tuple(map(id, parameters))
-        plan = self._plans.get(key)
-        if plan is None:
-            places = tuple(self._places(parameters))
+        found = self._buckets.get(key)
+        if found is None:
+            blocks = tuple(self._blocks(parameters))
             length = sum(p.numel() * (1 + p.is_complex()) for p in parameters)
-            plan = self._plans[key] = Plan(places, length, len(parameters) - len(places))
-        return plan
+            found = self._buckets[key] = Bucket(blocks, length, len(parameters) - len(blocks))
+        return found
 
-    def _places(self, parameters: list[Tensor]) -> Iterator[Place]:
+    def _blocks(self, parameters: list[Tensor]) -> Iterator[Block]:
         start = 0
         for p in parameters:
             index = self._index.get(id(p))
             if index is None:
                 return
             shape = self.shapes[index]
-            stop = start + prod(shape)
-            yield Place(self.names[index], index, start, stop, shape, _stride(p))
-            start = stop
+            yield Block(self.names[index], start, prod(shape), shape, False, index, _stride(p))
+            start += prod(shape)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

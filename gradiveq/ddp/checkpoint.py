@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from gradiveq.ddp.agreement import disagreement
-from gradiveq.ddp.memory import Memories
-from gradiveq.powersgd import matrix_shape
+from gradiveq.exchange.error_memory import Memories
+from gradiveq.flatten import matrix_shape
 from gradiveq.report import listed
 
-_FIELDS = {"identity": Mapping, "rank": int, "size": int, "iteration": int, "traffic": list, "scheme": Mapping}
+_FIELDS = {"identity": Mapping, "rank": int, "size": int, "iteration": int, "traffic": list, "family": Mapping}
 
 
 def fitting(
@@ -74,8 +74,8 @@ def _check(state: object, identity: Mapping[str, Any], shapes: Mapping[str, tupl
     if difference:
         raise ValueError(f"the state is of another model or method: {difference}")
     columns = {name: matrix_shape(shape)[1:] for name, shape in shapes.items() if len(shape) > 1}
-    _check_shapes("memory", state["scheme"].get("memory") or {}, shapes, 0)
-    _check_shapes("Q", state["scheme"].get("q", {}), columns, 1)
+    _check_shapes("memory", state["family"].get("memory") or {}, shapes, 0)
+    _check_shapes("Q", state["family"].get("q", {}), columns, 1)
 
 
 def _check_shapes(what: str, kept: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], free: int) -> None:

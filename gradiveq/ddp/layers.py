@@ -17,12 +17,6 @@ from torch import nn
 from gradiveq.ddp.bucket import COMPRESSIBLE, Parameters
 from gradiveq.flatten import Block, convolution_weights
 
-NOTHING_TO_COMPRESS = (
-    "GradiVeQ compresses the weights of convolutions (groups=1) in float32, float16 and bfloat16; `model` has none "
-    "that is a parameter (a weight that weight_norm or spectral_norm computes isn't) and requires a gradient. Name "
-    "others with `also`, as in also=('*.weight',), or use another method"
-)
-
 
 def compressible_layers(model: nn.Module, parameters: Parameters, also: Sequence[str]) -> list[Block]:
     """The parameters that PCA is for, as blocks of one vector.
@@ -44,14 +38,15 @@ def compressible_layers(model: nn.Module, parameters: Parameters, also: Sequence
         )
     wanted = convolution_weights(model)
     asked = dict.fromkeys(also, False)
-    blocks, offset = [], 0
+    blocks: list[Block] = []
+    offset = 0
     for name, p in zip(parameters.names, parameters.tensors, strict=True):
         matching = [pattern for pattern in also if fnmatchcase(name, pattern)]
         asked.update(dict.fromkeys(matching, True))
         if any("*" not in pattern for pattern in matching) and p.dim() < 2:
             raise ValueError(f"`also` must name parameters of two or more dimensions, {name} has {p.dim()}")
         if p.dtype in COMPRESSIBLE and p.numel() and (id(p) in wanted or (matching and p.dim() >= 2)):
-            blocks.append(Block(name, offset, p.numel(), tuple(p.shape), True))
+            blocks.append(Block(name, offset, p.numel(), tuple(p.shape), True, len(blocks)))
             offset += p.numel()
     missing = [pattern for pattern, matched in asked.items() if not matched]
     if missing:

@@ -25,9 +25,9 @@ from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.base import Compressor
 from gradiveq.ddp.agreement import compare
 from gradiveq.ddp.bucket import COMPRESSIBLE, Parameters, unwrapped
-from gradiveq.ddp.group import Group
 from gradiveq.ddp.layers import compressible_layers
-from gradiveq.ddp.trials import CompressorTrial, GradiVeQTrial, LayerReport, Mean, PowerSGDTrial, Trial
+from gradiveq.ddp.process_group import ProcessGroup
+from gradiveq.ddp.trials import LayerReport, Mean, Trial
 from gradiveq.flatten import Block
 from gradiveq.methods import Compressed, GradiVeQ
 from gradiveq.powersgd import PowerSGD
@@ -63,7 +63,7 @@ class Probe:
         if isinstance(model, DistributedDataParallel):
             net, process_group = model.module, process_group or model.process_group
         self._parameters = Parameters(net)
-        self._mean = Mean(None if process_group is None else Group(process_group, self._parameters.device))
+        self._mean = Mean(None if process_group is None else ProcessGroup(process_group, self._parameters.device))
         self._said = {
             "hook": "Probe",
             **{f"method {name}": repr(method) for name, method in chosen.items()},
@@ -72,10 +72,11 @@ class Probe:
         }
         self._compared = False
         convolutions = {block.name for block in compressible_layers(net, self._parameters, also)}
-        blocks, offset = [], 0
+        blocks: list[Block] = []
+        offset = 0
         for name, p in zip(self._parameters.names, self._parameters.tensors, strict=True):
             if p.dtype in COMPRESSIBLE and p.numel():
-                blocks.append(Block(name, offset, p.numel(), tuple(p.shape), name in convolutions))
+                blocks.append(Block(name, offset, p.numel(), tuple(p.shape), name in convolutions, len(blocks)))
                 offset += p.numel()
         if not blocks:
             raise ValueError("`model` has no parameter of float32, float16 or bfloat16 that requires a gradient")
@@ -95,16 +96,13 @@ class Probe:
             model.register_comm_hook(self, _hook)
 
     def _trial(self, name: str, method: Probed, blocks: Sequence[Block], seed: int) -> Trial:
-        match method:
-            case Compressor():
-                return CompressorTrial(name, Compressed(method), blocks, self._mean, seed)
-            case Compressed():
-                return CompressorTrial(name, method, blocks, self._mean, seed)
-            case PowerSGD():
-                return PowerSGDTrial(name, method, blocks, self._mean, seed)
-            case GradiVeQ():
-                return GradiVeQTrial(name, method, blocks, self._mean, self.sample)
-        raise TypeError(f"`methods` must be compressors, Compressed, PowerSGD or GradiVeQ, got {method!r} for {name}")
+        if isinstance(method, Compressor):
+            method = Compressed(method)
+        if not isinstance(method, Compressed | PowerSGD | GradiVeQ):
+            raise TypeError(
+                f"`methods` must be compressors, Compressed, PowerSGD or GradiVeQ, got {method!r} for {name}"
+            )
+        return Trial(name, method, blocks, self._mean, seed, self.sample)
 
     @property
     def done(self) -> bool:
@@ -129,9 +127,9 @@ class Probe:
         buffer = bucket.buffer()
         self._compare()
         if not self.done:
-            for place in self._parameters.plan(bucket).places:
-                if place.name in self._blocks:
-                    self._blocks[place.name].view(self._flat).copy_(place.view(buffer))
+            for placed in self._parameters.contents(bucket).blocks:
+                if placed.name in self._blocks:
+                    self._blocks[placed.name].view(self._flat).copy_(placed.view(buffer))
         future = group.all_reduce(buffer.mul_(1 / group.size))
         if bucket.is_last():
             self._look()
@@ -158,7 +156,7 @@ class Probe:
             return
         for trial in self._trials:
             if self.iteration < self.sample:
-                trial.sample(average[:-1])
+                trial.sample(average[:-1], self.iteration)
             else:
                 trial.measure(self._own, average[:-1], self.iteration)
         self.iteration += 1

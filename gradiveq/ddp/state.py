@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -13,15 +14,19 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from gradiveq.ddp import flaws
 from gradiveq.ddp.agreement import compare
-from gradiveq.ddp.bucket import Parameters, Plan, unwrapped
+from gradiveq.ddp.blocking import Following
+from gradiveq.ddp.bucket import Parameters, unwrapped
 from gradiveq.ddp.checkpoint import fitting
-from gradiveq.ddp.group import Group
-from gradiveq.ddp.later import Later
-from gradiveq.ddp.memory import Memories
-from gradiveq.ddp.methods import DDPMethod, make_scheme
-from gradiveq.ddp.scheme import Flight, Scheme, Traffic, Work, plain_rounds
+from gradiveq.ddp.driver import Delivery, Flight, Traffic, carried, device_kernels, uncompressed
+from gradiveq.ddp.methods import DDPMethod, make_hook_family
+from gradiveq.ddp.process_group import ProcessGroup
+from gradiveq.device.host_copy import HostCopy
+from gradiveq.exchange import flaws
+from gradiveq.exchange.error_memory import Memories
+from gradiveq.exchange.family import Family
+from gradiveq.exchange.requests import Iteration
+from gradiveq.flatten import Bucket
 from gradiveq.report import NonFiniteGradient, listed
 
 #: Of PyTorch's convention: DDP rebuilds its buckets after the first iteration.
@@ -129,12 +134,12 @@ class State:
         self.iteration = 0
         self.traffic = Traffic()
         self._parameters = Parameters(model)
-        self._group = Group(process_group, self._parameters.device)
+        self._group = ProcessGroup(process_group, self._parameters.device)
         if not self._parameters.names:
             raise ValueError("`model` has no parameter that requires a gradient")
         self._codes = flaws.Codes(self._group.size, len(self._parameters.names))
-        self._new_scheme = partial(
-            make_scheme,
+        self._new_family = partial(
+            make_hook_family,
             method,
             model,
             self._parameters,
@@ -144,7 +149,10 @@ class State:
             min_ratio=min_ratio,
             also=also,
         )
-        self._scheme: Scheme = self._new_scheme()
+        self._family: Family = self._new_family()
+        self._following = Following()
+        self._now = Iteration(0)
+        self._before = Traffic()  # as it was when the iteration began
         self._identity = {
             "method": repr(method),
             "start_iteration": start_iteration,
@@ -164,15 +172,15 @@ class State:
         self._fatal: Exception | None = None  # after it, other ranks' buckets can't be waited for
         self._scale: Tensor | float | None = None
         self._replaced: int | None = None
-        self._works: list[Work] = []
-        self._unread: list[tuple[Plan, Later]] = []  # on a GPU: codes, and whether the mean is finite
+        self._works: list[Delivery] = []
+        self._unread: list[tuple[Bucket, HostCopy]] = []  # on a GPU: codes, and whether the mean is finite
 
     @property
     def phase(self) -> str:
         """Of the next iteration: "start" before `start_iteration`, then "plain", "compressed", or GradiVeQ's "warm-up",
         "sample" and "compress" (as far as it is known: a fit that is under way may end the sampling)."""
         self._settle()
-        return "start" if self.iteration < self.start_iteration else self._scheme.phase
+        return "start" if self.iteration < self.start_iteration else self._family.phase
 
     @property
     def window_log(self) -> list[dict[str, Any]]:
@@ -181,7 +189,8 @@ class State:
         What is sent is what is handed to the process group. Most of "fit_s" is spent on a thread, beside training.
         """
         self._settle()
-        return list(self._scheme.log)
+        self._following.wait()
+        return list(self._family.log)
 
     def compression_stats(self) -> CompressionStats:
         """Bytes of this rank so far, as PyTorch's own hooks tell them. Not collective."""
@@ -190,27 +199,27 @@ class State:
 
     def on_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """What `hook` does."""
-        plan = self._parameters.plan(bucket)
+        contents = self._parameters.contents(bucket)
         if bucket.index() == 0:
-            self._check_turn(plan)
+            self._check_turn(contents)
             self._begin()
         buffer = bucket.buffer()
         if buffer.layout != torch.strided:
-            raise ValueError(f"gradients must be dense, {plan.title()} has a {buffer.layout} one")
+            raise ValueError(f"gradients must be dense, {contents.title()} has a {buffer.layout} one")
         number = self.iteration - 1
-        work = Work(plan, buffer, number, bucket.index(), 0, self._scale, self._group, self._codes)
-        work.code = self._own_code(work)
+        work = Delivery(contents, buffer, self._now, bucket.index(), 0, self._scale, self._group, self._codes)
+        work.flaw, work.vote = self._own_flaw(work), int(self._family.vote)
         self._works.append(work)
         if number >= self.start_iteration:
             work.traffic = self.traffic
             self.traffic.dense += buffer.nbytes
         compressed = number >= self.start_iteration and work.compressible
-        rounds = self._scheme.rounds(work) if compressed else plain_rounds(work)
+        carrying = carried(self._family, work) if compressed else uncompressed(work)
         earlier = [flight for flight in self._flights if not flight.launched]
         with self._lock:
             self._begun += 1
             self._all_begun = bucket.is_last()
-        flight = Flight(rounds, work, self._judge)
+        flight = Flight(carrying, work, self._judge)
         self._flights = [*earlier, flight]
         for one in earlier:
             one.advance()
@@ -221,25 +230,25 @@ class State:
             self._flights = []
         if self._fatal is not None:
             raise self._fatal
-        if flaws.is_hard(work.code):
+        if flaws.is_hard(work.flaw):
             # Other buckets of this rank may never come, as the gradients that DDP waits for don't.
             while not flight.launched:
                 flight.advance()
             flight.future.wait()
         return flight.future
 
-    def _check_turn(self, plan: Plan) -> None:
+    def _check_turn(self, contents: Bucket) -> None:
         """Refuse to begin an iteration with a bucket of another wrapped model than the last one's, on all ranks alike.
 
         Raises:
             RuntimeError: it is, or the last iteration's buckets haven't all come.
         """
-        plans = [work.plan for work in self._works]
-        if plan not in plans and plan.places and plans:
-            known = {place.index for one in plans for place in one.places}
-            if known.isdisjoint(place.index for place in plan.places):
+        before = [work.bucket for work in self._works]
+        if contents not in before and contents.blocks and before:
+            known = {block.index for one in before for block in one.blocks}
+            if known.isdisjoint(block.index for block in contents.blocks):
                 raise RuntimeError(
-                    f"{plan.title()} is not of the model that iteration {self.iteration - 1} was of: each wrapped "
+                    f"{contents.title()} is not of the model that iteration {self.iteration - 1} was of: each wrapped "
                     "model needs a State of its own"
                 )
         if not self._all_begun:
@@ -260,23 +269,26 @@ class State:
         self._all_begun = self._settled = self._spoilt = False
         self._scale = None if self._loss_scale is None else self._loss_scale()
         self._replaced = self._parameters.replaced()
-        self._scheme.begin(number, self.traffic if number >= self.start_iteration else Traffic())
+        self._family.skip()  # what is left of an iteration that never ended
+        traffic = self.traffic if number >= self.start_iteration else Traffic()
+        self._following.finish(self._group, self._now, self._parameters.names, partial(_count_fit, traffic))
+        self._now, self._before = Iteration(number), replace(self.traffic)
 
-    def _own_code(self, work: Work) -> Tensor | int:
-        """What this rank has to say of its gradient; looked at in one pass."""
-        vote = int(self._scheme.vote)
-        places = work.plan.places
+    def _own_flaw(self, work: Delivery) -> Tensor | int:
+        """What is wrong with this rank's gradient; looked at in one pass."""
+        blocks = work.bucket.blocks
         if self._replaced is not None:
-            return vote + flaws.flaw(flaws.REPLACED, self._replaced)
-        if work.plan.unknown:
-            return vote + flaws.flaw(flaws.UNKNOWN, places[-1].index if places else len(self._parameters.names))
+            return flaws.flaw(flaws.REPLACED, self._replaced)
+        if work.bucket.unknown:
+            return flaws.flaw(flaws.UNKNOWN, blocks[-1].index if blocks else len(self._parameters.names))
         if work.buffer.is_cuda:
-            return vote + flaws.flaw_on_device(work.buffer, places, flaws.NOT_FINITE)
+            found: Tensor = device_kernels(work.buffer.device).flaw_of(work.buffer, blocks, flaws.NOT_FINITE)
+            return found
         if _is_finite(work.buffer):
-            return vote
-        return vote + flaws.flaw(flaws.NOT_FINITE, _flawed(work.buffer, work.plan)[0])
+            return 0
+        return flaws.flaw(flaws.NOT_FINITE, _flawed(work.buffer, work.bucket)[0])
 
-    def _judge(self, work: Work, error: Exception | None) -> Exception | None:
+    def _judge(self, work: Delivery, error: Exception | None) -> Exception | None:
         """A bucket is through; maybe on a thread of the backend's."""
         verdict = error
         try:
@@ -293,28 +305,28 @@ class State:
             self._settle()
         return verdict
 
-    def _find_flaws(self, work: Work) -> Exception | None:
+    def _find_flaws(self, work: Delivery) -> Exception | None:
         """What is to be raised because of this bucket, the same on all ranks."""
         assert work.heard is not None
         if flaws.any_flaw(work.heard):
             self._spoilt = True
             if self.nonfinite == "propagate":
                 work.buffer.fill_(torch.nan)
-            return self._error(work.heard, work.iteration)
+            return self._error(work.heard, work.now.number)
         if not _is_finite(work.buffer):  # the same bits on all ranks, so the same finding
             self._spoilt = True
             if self.nonfinite == "fail":
-                names = [self._parameters.names[index] for index in _flawed(work.buffer, work.plan)]
-                return _overflow(names, work.iteration)
+                names = [self._parameters.names[index] for index in _flawed(work.buffer, work.bucket)]
+                return _overflow(names, work.now.number)
         return None
 
-    def _note_flaws(self, work: Work) -> None:
+    def _note_flaws(self, work: Delivery) -> None:
         """The same on a GPU, where it is only noted what there is to see."""
         assert work.heard is not None
         codes = work.heard.to(work.buffer.device)
         work.buffer.masked_fill_((codes > 1).any(), torch.nan)
         finite = torch.linalg.vector_norm(work.buffer, torch.inf).isfinite()
-        self._unread.append((work.plan, Later(torch.cat([codes, finite.long().view(1)]))))
+        self._unread.append((work.bucket, HostCopy(torch.cat([codes, finite.long().view(1)]))))
 
     def _read(self) -> None:
         """What was noted on a GPU in the last iteration.
@@ -322,14 +334,14 @@ class State:
         Raises: as `_find_flaws` says.
         """
         unread, self._unread = self._unread, []
-        for plan, later in unread:
+        for contents, later in unread:
             error, codes, finite = None, later.value[:-1], later.value[-1] > 0
             if flaws.any_flaw(codes):
                 self._spoilt, error = True, self._error(codes, self.iteration - 1)
             elif not finite:
                 self._spoilt = True
                 if self.nonfinite == "fail":
-                    error = _overflow([plan.title()], self.iteration - 1)
+                    error = _overflow([contents.title()], self.iteration - 1)
             if error is not None:
                 raise error
 
@@ -349,8 +361,13 @@ class State:
             if self._settled or not self._all_begun or self._landed < self._begun or self._unread:
                 return
             self._settled = True
-            if not self._spoilt:
-                self._scheme.end(self.iteration - 1 >= self.start_iteration)
+            if self._spoilt:
+                self._family.skip()
+                return
+            dense, payload = self.traffic.dense - self._before.dense, self.traffic.payload - self._before.payload
+            if payload:
+                self._now.ratio = dense / payload
+            self._following.start(self._family.accept(self._now))
 
     def _compare(self, iteration: int, refused: str = "") -> None:
         """Refuse ranks that differ; collective.
@@ -377,13 +394,14 @@ class State:
         """
         self._read()
         self._settle()
+        self._following.wait()
         return {
             "identity": dict(self._identity),
             "rank": self._group.rank,
             "size": self._group.size,
             "iteration": self.iteration,
             "traffic": [self.traffic.dense, self.traffic.payload, self.traffic.fit],
-            "scheme": self._scheme.state_dict(),
+            "family": self._family.state_dict(),
         }
 
     def load_state_dict(
@@ -394,7 +412,7 @@ class State:
 
         With another number of workers every rank loads the list of the old ones' states, by rank, and says what is to
         become of error feedback's memories: "sum", so that the mean over the workers of what was left out stays what it
-        was (`gradiveq.ddp.memory.summed`); or "drop", for which a single old state will do. Bases, µ and Q are of the
+        was (`gradiveq.exchange.error_memory.summed`); or "drop", for which a single old state will do. Bases, µ and Q are of the
         mean gradient and are kept; a sampling that is under way begins anew. No such run equals another bit by bit.
 
         Args:
@@ -405,14 +423,17 @@ class State:
         """
         refused, iteration = "", self.iteration
         try:
-            iteration, traffic, scheme = self._fitting(state, memories)
+            iteration, traffic, family = self._fitting(state, memories)
         except ValueError as error:
             refused = str(error)
         self._compare(iteration, refused)
-        self.iteration, self.traffic, self._scheme = iteration, traffic, scheme
+        self._following.wait()
+        self.iteration, self.traffic, self._family = iteration, traffic, family
+        self._now = Iteration(iteration - 1)
+        self._following.start(family.pending(self._now))
         self._all_begun, self._settled, self._unread, self._works = True, True, [], []
 
-    def _fitting(self, state: object, memories: Memories | None) -> tuple[int, Traffic, Scheme]:
+    def _fitting(self, state: object, memories: Memories | None) -> tuple[int, Traffic, Family]:
         """What to go on with; not collective.
 
         Raises:
@@ -421,17 +442,17 @@ class State:
         group = self._group
         shapes = dict(zip(self._parameters.names, self._parameters.shapes, strict=True))
         states = fitting(state, memories, self._identity, shapes, group.rank, group.size)
-        contents, scheme = [one["scheme"] for one in states], self._new_scheme()
+        contents, family = [one["family"] for one in states], self._new_family()
         try:
             traffic = Traffic(*states[0]["traffic"])
             if states[0]["size"] == group.size:
-                scheme.load_state_dict(contents[0])
+                family.load_state_dict(contents[0])
             else:
                 assert memories is not None
-                scheme.load_others(contents, memories, group.rank, group.size)
+                family.load_others(contents, memories, group.rank, group.size)
         except Exception as error:  # whatever is where something else should be
             raise ValueError(f"`state` is damaged: {type(error).__name__}: {error}") from error
-        return states[0]["iteration"], traffic, scheme
+        return states[0]["iteration"], traffic, family
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -439,9 +460,14 @@ def _is_finite(values: Tensor) -> bool:
     return bool(torch.linalg.vector_norm(values, torch.inf).isfinite()) if values.numel() else True
 
 
-def _flawed(buffer: Tensor, plan: Plan) -> list[int]:
+def _flawed(buffer: Tensor, bucket: Bucket) -> list[int]:
     """The indices of the parameters with an infinity or a NaN in a bucket."""
-    return [place.index for place in plan.places if not _is_finite(buffer[place.start : place.stop])]
+    return [block.index for block in bucket.blocks if not _is_finite(buffer[block.where])]
+
+
+def _count_fit(traffic: Traffic, num_bytes: int) -> None:
+    traffic.payload += num_bytes
+    traffic.fit += num_bytes
 
 
 def _overflow(names: Sequence[str], iteration: int) -> NonFiniteGradient:

@@ -1,25 +1,28 @@
-"""Methods on the side of training, layer by layer: losses, bytes, seconds (for `gradiveq.ddp.probing`)."""
+"""One method on the side of training, layer by layer: losses, bytes, seconds (for `gradiveq.ddp.probing`)."""
 
 from __future__ import annotations
 
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
-import numpy as np
 import torch
 
-from gradiveq.compressors.base import Draw, Float32
-from gradiveq.ddp.group import Group
-from gradiveq.ddp.layers import NOTHING_TO_COMPRESS
-from gradiveq.flatten import Block, slice_sizes
-from gradiveq.loss import Loss
-from gradiveq.methods import Compressed, GradiVeQ
-from gradiveq.pca import PCASampler
-from gradiveq.powersgd import PowerSGD, PowerSGDWorker
-from gradiveq.projection import Projection
+from gradiveq.arrays.float32 import Float32
+from gradiveq.ddp.blocking import carry
+from gradiveq.ddp.process_group import ProcessGroup
+from gradiveq.exchange.families import make_family
+from gradiveq.exchange.family import Family
+from gradiveq.exchange.kernels import HOST
+from gradiveq.exchange.requests import Call, Iteration
+from gradiveq.exchange.windows import NOTHING_TO_COMPRESS, Windows
+from gradiveq.flatten import Block, Bucket
+from gradiveq.methods import Compressed, GradiVeQ, Plain
+from gradiveq.pca.loss import Loss
+from gradiveq.powersgd import PowerSGD
+
+#: Longer than any probe measures.
+NEVER = 10**9
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class _Seen:
 class Mean:
     """Means over the ranks of a group, or of this process alone."""
 
-    def __init__(self, group: Group | None) -> None:
+    def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
         self.rank, self.size = (0, 1) if group is None else (group.rank, group.size)
 
@@ -76,19 +79,122 @@ class Mean:
         return (tensor / self.size).cpu().numpy()
 
 
-class Trial(ABC):
-    """One method on the side."""
+class Trial:
+    """One method on the side: a family for each layer, whose exchanges share their collectives.
 
-    def __init__(self, name: str, blocks: Sequence[Block], mean: Mean) -> None:
+    GradiVeQ's bases are of the sampled mean gradients, and it is linear: what training would get is what they make of
+    the mean. So every rank does that by itself. PowerSGD's warm start follows the true gradients.
+
+    Args:
+        samples: mean gradients that GradiVeQ gets.
+    Raises:
+        ValueError: the method doesn't fit the layers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Compressed | PowerSGD | GradiVeQ,
+        blocks: Sequence[Block],
+        mean: Mean,
+        seed: int,
+        samples: int,
+    ) -> None:
         self.name, self.blocks, self.mean = name, blocks, mean
         self.seen = {block.name: _Seen() for block in blocks}
+        self._alone = isinstance(method, GradiVeQ)
+        self._group = None if self._alone else mean.group
+        self._rank, self._size = (0, 1) if self._group is None else (self._group.rank, self._group.size)
+        self._buckets = [Bucket((replace(block, start=0),), block.length) for block in blocks]
+        self._families: list[Family | None]  # None for layers that go as they are
+        match method:
+            case GradiVeQ():
+                if not any(block.compressed for block in blocks):
+                    raise ValueError(NOTHING_TO_COMPRESS)
+                method = replace(
+                    method,
+                    warmup=0,
+                    sample=samples,
+                    compress=NEVER,
+                    sampling=Plain(),
+                    holdout_every=0,
+                    max_sample=samples,
+                )
+                self._families = [Windows(method, [block], 0, 1) if block.compressed else None for block in blocks]
+            case Compressed():
+                if method.granularity != "layer":
+                    raise ValueError(f"a probe is of layers: `granularity` must be 'layer', got {method.granularity!r}")
+                method = replace(method, feedback=None, master=None)
+                parts = {part.name: part.compressor for part in method.parts(blocks)}
+                self._families = [
+                    make_family(
+                        parts[block.name], [replace(block, start=0)], rank=self._rank, size=self._size, seed=seed
+                    )
+                    for block in blocks
+                ]
+            case PowerSGD():
+                method = replace(method, error_feedback=False)
+                self._families = [make_family(method, (), rank=0, size=1, seed=seed) for _ in blocks]
 
-    def sample(self, average: Float32) -> None:  # noqa: B027
+    def sample(self, average: Float32, number: int) -> None:
         """Take the mean gradient of an iteration that isn't measured."""
+        if self._alone:
+            self._exchange(average, number)
 
-    @abstractmethod
-    def measure(self, own: Float32, average: Float32, call: int) -> None:
+    def measure(self, own: Float32, average: Float32, number: int) -> None:
         """Compress this rank's gradient, and compare what training would get with the mean. Collective."""
+        estimate = self._exchange(average if self._alone else own, number)
+        for block in self.blocks:
+            self.seen[block.name].losses.append(Loss.between(estimate[block.where], average[block.where]))
+
+    def _exchange(self, gradient: Float32, number: int) -> Float32:
+        """What training would get of it."""
+        estimate = gradient.copy()
+        chosen = [i for i, family in enumerate(self._families) if family is not None]
+        calls = [
+            Call(
+                self._buckets[i],
+                Iteration(number),
+                HOST,
+                self._rank,
+                self._size,
+                index=i,
+                out=estimate[self.blocks[i].where],
+            )
+            for i in chosen
+        ]
+        families = [family for family in self._families if family is not None]
+        gradients = [gradient[self.blocks[i].where] for i in chosen]
+        exchanges = [one.exchange(call, own) for one, call, own in zip(families, calls, gradients, strict=True)]
+        sampling = self._alone and families[0].phase == "sample"
+        found = carry(exchanges, self._group, f"the probe of {self.name}", calls=calls, number=number)
+        for place, (i, family, call) in enumerate(zip(chosen, families, calls, strict=True)):
+            mean = found.means[place]
+            if mean is not call.out:
+                call.out[:] = mean
+            following = family.accept(call.now)
+            if following is not None:
+                carry([following], self._group, f"the fit of {self.blocks[i].name}", number=number)
+            if sampling:
+                continue
+            seen = self.seen[self.blocks[i].name]
+            seen.compress_s.append(found.before_s[place])
+            seen.decompress_s.append(found.after_s[place])
+            seen.bytes_sent.append(found.sent[place])
+            if isinstance(family, Windows):
+                entry = family.log[-1]
+                layer = entry["layers"][self.blocks[i].name]
+                seen.fit_s, seen.in_sample_loss = (
+                    entry["fit_s"],
+                    layer["in_sample_loss"] if layer["ratio"] > 1 else None,
+                )
+        for block, used in zip(self.blocks, self._families, strict=True):
+            if used is None and not sampling:
+                seen = self.seen[block.name]
+                seen.bytes_sent.append(4 * block.length)
+                seen.compress_s.append(0.0)
+                seen.decompress_s.append(0.0)
+        return estimate
 
     def rows(self) -> list[LayerReport]:
         found = []
@@ -122,141 +228,3 @@ class Trial(ABC):
             sum(row.fit_s for row in found),
         )
         return [everything, *found]
-
-    def _compare(self, estimate: Float32, average: Float32) -> None:
-        for block in self.blocks:
-            where = slice(block.offset, block.stop)
-            self.seen[block.name].losses.append(Loss.between(estimate[where], average[where]))
-
-
-class CompressorTrial(Trial):
-    """Each layer by itself."""
-
-    def __init__(self, name: str, method: Compressed, blocks: Sequence[Block], mean: Mean, seed: int) -> None:
-        super().__init__(name, blocks, mean)
-        if method.granularity != "layer":
-            raise ValueError(f"a probe is of layers: `granularity` must be 'layer', got {method.granularity!r}")
-        self.parts, self.seed = method.parts(blocks), seed
-
-    def measure(self, own: Float32, average: Float32, call: int) -> None:
-        estimate = np.empty_like(own)
-        for index, part in enumerate(self.parts):
-            compressor, seen = part.compressor, self.seen[part.name]
-            draw = Draw(self.seed, call, self.mean.rank, index)
-            values, out = own[part.start : part.stop], estimate[part.start : part.stop]
-            start = time.perf_counter()
-            payload = compressor.compress(values, draw, values)
-            middle = time.perf_counter()
-            compressor.decompress(payload, out, draw)
-            payloads = 1 if compressor.collective == "all_reduce" else self.mean.size
-            seen.compress_s.append(middle - start)
-            seen.decompress_s.append((time.perf_counter() - middle) * payloads)
-            seen.bytes_sent.append(payload.nbytes)
-        estimate = self.mean(estimate) * np.float32(self.mean.size)
-        for part in self.parts:
-            part.compressor.finish(estimate[part.start : part.stop], self.mean.size)
-        self._compare(estimate, average)
-
-
-class PowerSGDTrial(Trial):
-    """A worker for each layer, all messages in one exchange. The warm start follows the true gradients."""
-
-    def __init__(self, name: str, method: PowerSGD, blocks: Sequence[Block], mean: Mean, seed: int) -> None:
-        super().__init__(name, blocks, mean)
-        method = replace(method, error_feedback=False)
-        self.workers = [PowerSGDWorker([replace(block, offset=0)], method, seed=seed) for block in blocks]
-
-    def measure(self, own: Float32, average: Float32, call: int) -> None:
-        estimate = np.empty_like(own)
-        places = [slice(block.offset, block.stop) for block in self.blocks]
-        rounds = [
-            worker.rounds(own[place], estimate[place], call) for worker, place in zip(self.workers, places, strict=True)
-        ]
-        spent: list[list[float]] = [[] for _ in rounds]
-        messages: list[Float32 | None] = []
-        sent = [0] * len(rounds)
-        while True:
-            messages = []
-            for index, one in enumerate(rounds):
-                start = time.perf_counter()
-                messages.append(next(one, None))
-                spent[index].append(time.perf_counter() - start)
-            present = [(i, message) for i, message in enumerate(messages) if message is not None]
-            if not present:
-                break
-            mean = self.mean(np.concatenate([message for _, message in present]))
-            taken = 0
-            for index, message in present:
-                sent[index] += message.nbytes
-                message[:] = mean[taken : taken + len(message)]
-                taken += len(message)
-        for index, block in enumerate(self.blocks):
-            seen = self.seen[block.name]
-            seen.bytes_sent.append(sent[index])
-            seen.compress_s.append(sum(spent[index][:2]))
-            seen.decompress_s.append(sum(spent[index][2:]))
-            self.workers[index].accept()
-        self._compare(estimate, average)
-
-
-class GradiVeQTrial(Trial):
-    """Bases of the sampled mean gradients; every rank fits all of them by itself. Other layers are left alone."""
-
-    def __init__(self, name: str, method: GradiVeQ, blocks: Sequence[Block], mean: Mean, samples: int) -> None:
-        super().__init__(name, blocks, mean)
-        layers = [block for block in blocks if block.compressed]
-        if not layers:
-            raise ValueError(NOTHING_TO_COMPRESS)
-        sizes = slice_sizes(layers, method.slice_size)
-        self.samplers = {
-            block.name: PCASampler(
-                [replace(block, offset=0)], {block.name: sizes[block.name]}, method.pca, 0, 1, samples
-            )
-            for block in layers
-        }
-        for sampler in self.samplers.values():
-            sampler.check(samples)
-        self.projections: dict[str, Projection] = {}
-
-    def sample(self, average: Float32) -> None:
-        for block in self.blocks:
-            if block.name in self.samplers:
-                self.samplers[block.name].add(average[block.offset : block.stop])
-
-    def measure(self, own: Float32, average: Float32, call: int) -> None:
-        if not self.projections:
-            self._fit()
-        for block in self.blocks:
-            seen, exact = self.seen[block.name], average[block.offset : block.stop]
-            if block.name not in self.projections:
-                seen.losses.append(Loss.between(exact, exact))
-                seen.bytes_sent.append(4 * block.length)
-                seen.compress_s.append(0.0)
-                seen.decompress_s.append(0.0)
-                continue
-            projection = self.projections[block.name]
-            coded = torch.empty(projection.length, dtype=torch.float32, device="cpu")
-            gradient = torch.from_numpy(own[block.offset : block.stop])
-            start = time.perf_counter()
-            projection.encode(gradient, coded)
-            middle = time.perf_counter()
-            projection.decode(coded)
-            seen.compress_s.append(middle - start)
-            seen.decompress_s.append(time.perf_counter() - middle)
-            seen.bytes_sent.append(4 * projection.length)
-            projection.encode(torch.from_numpy(exact), coded)  # the mean of all ranks' payloads, as it is linear
-            seen.losses.append(Loss.between(projection.decode(coded).numpy(), exact))
-
-    def _fit(self) -> None:
-        for name, sampler in self.samplers.items():
-            start = time.perf_counter()
-            dims = sampler.fit()
-            for _, why in sampler.failures(dims):
-                raise FloatingPointError(f"PCA of {name} failed: {why}")
-            buffer, _ = sampler.share(dims)
-            (basis,) = sampler.rebuild(dims, buffer)
-            seen = self.seen[name]
-            seen.fit_s = time.perf_counter() - start
-            if basis.ratio >= 1:
-                seen.in_sample_loss = basis.in_sample_loss
-                self.projections[name] = Projection(basis, torch.device("cpu"))
