@@ -127,7 +127,6 @@ class Windows(Family):
         every = self.method.holdout_every
         due = every > 0 and self.schedule.done % every == 0
         bases.monitor = due or self.method.compress == "auto"
-        bases.take_local_loss()  # of an iteration that was skipped
         if self.memory.feedback is not None:
             self._keep(call, x, bases)
         requests = [Sum([x], bases, mean=True)]
@@ -168,6 +167,8 @@ class Windows(Family):
     def skip(self) -> None:
         super().skip()
         self._samples, self._held_out, self._votes = {}, {}, None
+        if self._in_use is not None:
+            self._in_use.take_local_loss()
 
     # Sampling
 

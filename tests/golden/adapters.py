@@ -10,61 +10,39 @@ from torch import nn
 
 import gradiveq.ddp as ddp
 from gradiveq.compressors import Draw
-from gradiveq.exchange import Master, Worker, exchange_here
+from gradiveq.exchange.families import make_family
+from gradiveq.exchange.family import Family
 from gradiveq.flatten import Layout
+from gradiveq.here import Here
 from gradiveq.methods import Compressed
-from gradiveq.powersgd import PowerSGD, PowerSGDWorker, powersgd_here
 from gradiveq.specs import parse
 
 SEED = 5
 
 
-class ExchangeHere:
-    """Workers with compressors, all in this process."""
+class WorkersHere:
+    """Workers of any method, all in this process."""
 
-    def __init__(self, method: Compressed, layout: Layout, size: int) -> None:
-        parts, length, feedback = method.parts(layout.blocks), layout.length, method.feedback
-        self.workers = [
-            Worker(parts, length, rank=rank, size=size, seed=SEED, feedback=feedback) for rank in range(size)
-        ]
-        self.master = None
-        if method.master is not None:
-            self.master = Master(method.master_parts(layout.blocks), length, seed=SEED)
+    def __init__(self, method: Any, layout: Layout, size: int) -> None:
+        def family(rank: int) -> Family:
+            return make_family(method, layout.blocks, rank=rank, size=size, seed=SEED)
+
+        self.here = Here(family, layout.bucket, size)
 
     def aggregate(self, gradients: Sequence[Any], out: Any, call: int, lr: float) -> list[Any]:
         """One aggregation into `out`; the workers' measures."""
-        exchange_here(self.workers, gradients, out, call, lr, self.master)
-        return [worker.measures for worker in self.workers]
+        self.here.aggregate(gradients, out, call, lr)
+        return self.here.measures
 
     def states(self) -> list[Any]:
-        return [worker.state_dict() for worker in self.workers]
+        return list(self.here.state_dict()["workers"])
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
-        for worker, state in zip(self.workers, states, strict=True):
-            worker.load_state_dict(state)
+        self.here.load_state_dict({"workers": states})
 
 
-class PowerSGDHere:
-    """Workers with PowerSGD, all in this process."""
-
-    def __init__(self, method: PowerSGD, layout: Layout, size: int) -> None:
-        self.workers = [PowerSGDWorker(layout.blocks, method, seed=SEED) for _ in range(size)]
-
-    def aggregate(self, gradients: Sequence[Any], out: Any, call: int, lr: float) -> list[Any]:
-        """One aggregation into `out`; the workers' measures."""
-        powersgd_here(self.workers, gradients, out, call)
-        return [worker.measures for worker in self.workers]
-
-    def states(self) -> list[Any]:
-        return [worker.state_dict() for worker in self.workers]
-
-    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
-        for worker, state in zip(self.workers, states, strict=True):
-            worker.load_state_dict(state)
-
-
-def aggregation_here(method: Any, layout: Layout, size: int) -> ExchangeHere | PowerSGDHere:
-    return PowerSGDHere(method, layout, size) if isinstance(method, PowerSGD) else ExchangeHere(method, layout, size)
+def aggregation_here(method: Any, layout: Layout, size: int) -> WorkersHere:
+    return WorkersHere(method, layout, size)
 
 
 def probed(model: nn.Module, methods: Mapping[str, Any]) -> ddp.Probe:
