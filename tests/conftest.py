@@ -38,10 +38,9 @@ def mpirun(tmp_path: Path) -> Launch:
             script = tmp_path / "program.py"
             script.write_text(textwrap.dedent(program))
             program = [str(script)]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         return subprocess.run(
             [str(MPIRUN), "-n", str(ranks), sys.executable, *program],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"} | environment,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"} | environment,
             cwd=tmp_path,
             capture_output=True,
             text=True,
