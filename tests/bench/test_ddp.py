@@ -30,7 +30,7 @@ from bench.ddp_sizes import (
 )
 from bench.models import MODELS
 from gradiveq.compressors.topk import TopK
-from tests.bench.test_layerwise import write_images
+from tests.support.images import write_images
 from tests.support.redrawn import check_drawn_again
 
 BLOCKS = blocks_of(MODELS["alexnet"](10, width=0.25))

@@ -20,7 +20,7 @@ from ring.cluster import Cluster, Link
 from ring.lockstep import LockstepRing, run
 from ring.trace import Trace, keeping, records
 from ring.virtual import VirtualRing
-from tests.conftest import ROOT, Launch
+from tests.support.processes import ROOT, Launch
 from tests.support.toy_codecs import HalfPerHop, PairSums
 
 SHORT = ["--slice-size", "64", "--sample", "4", "--batch-size", "1", "--repeats", "3", "--chunks", "2"]

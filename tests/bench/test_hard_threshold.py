@@ -48,7 +48,7 @@ from gradiveq.parts import layer_parts
 from gradiveq.specs import parse as parse_method
 from ring.handle import Ring
 from ring.lockstep import run as run_in_lockstep
-from tests.bench.test_layerwise import write_images
+from tests.support.images import write_images
 from tests.support.redrawn import check_drawn_again
 
 

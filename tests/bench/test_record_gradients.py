@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.gradients import load
-from tests.conftest import Launch
+from tests.support.processes import Launch
 
 COMMAND = ["-m", "bench.record_gradients", "--batch-size", "2", "--skip", "1", "--count", "2"]
 

@@ -12,8 +12,9 @@ import pytest
 from matplotlib import image
 
 from bench import figures, kept, redraw
+from tests.support.processes import ROOT
 
-RESULTS = Path(__file__).parents[2] / "results"
+RESULTS = ROOT / "results"
 
 
 def copied(folder: Path, *names: str) -> Path:

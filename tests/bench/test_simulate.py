@@ -32,6 +32,7 @@ from gradiveq.specs import parse
 from ring.handle import Ring
 from ring.lockstep import run
 from tests.support.grid_runs import tiny
+from tests.support.processes import ROOT
 
 
 def dataset(num_train: int = 80, num_test: int = 20) -> Dataset:
@@ -406,9 +407,8 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path, how: str):
         f"    run_grid(slow, {{str(i): {{'pids': {str(pids)!r}}} for i in range(2)}}, Path({str(records)!r}))"
     )
     (tmp_path / "program.py").write_text(program)
-    path = str(Path(__file__).parents[2])
     parent = subprocess.Popen(
-        [sys.executable, tmp_path / "program.py"], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL
+        [sys.executable, tmp_path / "program.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + 120

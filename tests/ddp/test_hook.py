@@ -1,12 +1,11 @@
 """The communication hook under torchrun, on 2 and 4 ranks over Gloo, and its parts that need no process group.
 
-Each number of ranks is one job in which all checks of `checks` follow each other; here each is a test.
+Each number of ranks is one job in which all of `checks` follow each other; here each is a test.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -32,16 +31,11 @@ from gradiveq.loss import Loss
 from gradiveq.pca import PCAConfig, PCASampler
 from gradiveq.projection import Projection, squares
 from ring.codec import Hop
-from tests.conftest import ROOT
-from tests.ddp import checks  # noqa: F401
-from tests.support.ddp_harness import CHECKS, Net
+from tests.ddp.checks import CHECKS
+from tests.support.ddp_harness import Net
+from tests.support.processes import TORCHRUN, environment
 
-TORCHRUN = Path(sys.executable).parent / "torchrun"
 DEADLINE_S = 240
-
-
-def environment(**other: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"} | other
 
 
 @pytest.fixture(scope="session", params=[2, 4], ids=lambda ranks: f"{ranks} ranks")

@@ -29,9 +29,9 @@ from gradiveq.exchange import ErrorFeedback
 from gradiveq.methods import Compressed
 from gradiveq.powersgd import PowerSGD
 from gradiveq.specs import parse
-from tests.ddp.test_native import METHODS as NATIVE
-from tests.ddp.test_native import PALETTES, SPECS, check_bits
 from tests.support.ddp_harness import Net, batch, gradients, hooked, same_everywhere
+from tests.support.native_methods import METHODS as NATIVE
+from tests.support.native_methods import PALETTES, SPECS, check_bits
 
 ITERATIONS = 12
 START = 2

@@ -23,12 +23,11 @@ from gradiveq.powersgd import PowerSGD
 from gradiveq.specs import parse
 from ring.handle import Ring
 from ring.lockstep import run
-from tests.bench.job.test_job import SMALL, job, lines_of, stopped, timeless, write_idx
-from tests.conftest import Launch
-from tests.ddp.test_hook import TORCHRUN
-from tests.ddp.test_hook import environment as ddp_environment
-from tests.gradiveq.test_aggregator import subspace
-from tests.gradiveq.test_device import assert_bitwise, both, brief
+from tests.support.aggregators import subspace
+from tests.support.jobs import SMALL, job, lines_of, stopped, timeless, write_idx
+from tests.support.on_devices import assert_bitwise, both, brief
+from tests.support.processes import TORCHRUN, Launch
+from tests.support.processes import environment as ddp_environment
 
 GPU = torch.device("cuda", 0)
 
@@ -85,7 +84,7 @@ def test_a_large_gradient_is_copied_in_order() -> None:
 def test_ranks_share_the_card_over_mpi(mpirun: Launch) -> None:
     result = mpirun(
         2,
-        "from tests.gradiveq.test_device import compare_over_mpi\nfrom ring.mpi import gpu_support\n"
+        "from tests.support.on_devices import compare_over_mpi\nfrom ring.mpi import gpu_support\n"
         "compare_over_mpi('cuda', direct=gpu_support() is True)",
         150.0,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -17,11 +16,11 @@ import pytest
 
 from gradiveq.codec import PCACodec, gradient_codec
 from gradiveq.flatten import Block
-from gradiveq.pca import LayerBasis, PCAConfig, PCASampler
 from gradiveq.qsgd import QSGD
 from ring import Codec, Composite, Hop, Identity, Stats
 from ring.codec import Array
 from ring.lockstep import LockstepRing, run
+from tests.support.bases import fitted
 
 SIZE = 3
 LENGTHS = (0, 1, 2, 47, 700)
@@ -51,20 +50,6 @@ class Subject:
     @property
     def lengths(self) -> Iterator[int]:
         return (length for length in LENGTHS if length >= self.shortest)
-
-
-@cache
-def fitted(length: int, fit_slices: str) -> LayerBasis:
-    """A basis by PCA of slices of 20 elements in groups of 2, the last slice shorter than the others."""
-    block = Block("conv", 0, length, (1, 1, length), True)
-    k = min(20, length)
-    sampler = PCASampler([block], {"conv": k}, PCAConfig(k, 2, fit_slices, loss_threshold=0.3), 0, 1)  # type: ignore[arg-type]
-    rng = np.random.default_rng(0)
-    for _ in range(12):
-        sampler.add((0.5 + rng.standard_normal((1, 4)) @ rng.standard_normal((4, length))).ravel().astype(np.float32))
-    dims = sampler.fit()
-    (basis,) = sampler.rebuild(dims, sampler.share(dims)[0])
-    return basis
 
 
 def pca(fit_slices: str) -> Callable[[int], Codec]:

@@ -24,8 +24,7 @@ from ring.handle import Ring
 from ring.lockstep import run
 from ring.timeline import Timeline
 from ring.virtual import VirtualRing
-from tests.conftest import Launch
-from tests.gradiveq.test_aggregator import (
+from tests.support.aggregators import (
     Gradients,
     assert_same_bits,
     collect,
@@ -35,6 +34,7 @@ from tests.gradiveq.test_aggregator import (
     spoilt,
     train,
 )
+from tests.support.processes import Launch
 
 Vector = npt.NDArray[np.float32]
 CALLS = 4
@@ -345,7 +345,7 @@ MPI = """
     from ring.lockstep import run
     from ring.mpi import MPIRing
     from gradiveq import Aggregator
-    from tests.gradiveq.test_aggregator import set_gradients, small_model, spoilt
+    from tests.support.aggregators import set_gradients, small_model, spoilt
     from tests.gradiveq.test_compressed_aggregator import BOTH_WAYS, SPECS, compressed
     import pickle
 

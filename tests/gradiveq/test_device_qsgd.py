@@ -23,9 +23,9 @@ from gradiveq.device import Lane
 from gradiveq.qsgd import QSGD
 from gradiveq.strategy import Direct
 from ring.codec import Hop
-from tests.conftest import Launch
-from tests.gradiveq.test_aggregator import noise
-from tests.gradiveq.test_device import CPU, assert_bitwise, both, lane  # noqa: F401
+from tests.support.aggregators import noise
+from tests.support.on_devices import CPU, assert_bitwise, both
+from tests.support.processes import Launch
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 

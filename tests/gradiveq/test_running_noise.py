@@ -14,7 +14,7 @@ import torch
 from bench.checkpoint import restored, storable
 from gradiveq.noise import NoiseEstimate, NoiseWindow
 from gradiveq.running_noise import BLOCKS, WIDTH, RunningNoise, estimate_here
-from tests.gradiveq.test_noise import SIGMAS, Synthetic, assert_mean_is
+from tests.support.noisy_workers import SIGMAS, Synthetic, assert_mean_is
 
 Vector = npt.NDArray[np.float32]
 

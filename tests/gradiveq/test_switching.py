@@ -25,16 +25,8 @@ from gradiveq.noise import NoiseWindow, auto_threshold, simple_threshold
 from gradiveq.powersgd import PowerSGD, PowerSGDWorker, powersgd_here
 from ring.handle import Ring
 from ring.lockstep import run
-from tests.conftest import Launch
-from tests.gradiveq.test_aggregator import (
-    CONTROL_BYTES,
-    assert_same_bits,
-    collect,
-    exact,
-    noise,
-    set_gradients,
-    small_model,
-)
+from tests.support.aggregators import CONTROL_BYTES, assert_same_bits, collect, exact, noise, set_gradients, small_model
+from tests.support.processes import Launch
 
 Vector = npt.NDArray[np.float32]
 FLAG_BYTES = 4

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from bench.missing import EXTRAS, what_is_missing
-from tests.conftest import FRESH, ROOT, Installed
+from tests.support.installed import FRESH, Installed
+from tests.support.processes import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: A package as it is imported, where its distribution has another name.

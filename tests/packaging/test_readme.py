@@ -15,7 +15,7 @@ import pytest
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
 from gradiveq.specs import parse
-from tests.conftest import FRESH, Installed
+from tests.support.installed import FRESH, Installed
 from tests.support.printed import README, ROOT, block, losses, section
 
 

@@ -15,7 +15,7 @@ from ring.calibrate import common_link, fit_link, message_sizes, residuals, unwr
 from ring.cluster import Cluster, Link, Node, read, write
 from ring.fit import LARGE_ERROR, fit_line, flag, quartiles, relative_errors, rounded, table
 from ring.probe import LinkTimes, Stream, _waiting, burst_bytes
-from tests.conftest import Launch
+from tests.support.processes import Launch
 
 
 def made_up(

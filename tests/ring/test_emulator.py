@@ -17,7 +17,7 @@ from ring.cluster import Cluster, ClusterError, Racks, parse
 from ring.codec import Array, Hop, Payload
 from ring.timeline import Timeline
 from ring.virtual import VirtualRing
-from tests.conftest import Launch
+from tests.support.processes import Launch
 from tests.support.toy_codecs import HalfPerHop, PairSums
 
 RATES = {

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from ring.machine import cores_allowed, cores_together
-from tests.conftest import ROOT, Launch
+from tests.support.processes import ROOT, Launch
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.conftest import Launch
+from tests.support.processes import Launch
 
 COMPARE = """
     import hashlib
@@ -23,7 +23,7 @@ COMPARE = """
     from ring.abort import end_together
     from ring.mpi import MPIRing
     from gradiveq.qsgd import QSGD
-    from tests.gradiveq.test_codec_contract import fitted
+    from tests.support.bases import fitted
     from gradiveq.codec import PCACodec
     from tests.support.toy_codecs import HalfPerHop, PairSums
 

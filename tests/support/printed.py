@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import ROOT
+
 README = (ROOT / "README.md").read_text()
 LAUNCH = (ROOT / "bench" / "LAUNCH.md").read_text()
 

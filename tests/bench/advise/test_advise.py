@@ -29,9 +29,8 @@ from gradiveq.methods import GradiVeQ, Method, Plain
 from gradiveq.specs import parse
 from ring.cluster import Cluster, Link, Node
 from ring.machine import usable_cores
+from tests.support.processes import ROOT
 from tests.support.redrawn import check_drawn_again
-
-ROOT = Path(__file__).parents[3]
 
 
 def bucket(

@@ -15,8 +15,8 @@ import pytest
 
 from bench import hosts as module
 from bench.hosts import Hosts, HostsError, find_mpirun, remove_leftovers, why_not
+from tests.support.processes import ROOT
 
-ROOT = Path(__file__).parents[3]
 REFUSED = why_not()
 here = pytest.mark.skipif(REFUSED is not None, reason=f"no hosts here: {REFUSED}")
 

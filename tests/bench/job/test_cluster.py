@@ -18,7 +18,7 @@ from bench.emulation import MOST_THREADS, choose, note
 from bench.report import text
 from ring import perfetto
 from ring.cluster import ClusterError, parse, read
-from tests.bench.job.test_job import (
+from tests.support.jobs import (
     DEADLINE_S,
     METHODS,
     SMALL,
