@@ -68,7 +68,11 @@ def test_runs_are_kept_to_the_digit_and_in_their_types(tmp_path: Path) -> None:
     assert (tmp_path / kept.FILE).read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no archive", gzip.compress(b"{")[:-9], gzip.compress(b"{")])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"no archive", gzip.compress(b"{")[:-9], gzip.compress(b"{")],
+    ids=["missing", "empty", "no archive", "cut off", "no JSON"],  # what is compressed contains the time
+)
 def test_without_its_runs_an_experiment_says_so(
     content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -447,12 +447,12 @@ def test_it_answers_and_writes(
     monkeypatch.setattr(advise, "PER_DECADE", 1)
     monkeypatch.chdir(ROOT)
     out = tmp_path / "new" / "folder"
-    arguments = ["--model", "test_advise:tiny_model", "--input", "3x8x8", "--batch-size", "2", "--nodes", "4"]
+    arguments = ["--model", f"{__name__}:tiny_model", "--input", "3x8x8", "--batch-size", "2", "--nodes", "4"]
     arguments += ["--bandwidth", "0.1", "--methods", "half,gradiveq,topk:0.01+ef", "--out", str(out), "--latency", "5"]
     arguments += ["--also", "fc.*", "--results", str(tmp_path / "nothing")]
     assert advise.main([*arguments, "--seconds-per-iteration", "0.5"]) == 0
     text = capsys.readouterr().out
-    assert "Should I compress? test_advise.tiny_model on 4-nodes-0.1gbps" in text
+    assert f"Should I compress? {__name__}.tiny_model on 4-nodes-0.1gbps" in text
     assert sorted(path.name for path in out.iterdir()) == ["figure.png", "record.json", "table.md"]
     check_drawn_again(out)
     record = json.loads((out / "record.json").read_text())
@@ -476,7 +476,7 @@ def test_a_probe_measures_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     options = advise.parse(
         [
             "--model",
-            "test_advise:small_images",
+            f"{__name__}:small_images",
             "--input",
             "3x32x32",
             "--batch-size",
@@ -559,7 +559,7 @@ def test_a_model_that_the_probe_is_not_for_is_answered_nevertheless(
 
 def ask_for_images(model: str) -> Asked:
     """Batches of 2."""
-    arguments = ["--model", f"test_advise:{model}", "--input", "3x32x32", "--batch-size", "2", "--probe", "3"]
+    arguments = ["--model", f"{__name__}:{model}", "--input", "3x32x32", "--batch-size", "2", "--probe", "3"]
     return advise.ask(advise.parse([*arguments, "--methods", "half", "--nodes", "2", "--bandwidth", "1"]))
 
 
@@ -577,12 +577,12 @@ CLUSTERED = ["--cluster", "v100-10gbe"]
         (["--model", "vgg", *CLUSTERED], "`--model` must be one of resnet20, "),
         (["--model", "bench.nowhere:f", *CLUSTERED], "`--model` bench.nowhere:f can't be imported: ModuleNotFound"),
         (
-            ["--model", "test_advise:no_model", "--input", "3x8x8", *CLUSTERED],
+            ["--model", f"{__name__}:no_model", "--input", "3x8x8", *CLUSTERED],
             "no_model() must return a torch.nn.Module, got <class 'str'>",
         ),
-        (["--model", "test_advise:tiny_model", *CLUSTERED], "`--input` is needed with test_advise:tiny_model"),
+        (["--model", f"{__name__}:tiny_model", *CLUSTERED], f"`--input` is needed with {__name__}:tiny_model"),
         (
-            ["--model", "test_advise:tiny_model", "--input", "3x9x9", *CLUSTERED],
+            ["--model", f"{__name__}:tiny_model", "--input", "3x9x9", *CLUSTERED],
             "can't be trained on such an `--input`: RuntimeError: mat1 and mat2",
         ),
         (["--model", "resnet20", "--input", "3xx", *CLUSTERED], "argument --input: must be like 3x224x224, got 3xx"),
@@ -592,7 +592,7 @@ CLUSTERED = ["--cluster", "v100-10gbe"]
         (["--seconds-per-iteration", "1", "--tflops", "1", *CLUSTERED], "both say how long an iteration computes"),
         (["--probe", "2", *CLUSTERED], "argument --probe: must be 0 or at least 3"),
         (
-            ["--model", "test_advise:tiny_model", "--input", "3x8x8", "--probe", "9", "--methods", "half", *CLUSTERED],
+            ["--model", f"{__name__}:tiny_model", "--input", "3x8x8", "--probe", "9", "--methods", "half", *CLUSTERED],
             "--probe and --data are for models that take 3x32x32 images",
         ),
         (["--threads", "9999", *CLUSTERED], f"argument --threads: must be at most {usable_cores()}, the cores at hand"),
