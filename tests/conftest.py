@@ -1,4 +1,4 @@
-"""Runs a piece of Python on several ranks, with a deadline of its own.
+"""What all tests share: which are slow, and `mpirun`, which runs a piece of Python on several ranks.
 
 Without a GPU, Triton's kernels run in its interpreter, on CPU tensors; that has to be said before they are imported.
 """
@@ -20,6 +20,24 @@ from tests.support.processes import MPIRUN, Launch, environment  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each worker has a core; more threads would wait for each other's
+
+
+#: Fixtures that start processes, each of which imports PyTorch.
+STARTING_PROCESSES = {"installed", "mpirun"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what starts processes as slow, and puts files with slow tests first, so that no worker has one at the end.
+
+    Whole files are marked by a `pytestmark` of their own.
+    """
+    for item in items:
+        if STARTING_PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ from tests.ddp.checks import CHECKS
 from tests.support.ddp_harness import Net
 from tests.support.processes import TORCHRUN, environment
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 240
 
 

@@ -31,6 +31,8 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 
 from gradiveq import device_qsgd, qsgd_triton
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 
 

@@ -17,6 +17,8 @@ from bench.missing import EXTRAS, what_is_missing
 from tests.support.installed import FRESH, Installed
 from tests.support.processes import ROOT
 
+pytestmark = pytest.mark.slow
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: A package as it is imported, where its distribution has another name.
 NAMES = {"PIL": "pillow", "sklearn": "scikit-learn"}

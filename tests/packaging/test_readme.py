@@ -18,6 +18,8 @@ from gradiveq.specs import parse
 from tests.support.installed import FRESH, Installed
 from tests.support.printed import README, ROOT, block, losses, section
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def added() -> Compressor:

@@ -33,6 +33,8 @@ from gradiveq.compressors.topk import TopK
 from tests.support.images import write_images
 from tests.support.redrawn import check_drawn_again
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = blocks_of(MODELS["alexnet"](10, width=0.25))
 ELEMENTS = sum(block.length for block in BLOCKS)
 LENGTH = Length(300, 2, 2)

@@ -35,6 +35,8 @@ from tests.support.jobs import (
     write_idx,
 )
 
+pytestmark = pytest.mark.slow
+
 #: Processor time that isn't in the table counts for almost nothing, so that seconds are the same in every run.
 CLUSTER = """\
 name = "two/racks of one"

@@ -23,6 +23,8 @@ from ring.virtual import VirtualRing
 from tests.support.processes import ROOT, Launch
 from tests.support.toy_codecs import HalfPerHop, PairSums
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["--slice-size", "64", "--sample", "4", "--batch-size", "1", "--repeats", "3", "--chunks", "2"]
 CLUSTER = """
 name = "three"

@@ -51,6 +51,8 @@ from ring.lockstep import run as run_in_lockstep
 from tests.support.images import write_images
 from tests.support.redrawn import check_drawn_again
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ from gradiveq.compressors import COMPRESSORS
 from tests.support.images import write_images
 from tests.support.redrawn import check_drawn_again
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--width", "0.03125", "--batch-size", "8", "--epochs", "2", "--processes", "1"]
 
 

@@ -25,6 +25,8 @@ from ring.dry import all_reduce
 from ring.virtual import VirtualRing
 from tests.support.redrawn import check_drawn_again
 
+pytestmark = pytest.mark.slow
+
 CPU, GPU = "gradiveq-cpu", "gradiveq-k80"
 
 

@@ -17,6 +17,8 @@ from bench import hosts as module
 from bench.hosts import Hosts, HostsError, find_mpirun, remove_leftovers, why_not
 from tests.support.processes import ROOT
 
+pytestmark = pytest.mark.slow
+
 REFUSED = why_not()
 here = pytest.mark.skipif(REFUSED is not None, reason=f"no hosts here: {REFUSED}")
 

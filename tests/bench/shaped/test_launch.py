@@ -13,6 +13,8 @@ import pytest
 from bench.hosts import MPI_OVER_TCP, Hosts, why_not
 from tests.support.printed import LAUNCH, README, ROOT, block, losses, section
 
+pytestmark = pytest.mark.slow
+
 REFUSED = why_not()
 DEADLINE_S = 90
 

@@ -10,6 +10,8 @@ import pytest
 from bench import shaped_busbw
 from bench.hosts import why_not
 
+pytestmark = pytest.mark.slow
+
 REFUSED = why_not()
 here = pytest.mark.skipif(REFUSED is not None, reason=f"no hosts here: {REFUSED}")
 

@@ -34,6 +34,8 @@ from ring.lockstep import run
 from tests.support.grid_runs import tiny
 from tests.support.processes import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def dataset(num_train: int = 80, num_test: int = 20) -> Dataset:
     """Noise, with a bright band that tells the class, mirrored or not."""

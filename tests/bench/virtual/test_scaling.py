@@ -19,6 +19,8 @@ from ring.cluster import Cluster, ClusterError, Node, Racks, read, write
 from ring.codec import Identity
 from tests.support.redrawn import check_drawn_again
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def gradient() -> Gradient:
