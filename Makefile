@@ -1,12 +1,15 @@
 # Two commands need nothing but Python 3.11 or newer and make:
 #   make run     set up, train ResNet-32 with each of the three systems, draw the figures (within 10 minutes on 2 cores)
-#   make test    set up, then run every check
-# PYTHON, VENV, NP (ranks) and ARGS (more options for the job) can be given: make run NP=4 ARGS="--batch-size 8"
+#   make test    set up, then run every check (within 10 minutes on 2 cores)
+# While working, `make check` runs ruff, mypy and the tests that are quick (within 2 minutes).
+# PYTHON, VENV, NP (ranks), ARGS (more options for the job) and WORKERS (processes of pytest) can be given:
+#   make run NP=4 ARGS="--batch-size 8"
 
 PYTHON ?= python3
 VENV ?= .venv
 NP ?= 6
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 MPIRUN := $(BIN)/mpirun
@@ -14,7 +17,7 @@ JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
 
 DATA ?=
 
-.PHONY: run methods timing scaling advise advise-validation layerwise hard-threshold ddp throughput figures calibrate validate busbw shaped-busbw cifar100 test lint docs setup clean
+.PHONY: run methods timing scaling advise advise-validation layerwise hard-threshold ddp throughput figures calibrate validate busbw shaped-busbw cifar100 test check lint docs setup clean
 
 run: setup
 	$(JOB) $(ARGS)
@@ -89,8 +92,18 @@ cifar100: setup
 	$(MPIRUN) -n 6 $(BIN)/python -m bench.record_gradients --data $(DATA) --out results/cifar100-gradients
 	$(BIN)/python -m bench.figures results
 
-test: setup lint docs
-	$(BIN)/python -m pytest
+# Fixtures of a file are made once, so a file stays in one process; those with slow tests come first. Hosts with shaped
+# links are timed, so nothing else runs beside them.
+PYTEST := $(BIN)/python -m pytest
+IN_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: setup
+	$(MAKE) --jobs 2 --output-sync lint docs
+	$(PYTEST) $(IN_WORKERS) --ignore tests/bench/shaped
+	$(PYTEST) tests/bench/shaped
+
+# The tests of pure functions and of workers that are threads: none that starts processes or trains for long.
+check: lint
+	$(PYTEST) $(IN_WORKERS) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -99,11 +112,11 @@ lint: setup
 
 # What the docstrings say, as pages: build/docs/index.html. What pdoc can't resolve is an error, but for the fields of
 # named tuples, whose annotations are texts without a module to it. All modules are named, as packages have an __all__.
-DOCUMENTED := $(wildcard ring/*.py gradiveq/*.py gradiveq/*/*.py bench/*.py bench/*/*.py)
+DOCUMENTED := $(sort $(shell find ring gradiveq bench -name '*.py'))
 docs: setup
 	rm -rf build/docs
 	PDOC_ALLOW_EXEC=1 $(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
-		-W "ignore:The module specification:UserWarning" -m pdoc --docformat google --output-directory build/docs \
+		-W "ignore:The module specification:UserWarning" -m pdoc --docformat google --no-show-source --output-directory build/docs \
 		$(subst /,.,$(patsubst %/__init__,%,$(basename $(DOCUMENTED))))
 
 setup: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""Runs a piece of Python on several ranks, with a deadline of its own; the wheel, built and installed.
+"""What all tests share: which are slow, and `mpirun`, which runs a piece of Python on several ranks.
 
 Without a GPU, Triton's kernels run in its interpreter, on CPU tensors; that has to be said before they are imported.
 """
@@ -6,42 +6,52 @@ Without a GPU, Triton's kernels run in its interpreter, on CPU tensors; that has
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import Distribution, PathDistribution, distribution
 from pathlib import Path
 
 import pytest
 import torch
-from packaging.requirements import Requirement
+
+pytest.register_assert_rewrite("tests.support")  # before anything of it is imported
+
+from tests.support.processes import MPIRUN, Launch, environment  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each worker has a core; more threads would wait for each other's
 
-ROOT = Path(__file__).parent.parent
-MPIRUN = Path(sys.executable).parent / "mpirun"
 
-Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+#: Fixtures that start processes, each of which imports PyTorch.
+STARTING_PROCESSES = {"installed", "mpirun"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what starts processes as slow, and puts files with slow tests first, so that no worker has one at the end.
+
+    Whole files are marked by a `pytestmark` of their own.
+    """
+    for item in items:
+        if STARTING_PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
 def mpirun(tmp_path: Path) -> Launch:
     """mpirun(ranks, "code" or ["-m", "module", …], timeout_s=…) -> CompletedProcess with text output."""
 
-    def launch(ranks: int, program: str | list[str], timeout_s: float = 60.0, **environment: str):
+    def launch(ranks: int, program: str | list[str], timeout_s: float = 60.0, **variables: str):
         if isinstance(program, str):
             script = tmp_path / "program.py"
             script.write_text(textwrap.dedent(program))
             program = [str(script)]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         return subprocess.run(
             [str(MPIRUN), "-n", str(ranks), sys.executable, *program],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"} | environment,
+            env=environment(**variables),
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -49,69 +59,3 @@ def mpirun(tmp_path: Path) -> Launch:
         )
 
     return launch
-
-
-#: In a fresh environment the first import compiles all kernels, for 11 s; nothing that is tried there calls them.
-FRESH = {"NUMBA_DISABLE_JIT": "1"}
-
-
-@dataclass(frozen=True)
-class Installed:
-    """An environment with the wheel in it, what the wheel requires, and nothing else: no extra, no checkout.
-
-    Attributes:
-        sdist, wheel: what was built, the wheel from the sdist.
-        python: the environment's, beside the commands that the wheel brings, and `torchrun`.
-    """
-
-    sdist: Path
-    wheel: Path
-    python: Path
-
-
-def required(by: Distribution) -> set[str]:
-    """The names of what a distribution requires without extras, and of what those do."""
-    found, left = set[str](), [by]
-    while left:
-        for one in map(Requirement, left.pop().requires or ()):
-            name = one.name.lower().replace("_", "-")
-            if name not in found and (one.marker is None or one.marker.evaluate({"extra": ""})):
-                found.add(name)
-                left.append(distribution(name))
-    return found
-
-
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """Built from the checkout's files, without network: what the wheel requires is lent by this environment."""
-    folder = tmp_path_factory.mktemp("packaging")
-
-    def call(*command: str | Path) -> None:
-        done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):  # and not what building has left in the checkout
-        shutil.copy(ROOT / name, source)
-    for name in ("ring", "gradiveq", "bench"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source)
-    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
-
-    call(sys.executable, "-m", "venv", "--without-pip", folder / "venv")
-    python = folder / "venv" / "bin" / "python"
-    (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    (metadata,) = (path for path in zipfile.Path(wheel).iterdir() if path.name.endswith(".dist-info"))
-    for name in required(PathDistribution(metadata)):
-        lent = distribution(name)
-        tops = {file.parts[0] for file in lent.files or ()} - {"..", "__pycache__"}
-        for top in tops:
-            if not top.endswith(".pth"):
-                (packages / top).symlink_to(Path(str(lent.locate_file(top))))
-    # Finds everything there, in the versions that the wheel asks for, or fails.
-    call(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-compile", wheel)
-    torchrun = python.with_name("torchrun")
-    torchrun.write_text(f"#!{python}\nimport sys\nfrom torch.distributed.run import main\nsys.exit(main())\n")
-    torchrun.chmod(0o755)
-    return Installed(sdist, wheel, python)

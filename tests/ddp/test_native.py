@@ -1,0 +1,509 @@
+"""Compressors as torch operations: the bits of their NumPy forms, and nothing that would wait for a GPU.
+
+No GPU is needed: the operations run on the CPU, and on torch's "meta" device, whose tensors have no elements that
+anyone could look at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gradiveq import GradiVeQ
+from gradiveq.compressors import COMPRESSORS, bits
+from gradiveq.compressors.base import Draw, Float32
+from gradiveq.compressors.identity import Identity
+from gradiveq.ddp import native, native_bits
+from gradiveq.ddp.bucket import Parameters, Place, Plan
+from gradiveq.ddp.compressors import CompressorScheme
+from gradiveq.ddp.flaws import NOT_FINITE, OVERFLOWED, Codes, flaw, flaw_on_device
+from gradiveq.ddp.layers import compressible_layers
+from gradiveq.ddp.lowrank import PowerSGDScheme
+from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
+from gradiveq.ddp.scheme import Rounds, Scheme, Traffic, Work, plain_rounds
+from gradiveq.ddp.state import State
+from gradiveq.ddp.windows import WindowsScheme
+from gradiveq.ddp.wire import array_of
+from gradiveq.methods import Compressed
+from gradiveq.powersgd import PowerSGD
+from gradiveq.specs import parse
+from tests.support.native_methods import METHODS, PALETTES, SPECS, assert_same_bits, check_bits, compressor_of
+
+
+@st.composite
+def vectors(draw: st.DrawFn) -> Float32:
+    edges = (0, 1, 2, 7, 8, 9, 31, 32, 33, 511, 512, 513, 1024, 1025, 4097)
+    length = draw(st.one_of(st.sampled_from(edges), st.integers(0, 3000)))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from([*PALETTES, "normal", "mixed"]))
+    normal = generator.standard_normal(length) * 10.0 ** draw(st.integers(-41, 37))
+    if kind == "normal":
+        return normal.astype(np.float32)
+    if kind == "mixed":
+        return np.where(generator.random(length) < 0.5, normal, generator.choice(PALETTES["ends"], length)).astype("f4")
+    return generator.choice(np.array(PALETTES[kind], np.float32), length)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@settings(deadline=None, max_examples=20)
+@given(values=vectors(), draw=st.builds(Draw, *[st.integers(0, 2**40)] * 2, *[st.integers(0, 2**20)] * 2))
+def test_payloads_and_estimates_are_the_same_bits(spec: str, values: Float32, draw: Draw) -> None:
+    check_bits(spec, values, draw, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("width", range(1, 33))
+def test_codes_of_every_width(width: int) -> None:
+    for count in (0, 1, 31, 33, 511, 512, 1100):
+        codes = np.random.default_rng(count).integers(0, 2**width, count, np.uint32)
+        packed = native_bits.pack(torch.from_numpy(codes.astype(np.int64)), width)
+        assert_same_bits(packed, bits.pack(codes, width))
+        assert_same_bits(native_bits.unpack(packed, width, count), codes.astype(np.int64))
+
+
+@pytest.mark.parametrize("spec", ["qsgd-gather:255", "qsgd-gather:65536", "sign:scaled", "terngrad:2.5"])
+def test_sums_in_another_order_move_a_scale_by_one_float_at_most(spec: str) -> None:
+    """Long vectors, of many magnitudes; codes are one level off at most."""
+    compressor = compressor_of(spec)
+    for seed in range(3):
+        generator = np.random.default_rng(seed)
+        values = (generator.standard_normal(1 << 19) * 10.0 ** generator.uniform(-6, 3, 1 << 19)).astype(np.float32)
+        ours = compressor.compress(values, Draw(0, seed, 0, 0))
+        theirs = array_of(native.compress(compressor, torch.from_numpy(values), Draw(0, seed, 0, 0)))
+        scales = [payload[:4].view(np.int32)[0] for payload in (ours, theirs)]
+        assert abs(int(scales[0]) - int(scales[1])) <= 1
+        estimates = [np.empty_like(values) for _ in range(2)]
+        for payload, estimate in zip((ours, theirs), estimates, strict=True):
+            compressor.decompress(payload, estimate, Draw(0, seed, 0, 0))
+        step = float(ours[:4].view(np.float32)[0]) / getattr(compressor, "levels", 1)
+        assert np.abs(estimates[0] - estimates[1]).max() <= 1.001 * step * (scales[0] != scales[1])
+
+
+def test_all_of_a_fixed_size_are_native() -> None:
+    class Other(Identity):
+        pass
+
+    for kind in COMPRESSORS.values():
+        assert native.is_native(kind()) == kind.fixed_size, kind.name
+    assert not native.is_native(Other())
+
+
+# Several ranks in one thread
+
+
+class Member:
+    """A rank's process group: its collectives wait until all ranks have begun theirs."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size, self.device = rank, size, torch.device("cpu")
+        self.begun: list[tuple[Tensor, Tensor | None]] = []
+
+    def all_reduce(self, tensor: Tensor) -> Future[Any]:
+        self.begun.append((tensor, None))
+        return Future()
+
+    def all_gather(self, tensor: Tensor) -> tuple[Tensor, Future[Any]]:
+        out = torch.empty(self.size, len(tensor), dtype=tensor.dtype, device=tensor.device)
+        self.begun.append((tensor, out))
+        return out, Future()
+
+
+def carry_out(members: Sequence[Member]) -> None:
+    for calls in zip(*(member.begun for member in members), strict=True):
+        inputs = torch.stack([tensor for tensor, _ in calls])
+        for tensor, out in calls:
+            if out is None:
+                tensor.copy_(inputs.sum(0, dtype=tensor.dtype))
+            else:
+                out.copy_(inputs)
+    for member in members:
+        member.begun.clear()
+
+
+def plan_of(*shapes: tuple[int, ...]) -> Plan:
+    stops = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
+    places = [
+        Place(f"layer{i}", i, stop - math.prod(shape), stop, shape, tuple(torch.empty(shape).stride()))
+        for i, (shape, stop) in enumerate(zip(shapes, stops, strict=True))
+    ]
+    return Plan(tuple(places), stops[-1])
+
+
+PLAN = plan_of((40,), (0,), (1300,), (9,), (1,))
+#: Two matrices of one shape, one that has not the rank, and vectors.
+MATRICES = plan_of((12, 3, 3, 2), (12,), (7, 40), (0, 4), (40, 7), (2, 30), (12, 18), (1,))
+
+
+class Bucket:
+    """One bucket of some ranks, iteration by iteration."""
+
+    def __init__(self, schemes: Sequence[Scheme], plan: Plan, scale: float | None = None) -> None:
+        self.schemes, self.plan, self.scale = schemes, plan, scale
+        self.members = [Member(rank, len(schemes)) for rank in range(len(schemes))]
+
+    def exchange(self, iteration: int, gradients: Sequence[Tensor], count: bool = True) -> list[Work]:
+        """The works when all is over, their buffers the means; with `count`, memories are kept."""
+        works, rounds = [], []
+        for scheme, member, gradient in zip(self.schemes, self.members, gradients, strict=True):
+            codes, group = Codes(member.size, len(self.plan.places)), cast(Any, member)
+            work = Work(self.plan, gradient.clone(), iteration, 2, 0, self.scale, group, codes)
+            scheme.begin(iteration, Traffic())
+            works.append(work)
+            rounds.append(scheme.rounds(work))
+        while None not in [next(one, None) for one in rounds]:  # all of them, one step
+            carry_out(self.members)
+        for scheme in self.schemes:
+            scheme.end(count)
+        return works
+
+
+def bucket_of(method: Compressed, on_device: Sequence[bool], scale: float | None = None) -> Bucket:
+    """Whose overrides name layers of `PLAN`."""
+    chosen = None if method.granularity == "model" else [method.compressor] * len(PLAN.places)
+    for pattern, compressor in method.overrides:
+        assert chosen is not None
+        chosen[int(pattern.removeprefix("layer"))] = compressor
+    schemes = [CompressorScheme(method, chosen, 5) for _ in on_device]
+    for scheme, native_one in zip(schemes, on_device, strict=True):
+        scheme.on_device = lambda work, native_one=native_one: native_one  # type: ignore[method-assign]
+    return Bucket(schemes, PLAN, scale)
+
+
+@pytest.mark.parametrize("method", list(METHODS.values()), ids=list(METHODS))
+def test_exchanges_are_the_same_bits(method: Compressed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means, codes and memories of 3 ranks: all on the host, all by torch operations, and one beside the others.
+
+    Of the longest layer two ranks are decoded at once, and then the third; of the others all are.
+    """
+    monkeypatch.setattr(native, "_AT_ONCE", 2 * 1300)
+    for dtype, scale in ((torch.float32, None), (torch.bfloat16, None), (torch.float16, 8.0)):
+        buckets = [bucket_of(method, where, scale) for where in ([False] * 3, [True] * 3, [False, True, False])]
+        for iteration in range(2):
+            generator = torch.Generator().manual_seed(iteration)
+            gradients = [torch.randn(PLAN.length, generator=generator).to(dtype) for _ in range(3)]
+            expected, *others = (bucket.exchange(iteration, gradients) for bucket in buckets)
+            for works in others:
+                for host, other in zip(expected, works, strict=True):
+                    assert torch.equal(other.buffer, host.buffer)
+                    assert torch.equal(other.heard, host.heard)  # type: ignore[arg-type]
+                    assert other.traffic == host.traffic
+        if method.feedback is not None:
+            expected_states, *states = ([scheme.state_dict() for scheme in bucket.schemes] for bucket in buckets)
+            for one in states:
+                for host_state, other_state in zip(expected_states, one, strict=True):
+                    for name, memory in host_state["memory"].items():
+                        assert torch.equal(other_state["memory"][name], memory), name
+
+
+@pytest.mark.parametrize("spec", ["topk:count=1+ef", "identity+ef", "half/layer0=sign:scaled+ef"])
+def test_what_overflows_with_its_memory_is_named(spec: str) -> None:
+    """Rank 1's layer 3; on all ranks, on the device as on the host. It sends zeros."""
+    method = parse(spec)
+    for where in ([False] * 2, [True] * 2):
+        bucket = bucket_of(method, where)
+        for scheme in bucket.schemes:
+            memory = {place.name: torch.full(place.shape, 3e38) for place in PLAN.places[3:4]}
+            scheme.load_state_dict({"memory": memory})
+        gradients = [torch.ones(PLAN.length) for _ in range(2)]
+        gradients[1][PLAN.places[3].start] = 3e38
+        for work in bucket.exchange(0, gradients, count=False):
+            assert work.heard is not None
+            assert work.heard.tolist() == [0, flaw(OVERFLOWED, 3)]
+            assert work.buffer.isfinite().all()
+
+
+def test_a_mean_that_overflows_is_not_sent_back() -> None:
+    gradients = [torch.full((PLAN.length,), 3e38) for _ in range(3)]
+    gradients[0][1:] = 1
+    means = [bucket_of(parse("identity^topk:0.01"), [where] * 3).exchange(0, gradients)[0].buffer for where in (0, 1)]
+    assert torch.equal(*means)
+    assert means[0].isinf().any()
+    assert means[0].count_nonzero() == PLAN.length
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PowerSGD(3),
+        PowerSGD(2, error_feedback=False),
+        PowerSGD(3, warm_start=False),
+        PowerSGD(9, min_compression_rate=0),
+    ],
+    ids=str,
+)
+def test_powersgd_is_the_hosts_within_rounding(method: PowerSGD) -> None:
+    """Means, memories and codes; a state of one goes on as the other."""
+    for dtype, scale, tolerance in (
+        (torch.float32, None, 1e-5),
+        (torch.float32, 256.0, 1e-5),
+        (torch.float16, 8.0, 5e-3),
+    ):
+        host = Bucket([PowerSGDScheme(method, 4) for _ in range(3)], MATRICES, scale)
+        device = Bucket([NativePowerSGDScheme(method, 4) for _ in range(3)], MATRICES, scale)
+        for iteration in range(5):
+            generator = torch.Generator().manual_seed(iteration)
+            common = torch.randn(MATRICES.length, generator=generator)
+            gradients = [common + torch.randn(MATRICES.length, generator=generator) for _ in range(3)]
+            if iteration == 1 and method.rank < 9:  # full rank leaves memories of no mean: P would be rounding errors
+                gradients = [torch.zeros_like(common)] * 3
+            gradients = [gradient.to(dtype) for gradient in gradients]
+            expected, works = (bucket.exchange(iteration, gradients) for bucket in (host, device))
+            for ours, theirs in zip(works, expected, strict=True):
+                off = (ours.buffer.float() - theirs.buffer.float()).norm()
+                assert off <= tolerance * common.norm(), iteration
+                assert torch.equal(ours.buffer, works[0].buffer)
+                assert torch.equal(ours.heard, theirs.heard)  # type: ignore[arg-type]
+                assert ours.traffic == theirs.traffic
+            for ours, theirs in zip(device.schemes, host.schemes, strict=True):
+                states = ours.state_dict(), theirs.state_dict()
+                assert states[0]["q"].keys() == states[1]["q"].keys()
+                assert states[0]["memory"].keys() == states[1]["memory"].keys()
+                for name, memory in states[0]["memory"].items():
+                    torch.testing.assert_close(memory, states[1]["memory"][name], rtol=0, atol=100 * tolerance)
+                if iteration == 2:
+                    ours.load_state_dict(states[1])
+                    theirs.load_state_dict(states[0])
+
+
+def test_powersgd_says_what_overflows() -> None:
+    """With the memory of rank 1's layer 2, as a code; in a sum, as NaN in that layer, as on the host."""
+    for kind in (PowerSGDScheme, NativePowerSGDScheme):
+        bucket = Bucket([kind(PowerSGD(2), 4) for _ in range(2)], MATRICES)
+        place = MATRICES.places[2]
+        for scheme in bucket.schemes:
+            scheme.load_state_dict({"memory": {place.name: torch.full(place.shape, 3e38)}, "q": {}})
+        gradients = [torch.ones(MATRICES.length) for _ in range(2)]
+        gradients[1][place.start] = 3e38
+        for work in bucket.exchange(0, gradients, count=False):
+            assert work.heard is not None
+            assert work.heard.tolist() == [0, flaw(OVERFLOWED, 2)]
+        bucket = Bucket([kind(PowerSGD(2), 4) for _ in range(2)], MATRICES)
+        gradients[0][place.start : place.stop] = gradients[1][place.start : place.stop] = 3e38
+        for work in bucket.exchange(0, gradients, count=False):
+            assert work.buffer[place.start : place.stop].isnan().all()
+            assert work.buffer.isnan().sum() == place.stop - place.start
+            assert work.heard is not None
+            assert not work.heard.any()
+
+
+# Nothing waits
+
+
+class Waiting(Exception):
+    pass
+
+
+class Watch(TorchDispatchMode):
+    """Raises where an operation on "meta" tensors, in the place of a GPU's, would make the host wait for it.
+
+    "meta" itself refuses to give elements away (`item`, `bool`, `cpu`, `numpy`, `nonzero` and masks). Refused here are
+    copies to it from the host, unless they are asynchronous; what would take tensors of both; masks that are assigned
+    to; and tensors made of the host's numbers.
+    """
+
+    def __enter__(self) -> Any:
+        self._factories = Factories()
+        self._factories.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._factories.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        if func in (aten._to_copy.default, aten.copy_.default):
+            result = func(*args, **kwargs)
+            devices = {one.device for one in (*args[:2], result) if isinstance(one, Tensor)}
+            asynchronous = kwargs.get("non_blocking", False) or args[2:3] == (True,)
+            if len(devices) > 1 and not asynchronous:
+                raise Waiting(f"{func}: a copy from {args}")
+            return result
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if len({one.device for one in tensors}) > 1:
+            raise Waiting(f"{func} of tensors on the host and on the device")
+        by = args[1] if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default) else ()
+        if any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in by):
+            raise Waiting(f"{func} by a mask")
+        return func(*args, **kwargs)
+
+
+class Factories(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (
+            func in (torch.tensor, torch.as_tensor, torch.asarray)
+            and result.is_meta
+            and not isinstance(args[0], Tensor)
+        ):
+            raise Waiting(f"{args[0]} become a tensor on the device")
+        return result
+
+
+WAITS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.isfinite().all()),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "tolist": lambda x: x.tolist(),
+    "equal": torch.equal,
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "assigned to a mask": lambda x: x.__setitem__(x > 0, torch.ones(3, device="meta")),
+    "unique": lambda x: x.unique(),
+    "repeats": lambda x: x.repeat_interleave(x.long()),
+    "numbers": lambda x: torch.tensor([1, 2], device=x.device),
+    "a copy to it": lambda x: torch.ones(4).to(x.device),
+    "a copy into it": lambda x: x.copy_(torch.ones(4)),
+    "a factor on the host": lambda x: x * torch.ones(4),
+}
+
+
+@pytest.mark.parametrize("name", list(WAITS))
+def test_the_watch_sees(name: str) -> None:
+    x = torch.ones(4, device="meta")
+    call = WAITS[name]
+    with pytest.raises((Waiting, RuntimeError, TypeError)), Watch():
+        call(x, x) if name == "equal" else call(x)  # type: ignore[call-arg]
+
+
+META = torch.device("meta")
+
+
+class MetaGroup:
+    """A process group on the device: what it sums and gathers is there at once."""
+
+    rank, size, device = 1, 3, META
+
+    def all_reduce(self, tensor: Tensor) -> Future[Any]:
+        return done()
+
+    def all_gather(self, tensor: Tensor) -> tuple[Tensor, Future[Any]]:
+        return torch.empty(self.size, len(tensor), dtype=tensor.dtype, device=META), done()
+
+
+def done() -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(None)
+    return future
+
+
+def on_meta(dtype: torch.dtype = torch.float32, plan: Plan = PLAN, group: Any = None) -> Work:
+    """As on a GPU: the code is a tensor, and so is a loss scale."""
+    code = torch.zeros((), dtype=torch.int64, device=META)
+    group = group or MetaGroup()
+    codes = Codes(group.size, len(plan.places))
+    return Work(
+        plan, torch.empty(plan.length, dtype=dtype, device=META), 3, 0, code, torch.ones((), device=META), group, codes
+    )
+
+
+def drained(rounds: Rounds, expected: int = 1) -> None:
+    assert [begun.last for begun in rounds] == [*[False] * (expected - 1), True]
+
+
+#: Each kind, each form of top-k's positions, and all that isn't one compressor.
+WAITLESS = [
+    "identity",
+    "half",
+    "integer",
+    "integer:1000.3:bits=16:rounding=stochastic",
+    "randomk:0.2",
+    "randomk:0.7:unbiased=true",
+    "topk:0.01",
+    "topk:0.6",
+    "sign",
+    "sign:scaled",
+    "natural",
+    "terngrad:2.5",
+    "qsgd-gather",
+    "qsgd-gather:100:norm=max:bucket=64",
+    "whole buckets",
+    "several",
+    "both ways",
+    "both ways, added",
+]
+
+
+@pytest.mark.parametrize("name", WAITLESS)
+def test_nothing_waits_for_the_device(name: str) -> None:
+    method = METHODS[name]
+    (scheme,) = bucket_of(method, [True]).schemes
+    for dtype in (torch.float32, torch.float16):
+        work = on_meta(dtype)
+        scheme.begin(3, Traffic())
+        with Watch():
+            drained(scheme.rounds(work))
+        scheme.end(True)
+        assert work.heard is not None
+        assert work.heard.shape == (3,)
+        assert work.heard.device == work.buffer.device == META
+
+
+def test_powersgd_does_not_wait() -> None:
+    scheme = NativePowerSGDScheme(PowerSGD(3), 1)
+    for dtype in (torch.float32, torch.float16):
+        work = on_meta(dtype, MATRICES)
+        scheme.begin(3, Traffic())
+        with Watch():
+            drained(scheme.rounds(work), 2)
+        scheme.end(True)
+    assert scheme._q["layer0"].device == META
+
+
+def test_what_is_sent_as_it_is_does_not_wait() -> None:
+    with Watch():
+        drained(plain_rounds(on_meta()))
+
+
+def test_the_findings_of_a_bucket_do_not_wait() -> None:
+    """Which layer is not finite, and whether the mean is."""
+    state: Any = SimpleNamespace(_unread=[])
+    work = on_meta()
+    with Watch():
+        flaw_on_device(work.buffer, work.plan.places, NOT_FINITE)
+        drained(plain_rounds(work))
+        State._note_flaws(state, work)
+
+
+def test_compressed_iterations_of_gradiveq_do_not_wait() -> None:
+    """With the bases on the device, where the first iteration of a window copies them."""
+    model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Linear(4, 4))
+    parameters = Parameters(model)
+    group: Any = SimpleNamespace(rank=0, size=1, all_reduce=lambda tensor: done())
+    method = GradiVeQ(warmup=0, sample=5, compress=4, n_components=3, holdout_every=0)
+    scheme = WindowsScheme(method, group, compressible_layers(model, parameters, ()), 1.0, 2)
+    sampler = scheme._new_sampler()
+    for seed in range(5):
+        sampler.add(np.random.default_rng(seed).standard_normal(len(scheme._vector)).astype(np.float32))
+    dims = sampler.fit()
+    scheme._use(sampler.rebuild(dims, sampler.share(dims)[0]))
+    assert set(scheme._bases) == {"0.weight"}
+    scheme.schedule.load_state_dict({"phase": "compress", "done": 0, "window": 0})
+    places, start = [], 0
+    for index, (name, p) in enumerate(zip(parameters.names, parameters.tensors, strict=True)):
+        places.append(Place(name, index, start, start + p.numel(), tuple(p.shape), tuple(p.stride())))
+        start += p.numel()
+    plan = Plan(tuple(places), start)
+    for first in (True, False):
+        work = on_meta(plan=plan, group=group)
+        if first:
+            with pytest.raises(Waiting), Watch():
+                drained(scheme.rounds(work))
+            drained(scheme.rounds(work))
+        else:
+            with Watch():
+                drained(scheme.rounds(work))
+        assert work.heard is not None or first
