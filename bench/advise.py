@@ -44,13 +44,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import clusters, figures
+from bench import clusters
 from bench.advise_costs import PLAIN, Measured, local_rates, measure
 from bench.advise_model import CIFAR_INPUT, ModelError, Profile, Task, build
 from bench.advise_predict import Against, Situation, Window, bandwidths
 from bench.advise_report import Answer, Asked, draw, record, table, words
 from bench.advise_risk import Probed, closest, held_out_of, probe_losses, recorded
 from bench.data import DataError, load
+from bench.figure_page import write_figure
 from bench.options import Parser, UsageError, positive
 from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
 from bench.scaling import PAYS, stretches
@@ -436,7 +437,7 @@ def advise(options: argparse.Namespace, command: str, asked: Asked | None = None
     with writing(out):
         write_json(out / "record.json", written)
         write_atomically(out / "table.md", page.encode())
-        figures.write_figure(draw(written), out / "figure.png")
+        write_figure(draw(written), out / "figure.png")
         print()
     return asked
 

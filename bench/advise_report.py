@@ -13,10 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from tabulate import tabulate
 
-from bench import figures
+from bench import figure_page as page
 from bench.advise_costs import PLAIN, Measured
 from bench.advise_predict import Against, Compared, Prediction, Situation
 from bench.advise_risk import Elsewhere, Probed
+from bench.captions import commit_text, machine_text, sentences
+from bench.method_styles import method_style
+from bench.record_files import read_object
 from bench.scaling import PAYS, bandwidth_text, stretch_text
 from ring.cluster import as_table
 
@@ -275,10 +278,10 @@ def draw(record: Mapping[str, Any]) -> Figure:
     """Seconds per iteration against bandwidth, the cluster's marked; of what `record` holds."""
     cluster, about, methods = record["cluster"], record["environment"], record["methods"]
     names = [name for name in methods if name != PLAIN]
-    machine = figures.machine_text(about, about)
+    machine = machine_text(about, about)
     caption = [
         record["words"][0],
-        figures.sentences(
+        sentences(
             [
                 f"{record['batch_size']} examples per node; computing: {record['computing']}",
                 f"cluster: {cluster.get('source') or 'no source given'}; {cluster['nodes']} nodes, latency "
@@ -288,18 +291,18 @@ def draw(record: Mapping[str, Any]) -> Figure:
                     if "seed" in about
                     else []
                 ),
-                f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+                commit_text(about),
                 f"command: {about['command']}",
             ]
         ),
     ]
     title = f"Time per iteration under DDP against bandwidth: {record['model']} on {cluster['name']}"
-    with figures.figure_style():
-        figure = figures.new_figure(9.5, 4.8, title, "\n".join(caption))
+    with page.figure_style():
+        figure = page.new_figure(9.5, 4.8, title, "\n".join(caption))
         axis = figure.subplots()
-        plain_style = figures.method_style("rar") | {"label": PLAIN, "linewidth": 2.6}
+        plain_style = method_style("rar") | {"label": PLAIN, "linewidth": 2.6}
         for name in [PLAIN, *names] if names else ():
-            style = plain_style if name == PLAIN else figures.method_style(name, names)
+            style = plain_style if name == PLAIN else method_style(name, names)
             points = methods[name]["by_bandwidth"]
             axis.plot([one["gbps"] for one in points], [one["iteration_s"] for one in points], **style)
         axis.axhline(record["computing_s"], color="#888888", linestyle=":", linewidth=1.2, label="computing alone")
@@ -320,7 +323,7 @@ def draw(record: Mapping[str, Any]) -> Figure:
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bandwidth_text(float(x))))
         axis.xaxis.set_minor_formatter(NullFormatter())
-        figures.add_legend(axis)
+        page.add_legend(axis)
     return figure
 
 
@@ -330,7 +333,7 @@ def redraw(path: Path) -> list[Path]:
     Raises:
         LookupError, TypeError, ValueError: the record isn't as it should be.
     """
-    return [figures.write_figure(draw(figures.read_object(path)), path.with_name("figure.png"))]
+    return [page.write_figure(draw(read_object(path)), path.with_name("figure.png"))]
 
 
 def record(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:

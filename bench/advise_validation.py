@@ -41,14 +41,17 @@ from scipy.optimize import minimize
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench import figures
+from bench import figure_page as page
 from bench.advise_costs import PLAIN, local_rates
 from bench.advise_plan import METHODS, MODELS, Found
 from bench.advise_predict import Network, Situation
+from bench.captions import commit_text, sentences
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from bench.launch import for_ranks
+from bench.method_styles import method_color
 from bench.options import Parser, UsageError
 from bench.record import environment, write_atomically, write_json
+from bench.record_files import read_object
 from bench.scaling import PAYS
 from bench.validate import mean_error
 from ring.cluster import Cluster, Link, Node, as_table
@@ -298,24 +301,24 @@ def draw(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], about: M
     models = list(dict.fromkeys(row["model"] for row in rows))
     hosts = sorted({row["hosts"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != PLAIN))
-    caption = figures.sentences(
+    caption = sentences(
         [
             f"geometric-mean error {verdict['mean_error']:.0%} over {len(rows)} cells, none of them fitted; "
             "grey: within 20 %",
             f"real DDP training over Gloo between hosts with shaped links, all on {about['cpu']}, {about['cores']} "
             "cores",
-            f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+            commit_text(about),
             f"command: {about['command']}",
         ]
     )
-    with figures.figure_style():
-        figure = figures.new_figure(8.2, 5.2, "Time per iteration under DDP, predicted and measured", caption)
+    with page.figure_style():
+        figure = page.new_figure(8.2, 5.2, "Time per iteration under DDP, predicted and measured", caption)
         axis = figure.subplots()
         ends = np.array([f([row[key] for row in rows for key in ("measured_s", "predicted_s")]) for f in (min, max)])
         ends *= (0.8, 1.25)
         axis.fill_between(ends, ends / 1.2, ends * 1.2, color="#EEEEEE", linewidth=0)
         axis.plot(ends, ends, color="#888888", linewidth=1)
-        colors = {PLAIN: figures.method_color("rar")} | {one: figures.method_color(one, methods) for one in methods}
+        colors = {PLAIN: method_color("rar")} | {one: method_color(one, methods) for one in methods}
         for row in rows:
             color = colors[row["method"]]
             axis.plot(
@@ -345,7 +348,7 @@ def draw(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], about: M
             one.set_major_locator(LogLocator(subs=(1, 2, 5)))
             one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             one.set_minor_formatter(NullFormatter())
-        figures.add_legend(axis)
+        page.add_legend(axis)
     return figure
 
 
@@ -355,9 +358,9 @@ def redraw(path: Path) -> list[Path]:
     Raises:
         LookupError, TypeError, ValueError: the record isn't as it should be.
     """
-    record = figures.read_object(path)
+    record = read_object(path)
     figure = draw(record["cells"], record["verdict"], record["environment"])
-    return [figures.write_figure(figure, path.with_name("figure.png"))]
+    return [page.write_figure(figure, path.with_name("figure.png"))]
 
 
 def measure(options: argparse.Namespace) -> tuple[list[Job], list[dict[str, Any]]]:
@@ -477,7 +480,7 @@ def main(arguments: Sequence[str]) -> int:
             },
         )
         write_atomically(options.out / "table.md", text.encode())
-        figures.write_figure(draw(rows, verdict, about), options.out / "figure.png")
+        page.write_figure(draw(rows, verdict, about), options.out / "figure.png")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

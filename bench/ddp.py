@@ -44,7 +44,9 @@ from typing import IO, Any
 
 import torch
 
-from bench import ddp_figures, figures
+from bench import ddp_figures
+from bench import figure_page as page
+from bench.captions import commit_text, machine_text, sentences
 from bench.data import DataError, load
 from bench.ddp_findings import Runs, extras_table, group_table, methods_table, reached_accuracy, rows, times_table
 from bench.ddp_runs import TIME, TRAIN, Plan, several_by_default, work
@@ -55,6 +57,7 @@ from bench.launch import INTERRUPTED, for_ranks
 from bench.models import MODELS
 from bench.options import Parser, UsageError
 from bench.record import dataset_digest, environment, file_name, plain, write_atomically, write_json, writing
+from bench.record_files import read_object
 from gradiveq.ddp.state import FIRST_START
 from ring.machine import usable_cores
 
@@ -348,12 +351,12 @@ def caption(options: argparse.Namespace, runs: Runs, about: Mapping[str, Any]) -
         f"the first {options.start} iterations go uncompressed with all methods; one bucket for all; GradiVeQ's times "
         "are of compressed iterations",
         f"seeds 0 to {options.seeds - 1}" if options.seeds > 1 else "seed 0",
-        f"on {figures.machine_text(about, about)}, {options.threads} thread{'s' if options.threads > 1 else ''} a "
+        f"on {machine_text(about, about)}, {options.threads} thread{'s' if options.threads > 1 else ''} a "
         f"rank, torch {about['versions']['torch']}",
-        f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+        commit_text(about),
         f"command: {about['command']}",
     ]
-    return figures.sentences(parts)
+    return sentences(parts)
 
 
 def report(
@@ -403,10 +406,10 @@ def write(record: Mapping[str, Any], out: Path) -> list[Path]:
     words = caption(options, runs, about)
     text, _ = report(runs, found, options, words, record["notes"])
     write_atomically(out / "table.md", text.encode())
-    with figures.figure_style():
+    with page.figure_style():
         title = "PyTorch's communication hooks beside ours"
         figure = ddp_figures.draw(rows(runs, found, options.nproc), title, words)
-        return [out / "table.md", figures.write_figure(figure, out / "ddp.png")]
+        return [out / "table.md", page.write_figure(figure, out / "ddp.png")]
 
 
 def redraw(path: Path) -> list[Path]:
@@ -415,7 +418,7 @@ def redraw(path: Path) -> list[Path]:
     Raises:
         LookupError, TypeError, ValueError: the record isn't as it should be.
     """
-    return write(figures.read_object(path), path.parent)
+    return write(read_object(path), path.parent)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

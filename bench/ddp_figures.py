@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bench import figures
+from bench import figure_page as page
 from bench.ddp_findings import Row
 from bench.ddp_sizes import PLAIN, TORCH, TORCH_POWERSGD
+from bench.method_styles import GREY, method_marker, method_style
 
 #: Families -> their names in the figure, where these are others.
 LABELS = {
@@ -39,12 +40,12 @@ def draw(rows: Sequence[Row], title: str, caption: str) -> Figure:
     """A panel of accuracies, and one of times for each way in which ranks are joined."""
     places = list(dict.fromkeys(where for row in rows for where in row.times))
     families = list(dict.fromkeys(family(row.method) for row in rows))
-    figure = figures.new_figure(6.4 + 3.8 * len(places), max(4.2, 0.6 + 0.27 * len(families)), title, caption)
+    figure = page.new_figure(6.4 + 3.8 * len(places), max(4.2, 0.6 + 0.27 * len(families)), title, caption)
     panels: list[Axes] = list(figure.subplots(1, 1 + len(places), squeeze=False)[0])
     drawn = set()
     for row in rows:
         name = family(row.method)
-        style = {**figures.method_style(name, families), "marker": figures.method_marker(name, families)}
+        style = {**method_style(name, families), "marker": method_marker(name, families)}
         label = LABELS.get(name, style["label"])
         style |= {"label": None if name in drawn else label, "linestyle": "none", "capsize": 2.5, "elinewidth": 1}
         drawn.add(name)
@@ -60,12 +61,12 @@ def draw(rows: Sequence[Row], title: str, caption: str) -> Figure:
     panels[0].set(ylabel="test accuracy at the end (%)", title="mean and range over the seeds")
     for axis, where in zip(panels[1:], places, strict=True):
         axis.set(ylabel="time per iteration, plain DDP = 1", title=f"{where}: median and quartiles of rounds")
-        axis.axhline(1, color=figures.GREY, linestyle=":", linewidth=1)
+        axis.axhline(1, color=GREY, linestyle=":", linewidth=1)
         axis.set_ylim(bottom=0)
     for axis in panels:
         axis.set(xlabel="times fewer bytes over the run", xscale="log")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xticks([1, 2, 5, 10, 20, 50], minor=False)
-    figures.add_legend(panels[0], panels[-1])
+    page.add_legend(panels[0], panels[-1])
     return figure

@@ -296,7 +296,7 @@ def report(panel: Mapping[str, Any]) -> str:
     """Of one all-reduce: exposed and hidden communication of each rank, its link, and the critical path in words."""
     from tabulate import tabulate
 
-    from bench.figures import METHOD_LABELS
+    from bench.method_styles import METHOD_LABELS
     from ring.trace import Trace, communication, critical_path, utilisation
 
     trace = Trace.from_json(panel["trace"])
@@ -322,15 +322,15 @@ def _chunks(panel: Mapping[str, Any]) -> str:
 
 
 def draw_again(path: Path) -> int:
-    from bench.figures import FigureError, read_object
+    from bench.record_files import RecordError, read_object
 
     try:
         record = read_object(path)
         if record.get("figure") != FIGURE:
-            raise FigureError(f"{path} is no record of this command")
+            raise RecordError(f"{path} is no record of this command")
         print(draw(record, path.with_suffix(".png")))
-    except (FigureError, KeyError, TypeError) as error:
-        return _complain(f"{path} is damaged ({error!r})" if not isinstance(error, FigureError) else error)
+    except (RecordError, KeyError, TypeError) as error:
+        return _complain(f"{path} is damaged ({error!r})" if not isinstance(error, RecordError) else error)
     return 0
 
 

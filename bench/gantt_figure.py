@@ -11,16 +11,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from bench import figures
+from bench import figure_page as page
+from bench.captions import commit_text, machine_text, sentences
+from bench.method_styles import GROUP_COLORS
+from bench.record_files import read_object
 from ring.trace import Activity, Trace, communication, critical_path
 
-#: Kinds of activities -> colours; of those of `bench.figures` where it has them.
+#: Kinds of activities -> colours; those of `bench.method_styles` where it has them.
 COLORS = {
-    "encode": figures.GROUP_COLORS["encode"],
+    "encode": GROUP_COLORS["encode"],
     "recode": "#4477AA",
-    "add": figures.GROUP_COLORS["add"],
-    "decode": figures.GROUP_COLORS["decode"],
-    "wait": figures.GROUP_COLORS["exposed communication"],
+    "add": GROUP_COLORS["add"],
+    "decode": GROUP_COLORS["decode"],
+    "wait": GROUP_COLORS["exposed communication"],
     "overhead": "#BBCC33",
 }
 LABELS = {
@@ -46,7 +49,7 @@ def redraw(path: Path) -> list[Path]:
     Raises:
         LookupError, TypeError, ValueError: the record isn't as it should be.
     """
-    return [draw(figures.read_object(path), path.with_suffix(".png"))]
+    return [draw(read_object(path), path.with_suffix(".png"))]
 
 
 def draw(record: Mapping[str, Any], path: Path) -> Path:
@@ -58,8 +61,8 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
     cluster = record["cluster"]
     where = f"{size} nodes of the cluster {cluster['name']} (emulated)" if cluster else f"{size} ranks over MPI"
     title = f"One all-reduce of ResNet-32's gradient, who computes and what travels: {where}"
-    with figures.figure_style():
-        figure = figures.new_figure(12.5, 2 * (0.85 + 0.42 * size) + 0.5, title, _caption(record, traces))
+    with page.figure_style():
+        figure = page.new_figure(12.5, 2 * (0.85 + 0.42 * size) + 0.5, title, _caption(record, traces))
         engine: Any = figure.get_layout_engine()
         left, bottom, width, height = engine.get()["rect"]
         legend = LEGEND_INCHES / figure.get_figheight()
@@ -89,7 +92,7 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
             columnspacing=1.4,
             borderaxespad=0.2,
         )
-        return figures.write_figure(figure, path)
+        return page.write_figure(figure, path)
 
 
 def _whole(axis: Axes, trace: Trace, scale: float) -> None:
@@ -230,7 +233,7 @@ def _legend(kinds: set[str], exact: bool) -> list[Any]:
 def _caption(record: Mapping[str, Any], traces: Sequence[Trace]) -> str:
     environment, cluster = record["environment"], record["cluster"]
     found = [f"({letter}) {critical_path(trace).describe()}" for letter, trace in zip("ab", traces, strict=True)]
-    machine = figures.machine_text(environment, record)
+    machine = machine_text(environment, record)
     if cluster:
         clock = f"Time is that of the emulated cluster {cluster['name']} ({cluster['source']}), run"
         clock += f" for real on {machine}"
@@ -238,13 +241,12 @@ def _caption(record: Mapping[str, Any], traces: Sequence[Trace]) -> str:
         clock = f"On {machine}, {environment['mpi']}; by this clock a message is seen when the receiver looks"
         if record["ranks"] > environment["cores"]:
             clock += "; more ranks than cores, so that ranks also wait for a core"
-    commit = environment.get("commit")
     parts = [
         clock,
         f"of {len(record['panels'][0]['lengths_s'])} all-reduces each, the one of median length",
         f"Data: {record['data_source']}, {record['batch_size']} images a rank",
         f"bases of K = {record['slice_size']}, seed {environment['seed']}",
-        f"commit {figures.short_commit(commit) if commit else 'unknown'}",
+        commit_text(environment),
         f"command: {environment['command']}",
     ]
-    return "\n".join([*found, figures.sentences(parts)])
+    return "\n".join([*found, sentences(parts)])

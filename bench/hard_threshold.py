@@ -34,8 +34,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench import figures, kept
+from bench import figure_page as page
 from bench import hard_threshold_figures as drawing
+from bench import kept
+from bench.captions import commit_text, machine_text, sentences, short_commit
 from bench.data import DataError
 from bench.findings import Finding, table
 from bench.grid import GridError, run_grid
@@ -53,6 +55,7 @@ from bench.hard_threshold_sizes import (
     differences,
     specs,
 )
+from bench.method_styles import PURPLE
 from bench.options import Parser, UsageError
 from bench.record import CannotWrite, environment, write_atomically, write_json, writing
 from ring.machine import usable_cores
@@ -207,11 +210,11 @@ def caption(
         )
     parts += [
         f"seeds {', '.join(map(str, seeds))}: {spread}",
-        f"on {figures.machine_text(about, about)}",
-        f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+        f"on {machine_text(about, about)}",
+        commit_text(about),
         f"command: {about['command']}",
     ]
-    return figures.sentences(parts) + ("" if paper or spec["part"] == "logistic" else f"\n{SMALL_IS}")
+    return sentences(parts) + ("" if paper or spec["part"] == "logistic" else f"\n{SMALL_IS}")
 
 
 def draw(runs: Runs, size: Size, about: Mapping[str, Any], *, paper: bool) -> Iterator[tuple[str, Figure]]:
@@ -315,7 +318,7 @@ def _draw_training(runs: Runs, benchmark: Benchmark, text: str) -> Iterator[tupl
             line("topk", "ratio", benchmark.update, "gradient compression (Algorithm 2)"),
             line("topk", "ratio", benchmark.update, "update compression (Algorithm 3)", feedback="update"),
         ]
-        pair[1][1].update(color=figures.PURPLE)
+        pair[1][1].update(color=PURPLE)
         title = f"Fig. 13: top-{100 * benchmark.update:g} %, {benchmark.network}"
         columns = (("error", "error ‖e‖², mean of the workers"),)
         yield "fig13-update", drawing.along_training(runs, pair, benchmark.metric, title, text, label, columns)
@@ -342,15 +345,15 @@ def report(
     paper: bool,
 ) -> str:
     """table.md."""
-    command = [f"Command: {about['command']}", f"on {figures.machine_text(about, about)}"]
+    command = [f"Command: {about['command']}", f"on {machine_text(about, about)}"]
     if about["commit"]:
-        command.append(f"commit {figures.short_commit(about['commit'])}")
+        command.append(f"commit {short_commit(about['commit'])}")
     seconds = sum(one["seconds"] for one in runs.values())
     command.append(f"{len(runs)} runs, {seconds:,.0f} s in all, {about['processes']} at a time")
     sources = dict.fromkeys(one["result"]["source"] for one in runs.values())
     parts = [
         "# Hard-threshold against top-k with error feedback (Sahu et al. 2021)",
-        figures.sentences(command),
+        sentences(command),
         "Data:\n\n" + "\n".join(f"* {source}" for source in sources),
         *([] if paper else [SMALL_IS]),
         "Differences and intervals are over the seeds, in percentage points (of perplexity in percent).",
@@ -380,9 +383,9 @@ def write(
     text = report(runs, options.size, options.given, about, found, paper=options.paper)
     written = [folder / "table.md"]
     write_atomically(written[0], text.encode())
-    with figures.figure_style():
+    with page.figure_style():
         for name, figure in draw(runs, options.size, about, paper=options.paper):
-            written.append(figures.write_figure(figure, folder / f"{name}.png"))
+            written.append(page.write_figure(figure, folder / f"{name}.png"))
     return written
 
 

@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from bench import figures
+from bench import figure_page as page
 from bench.findings import mean_and_spread, select
+from bench.method_styles import BLUE, GREEN, VERMILION
 
 Runs = Mapping[str, Mapping[str, Any]]
 Records = Sequence[Mapping[str, Any]]
@@ -24,9 +25,9 @@ Floats = npt.NDArray[np.float64]
 #: Compressor -> how it is drawn in every figure of this experiment.
 STYLES: dict[str, dict[str, Any]] = {
     "identity": {"color": "#444444", "linestyle": "--", "label": "no compression"},
-    "topk": {"color": figures.VERMILION, "label": "top-k"},
-    "threshold": {"color": figures.BLUE, "label": "hard-threshold"},
-    "accordion": {"color": figures.GREEN, "label": "ACCORDION"},
+    "topk": {"color": VERMILION, "label": "top-k"},
+    "threshold": {"color": BLUE, "label": "hard-threshold"},
+    "accordion": {"color": GREEN, "label": "ACCORDION"},
 }
 ORDER = tuple(STYLES)
 BITS_OF_A_FLOAT = 32
@@ -96,7 +97,7 @@ def logistic(runs: Runs, wanted: Mapping[str, Any], panels: Sequence[str], title
         wanted: of the specs.
         panels: of `PANELS`.
     """
-    figure = figures.new_figure(4.1 * len(panels) + 1.6, 3.5, title, caption)
+    figure = page.new_figure(4.1 * len(panels) + 1.6, 3.5, title, caption)
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for axis, name in zip(axes, panels, strict=True):
         get, x_label, y_label = PANELS[name]
@@ -121,8 +122,8 @@ def logistic(runs: Runs, wanted: Mapping[str, Any], panels: Sequence[str], title
         if name == "bits":
             axis.set_xscale("log")
         else:
-            axis.xaxis.set_major_locator(MaxNLocator(5, steps=figures.STEPS))
-    figures.add_legend(axes[0], axes[-1])
+            axis.xaxis.set_major_locator(MaxNLocator(5, steps=page.STEPS))
+    page.add_legend(axes[0], axes[-1])
     return figure
 
 
@@ -146,7 +147,7 @@ def metric_against_volume(runs: Runs, wanted: Sequence[Mapping[str, Any]], title
     Args:
         wanted: for each panel conditions on the specs, "title", "metric", "label", and "granularity", top-k's.
     """
-    figure = figures.new_figure(4.3 * len(wanted) + 1.6, 3.6, title, caption)
+    figure = page.new_figure(4.3 * len(wanted) + 1.6, 3.6, title, caption)
     axes = np.atleast_1d(figure.subplots(1, len(wanted)))
     for axis, panel in zip(axes, wanted, strict=True):
         conditions = {key: panel[key] for key in ("kind", "network", "feedback")}
@@ -180,7 +181,7 @@ def metric_against_volume(runs: Runs, wanted: Sequence[Mapping[str, Any]], title
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(xlabel="average density (%)", ylabel=panel["label"], title=panel["title"])
-    figures.add_legend(axes[-1])
+    page.add_legend(axes[-1])
     return figure
 
 
@@ -200,7 +201,7 @@ def along_training(
         columns: names in the steps, with their labels.
     """
     panels = 1 + len(columns)
-    figure = figures.new_figure(4.1 * panels + 1.6, 3.5, title, caption)
+    figure = page.new_figure(4.1 * panels + 1.6, 3.5, title, caption)
     axes = np.atleast_1d(figure.subplots(1, panels))
     for conditions, style in groups:
         records = select(runs, **conditions)
@@ -223,8 +224,8 @@ def along_training(
         axis.set(xlabel="iterations", ylabel=text)
         axis.set_yscale("log")
     for axis in axes:
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=figures.STEPS))
-    figures.add_legend(axes[0], axes[-1])
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=page.STEPS))
+    page.add_legend(axes[0], axes[-1])
     return figure
 
 

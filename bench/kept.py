@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.figures import FigureError, read_object
 from bench.record import plain, write_atomically
+from bench.record_files import RecordError, read_object
 
 FILE = "runs.json.gz"
 DIGITS = 9
@@ -45,7 +45,7 @@ def recorded(path: Path) -> tuple[dict[str, Any], list[str], Runs]:
     """What an experiment's command recorded: its environment, its options, and the runs beside the record at `path`.
 
     Raises:
-        FigureError: the runs are missing or damaged.
+        RecordError: the runs are missing or damaged.
         LookupError, TypeError, ValueError: the record isn't as it should be.
     """
     about = read_object(path)["environment"]
@@ -53,14 +53,14 @@ def recorded(path: Path) -> tuple[dict[str, Any], list[str], Runs]:
 
 
 def read(folder: Path) -> Runs:
-    """What `keep` has written into a folder. Raises FigureError if it isn't there or is damaged."""
+    """What `keep` has written into a folder. Raises RecordError if it isn't there or is damaged."""
     path = folder / FILE
     try:
         runs: Runs = json.loads(gzip.decompress(path.read_bytes()))
     except FileNotFoundError:
-        raise FigureError(f"{path} is missing, which has the runs") from None
+        raise RecordError(f"{path} is missing, which has the runs") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise FigureError(f"{path} is damaged ({error})") from error
+        raise RecordError(f"{path} is damaged ({error})") from error
     return runs
 
 

@@ -27,7 +27,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench import figures, kept, layerwise_figures
+from bench import figure_page as page
+from bench import kept, layerwise_figures
+from bench.captions import commit_text, machine_text, sentences
 from bench.data import DataError, load
 from bench.data.folder import load_folder
 from bench.findings import table
@@ -128,12 +130,12 @@ def caption(runs: Runs, size: Size, about: dict[str, Any]) -> str:
         f"Data: {'; '.join(sources)}",
         each,
         f"seeds 0 to {size.seeds - 1}: mean, least and most" if size.seeds > 1 else "seed 0",
-        f"on {figures.machine_text(about, about)}",
-        f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+        f"on {machine_text(about, about)}",
+        commit_text(about),
         f"command: {about['command']}",
     ]
     unlike = differences(size)
-    return figures.sentences(parts) + (f"\n{unlike}." if unlike else "")
+    return sentences(parts) + (f"\n{unlike}." if unlike else "")
 
 
 def report(runs: Runs, size: Size, about: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
@@ -187,11 +189,11 @@ def write(runs: Runs, options: argparse.Namespace, about: dict[str, Any], text: 
     written = [out / "table.md"]
     write_atomically(written[0], text.encode())
     words = caption(runs, options.size, about)
-    with figures.figure_style():
+    with page.figure_style():
         for method in options.methods:
             figure = layerwise_figures.draw(runs, options.size.networks, method, words)
             if figure is not None:
-                written.append(figures.write_figure(figure, out / layerwise_figures.name_of(method)))
+                written.append(page.write_figure(figure, out / layerwise_figures.name_of(method)))
     return written
 
 

@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bench import figures
+from bench import figure_page as page
 from bench.layerwise_findings import Runs, metric_of, runs_of, settings_of
 from bench.layerwise_sizes import BASELINE, LAYER, MODEL, Network, Setting
+from bench.method_styles import BLUE, GREEN, ORANGE, PURPLE, VERMILION
 
 #: Method -> the paper's figure, and its name there.
 FIGURES = {
@@ -27,7 +28,7 @@ FIGURES = {
     "threshold": ("fig6", "Threshold v"),
     "topk": ("fig7", "Top k"),
 }
-COLORS = (figures.PURPLE, figures.VERMILION, figures.ORANGE, figures.GREEN, figures.BLUE)
+COLORS = (PURPLE, VERMILION, ORANGE, GREEN, BLUE)
 LINES: dict[str, dict[str, Any]] = {
     LAYER: {"linestyle": "-", "marker": "o"},
     MODEL: {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
@@ -57,7 +58,7 @@ def draw(runs: Runs, networks: Sequence[Network], method: str, caption: str) -> 
     if not rows:
         return None
     title = f"{FIGURES[method][1]}: layer-wise against entire-model compression"
-    figure = figures.new_figure(11, 3.3 * len(rows), title, caption)
+    figure = page.new_figure(11, 3.3 * len(rows), title, caption)
     for (left, right), (network, optimiser, settings) in zip(
         np.atleast_2d(figure.subplots(len(rows), 2)), rows, strict=True
     ):
@@ -86,14 +87,14 @@ def draw(runs: Runs, networks: Sequence[Network], method: str, caption: str) -> 
             title=f"{network.label}{momentum}",
         )
         left.set_ylim(bottom=0)
-        left.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=figures.STEPS))
+        left.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=page.STEPS))
         right.set(
             xlabel="iterations",
             ylabel="‖g - Q(g)‖² / ‖g‖²",
             title="compression error, on layer-wise runs' gradients",
             yscale="log",
         )
-        figures.add_legend(left, right)
+        page.add_legend(left, right)
     return figure
 
 

@@ -29,12 +29,16 @@ from matplotlib.patches import Patch
 from scipy.optimize import brentq
 from tabulate import tabulate
 
-from bench import clusters, figures
+from bench import clusters
+from bench import figure_page as page
+from bench.captions import commit_text, machine_text, sentences
+from bench.method_styles import GROUP_COLORS
 from bench.models import resnet32
 from bench.options import Parser, UsageError
 from bench.paper import COMPRESS, PAPER, SAMPLE, WARMUP_WINDOWS, WINDOW, WINDOWS, Paper
 from bench.predict import METHODS, Gradient, iteration_s
 from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
+from bench.record_files import read_object
 from gradiveq.methods import QSGDRing
 from ring.cluster import Cluster, ClusterError
 from ring.dry import Estimate
@@ -394,15 +398,15 @@ def _longest(vector: Gradient) -> int:
 
 def draw(found: Mapping[str, Any], caption: str) -> Any:
     """Stacked bars, the paper's above ours for each method."""
-    with figures.figure_style():
-        figure = figures.new_figure(
+    with page.figure_style():
+        figure = page.new_figure(
             10, 3.9, "Seconds per 500 iterations, ResNet-32 on 6 nodes: the GradiVeQ paper's and ours", caption
         )
         axes = figure.subplots(1, 2, sharey=True)
         for axis, (name, part) in zip(axes, found.items(), strict=True):
             _bars(axis, part, PAPER[name])
             axis.set(title=f"{name}: {'CPU cluster' if name.endswith('cpu') else 'GPU cluster'}", xlabel="seconds")
-        colors = figures.GROUP_COLORS
+        colors = GROUP_COLORS
         handles = [
             Patch(facecolor=colors["compute"], edgecolor="#444444", label="computation"),
             Patch(facecolor="#BBBBBB", edgecolor="#444444", hatch="....", label="aggregation (the paper's)"),
@@ -425,7 +429,7 @@ def _visible(found: Mapping[str, Any], group: str) -> bool:
 
 
 def _bars(axis: Any, part: Mapping[str, Any], paper: Paper) -> None:
-    colors, edge = figures.GROUP_COLORS, {"edgecolor": "#444444", "linewidth": 0.5}
+    colors, edge = GROUP_COLORS, {"edgecolor": "#444444", "linewidth": 0.5}
     labels, place = [], 0.0
     aggregations = {cell["method"]: cell for cell in part["cells"] if cell["what"] == "aggregation"}
     for method in METHODS:
@@ -465,11 +469,11 @@ def draw_record(record: Mapping[str, Any], folder: Path) -> Path:
         f"ResNet-32, {gradient().length - 2:,} parameters; virtual time on the clusters gradiveq-cpu and gradiveq-k80, "
         "whose computation, RAR and QSGD are fitted on the paper's",
         "lines: spread of the paper's own statements",
-        *([f"on {figures.machine_text(about, about)}"] if "cores" in about else []),
-        f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+        *([f"on {machine_text(about, about)}"] if "cores" in about else []),
+        commit_text(about),
         f"command: {about['command']}",
     ]
-    return figures.write_figure(draw(record["clusters"], figures.sentences(parts)), folder / "breakdown.png")
+    return page.write_figure(draw(record["clusters"], sentences(parts)), folder / "breakdown.png")
 
 
 def redraw(path: Path) -> list[Path]:
@@ -478,7 +482,7 @@ def redraw(path: Path) -> list[Path]:
     Raises:
         LookupError, TypeError, ValueError: the record isn't as it should be.
     """
-    return [draw_record(figures.read_object(path), path.parent)]
+    return [draw_record(read_object(path), path.parent)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

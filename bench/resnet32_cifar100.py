@@ -381,9 +381,9 @@ class Run:
         print("\n" + text(summary, notes=False))
         if self.options["figures"]:
             try:
-                from bench import figures
+                from bench import run_figures
 
-                figures.draw(self.folder)
+                run_figures.draw(self.folder)
             except Exception as error:
                 story = what_is_missing(error) or " ".join(str(error).split()) or type(error).__name__
                 print(f"no figures: {story}; `python -m bench.figures {self.folder}` tries again", file=sys.stderr)

@@ -27,10 +27,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench import clusters, figures
+from bench import clusters
+from bench import figure_page as page
+from bench.captions import commit_text, machine_text, sentences
+from bench.method_styles import METHOD_LABELS, method_color, method_style
 from bench.options import Parser, UsageError, positive
 from bench.predict import FLOAT32, METHODS, PHASES, DryRun, Gradient, build, iteration_s
 from bench.record import CannotWrite, environment, plain, write_json, writing
+from bench.record_files import read_object
 from gradiveq.aggregator import CONTROLS
 from ring import dry
 from ring.cluster import Cluster, ClusterError, as_table
@@ -213,7 +217,7 @@ def words(sweep: Sweep, found: Mapping[str, Any]) -> list[str]:
         slower = ", ".join(stretch_text(sweep, ends) for ends in where["slower"]) or "nowhere"
         most = where["most"]
         lines.append(
-            f"{figures.METHOD_LABELS[method]} pays (an iteration {PAYS - 1:.0%} faster or more) {pays}; "
+            f"{METHOD_LABELS[method]} pays (an iteration {PAYS - 1:.0%} faster or more) {pays}; "
             f"most at {shown(sweep, most['x'])}, {most['speedup']:.2f} times as fast; slower than plain {slower}."
         )
     return lines
@@ -234,7 +238,7 @@ def limits(sweep: Sweep) -> list[str]:
     for method, phase, name in (("gradiveq", "compress", "a slice"), ("qsgd", "qsgd", "a bucket")):
         longest = max(region.unit_bytes for region in gradient.codec(phase)[0].regions(gradient.length, FLOAT32))
         lines.append(
-            f"{figures.METHOD_LABELS[method]} never cuts {name}, up to {longest:,} bytes: from "
+            f"{METHOD_LABELS[method]} never cuts {name}, up to {longest:,} bytes: from "
             f"{math.ceil(dense / longest):,} nodes on its longest message is longer than plain ring all-reduce's, and "
             "every step waits for it."
         )
@@ -265,12 +269,12 @@ def table(sweep: Sweep, points: Sequence[Point], form: str = "simple") -> str:
 def draw(sweep: Sweep, points: Sequence[Point], found: Mapping[str, Any], title: str, caption: str) -> Figure:
     """Seconds above, speed-up below; bars under it where compression pays."""
     xs = [point.x for point in points]
-    with figures.figure_style():
-        figure = figures.new_figure(9.5, 6.2, title, caption)
+    with page.figure_style():
+        figure = page.new_figure(9.5, 6.2, title, caption)
         above, below, bars = figure.subplots(3, 1, sharex=True, height_ratios=(1.25, 1, 0.22))
         for method in METHODS:
-            above.plot(xs, [point.iteration_s[method] for point in points], **figures.method_style(method))
-        green = figures.method_color("gradiveq")
+            above.plot(xs, [point.iteration_s[method] for point in points], **method_style(method))
+        green = method_color("gradiveq")
         dashes = {"color": green, "linewidth": 1.1, "linestyle": (0, (4, 2))}
         above.plot(
             xs, [point.compressed_s for point in points], label="GradiVeQ, compressed\niterations only", **dashes
@@ -286,11 +290,11 @@ def draw(sweep: Sweep, points: Sequence[Point], found: Mapping[str, Any], title:
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
         above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         above.yaxis.set_minor_formatter(NullFormatter())
-        figures.add_legend(above)
+        page.add_legend(above)
         for method in METHODS[1:]:
-            below.plot(xs, [point.speedup(method) for point in points], color=figures.method_color(method))
+            below.plot(xs, [point.speedup(method) for point in points], color=method_color(method))
         below.plot(xs, [point.iteration_s["rar"] / point.compressed_s for point in points], **dashes)
-        below.axhline(1, color=figures.method_color("rar"))
+        below.axhline(1, color=method_color("rar"))
         below.set(ylabel="speed-up of an iteration\nover plain ring")
         if below.get_ylim()[1] > 1.5:
             below.set_ylim(bottom=0)
@@ -319,10 +323,10 @@ def _where_it_pays(axis: Axes, sweep: Sweep, found: Mapping[str, Any], ends: tup
     for place, method in enumerate(methods):
         for low, high in found[method]["pays"]:
             left, right = low or ends[0], high or ends[1]
-            axis.barh(place, right - left, 0.7, left, color=figures.method_color(method))
+            axis.barh(place, right - left, 0.7, left, color=method_color(method))
         if not found[method]["pays"]:
             axis.annotate("nowhere", (ends[0], place), (8, 0), textcoords="offset points", va="center", fontsize=8.5)
-    axis.set_yticks(range(len(methods)), [f"{figures.METHOD_LABELS[method]} pays" for method in methods], fontsize=8.5)
+    axis.set_yticks(range(len(methods)), [f"{METHOD_LABELS[method]} pays" for method in methods], fontsize=8.5)
     axis.set_ylim(len(methods) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
 
@@ -423,7 +427,7 @@ def draw_record(record: Mapping[str, Any], folder: Path) -> list[Path]:
         points = [Point(one["x"], one["iteration_s"], one["compressed_s"]) for one in found["points"]]
         words_below = _caption(sweep, found["words"], record["environment"])
         figure = draw(sweep, points, found["crossings"], _title(sweep, model), words_below)
-        written.append(figures.write_figure(figure, folder / f"{what}.png"))
+        written.append(page.write_figure(figure, folder / f"{what}.png"))
     return written
 
 
@@ -433,7 +437,7 @@ def redraw(path: Path) -> list[Path]:
     Raises:
         LookupError, TypeError, ValueError: the record isn't as it should be.
     """
-    return draw_record(figures.read_object(path), path.parent)
+    return draw_record(read_object(path), path.parent)
 
 
 def _caption(sweep: Sweep, lines: Sequence[str], about: Mapping[str, Any]) -> str:
@@ -443,11 +447,11 @@ def _caption(sweep: Sweep, lines: Sequence[str], about: Mapping[str, Any]) -> st
         f"Sizes only, of {gradient.length - CONTROLS:,} gradients; virtual time on {cluster.name} ({cluster.source}), "
         f"{fixed}, latency {cluster.link.latency_us:g} us, {sweep.computing_s:.3g} s of computing per iteration",
         f"GradiVeQ at ratio {gradient.ratio:g}, with its 100 sampling iterations of 500 and the gathering of bases",
-        *([f"on {figures.machine_text(about, about)}"] if "cores" in about else []),
-        f"commit {figures.short_commit(about['commit']) if about['commit'] else 'unknown'}",
+        *([f"on {machine_text(about, about)}"] if "cores" in about else []),
+        commit_text(about),
         f"command: {about['command']}",
     ]
-    return "\n".join([*lines, figures.sentences(parts)])
+    return "\n".join([*lines, sentences(parts)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

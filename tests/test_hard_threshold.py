@@ -16,7 +16,7 @@ from test_layerwise import write_images
 from torch import nn
 from torch.nn import functional
 
-from bench import figures
+from bench import figure_page
 from bench import hard_threshold_findings as findings
 from bench.data.ratings import Interactions, load_ratings
 from bench.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, Finding, table
@@ -55,7 +55,7 @@ from ring.lockstep import run as run_in_lockstep
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer pixels, in less time."""
-    monkeypatch.setattr(figures, "DPI", 30)
+    monkeypatch.setattr(figure_page, "DPI", 30)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from test_job import (
     write_idx,
 )
 
-from bench import figures
+from bench import figure_page, run_figures
 from bench.clusters import names
 from bench.emulation import MOST_THREADS, choose, note
 from bench.report import text
@@ -146,8 +146,8 @@ def test_tables_name_the_clock(folder: Path, runs: dict[str, Any]) -> None:
 
 
 def test_figures_by_the_clusters_clock(folder: Path, runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "DPI", 30)
-    drawn = {run: [path.name for path in figures.draw(folder / run)] for run in runs}
+    monkeypatch.setattr(figure_page, "DPI", 30)
+    drawn = {run: [path.name for path in run_figures.draw(folder / run)] for run in runs}
     common = ["loss.png", "compression.png"]
     there = ["accuracy-two-racks-of-one.png", "breakdown-two-racks-of-one.png"]
     assert drawn["threads"] == [*there, *common]

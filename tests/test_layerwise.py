@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from redrawn import check_drawn_again
 
-from bench import figures
+from bench import figure_page
 from bench.layerwise import main, parse
 from bench.layerwise_findings import STATEMENTS, Difference, Statement, holds, judge, judge_all, paired
 from bench.layerwise_runs import run, schedule
@@ -53,7 +53,7 @@ TINY = ["--width", "0.03125", "--batch-size", "8", "--epochs", "2", "--processes
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer pixels, in less time."""
-    monkeypatch.setattr(figures, "DPI", 30)
+    monkeypatch.setattr(figure_page, "DPI", 30)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------
