@@ -50,9 +50,9 @@ from bench.advise_model import CIFAR_INPUT, ModelError, Profile, Task, build
 from bench.advise_predict import Against, Situation, Window, bandwidths
 from bench.advise_report import Answer, Asked, draw, record, table, words
 from bench.advise_risk import Probed, closest, held_out_of, probe_losses, recorded
+from bench.command_line import Parser, UsageError, description, methods_help, names, positive, program, refused
 from bench.data import DataError, load
 from bench.figure_page import write_figure
-from bench.options import Parser, UsageError, positive
 from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
 from bench.scaling import PAYS, stretches
 from gradiveq.ddp.bucket import Parameters
@@ -324,7 +324,12 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Raises UsageError: options contradict each other, or have a value that is none."""
-    parser = Parser(prog="python -m bench.advise", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = Parser(
+        prog=program("bench.advise"),
+        description=description(__doc__),
+        allow_abbrev=False,
+        closing=lambda: methods_help("rar (without compression) and gradiveq, with the options above"),
+    )
     what = parser.add_argument_group("the model")
     what.add_argument("--model", default="resnet32", metavar="NAME", help="one of ours, or package.module:function")
     what.add_argument("--input", type=_shape, metavar="SHAPE", help="of one example, such as 3x224x224")
@@ -346,7 +351,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     seconds.add_argument("--profile-batch", type=_whole(1), metavar="N", help="examples that are measured with here")
     seconds.add_argument("--threads", type=_threads, metavar="N", help="of torch")
     how = parser.add_argument_group("methods")
-    how.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="SPEC,…")
+    how.add_argument("--methods", type=names, default=list(METHODS), metavar="SPEC,…")
     how.add_argument("--ratio", type=positive, default=8.0, metavar="X", help="K/d of GradiVeQ (default: %(default)g)")
     how.add_argument(
         "--also",
@@ -469,8 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             advise(options, command)
     except (UsageError, ModelError, DataError, ClusterError, CannotWrite, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     except OSError as error:
         print(f"error: {error.filename or options.out} can't be written ({error.strerror or error})", file=sys.stderr)
         return 2

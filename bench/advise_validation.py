@@ -1,4 +1,4 @@
-"""Is the advice true? `python -m bench.advise --validate`: predicted and measured time per iteration side by side.
+"""Predicted and measured time per iteration side by side: `python -m bench.advise --validate`.
 
 Hosts are network namespaces on this machine with shaped links (`bench.hosts`: Linux, root). Real DDP training over Gloo
 runs between them, without a hook and with `gradiveq.ddp.hook` (`bench.advise_ranks`), on three models of different
@@ -46,14 +46,14 @@ from bench.advise_costs import PLAIN, local_rates
 from bench.advise_plan import METHODS, MODELS, Found
 from bench.advise_predict import Network, Situation
 from bench.captions import commit_text, sentences
+from bench.command_line import Parser, UsageError, description, refused
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from bench.launch import for_ranks
 from bench.method_styles import method_color
-from bench.options import Parser, UsageError
 from bench.record import environment, write_atomically, write_json
 from bench.record_files import read_object
 from bench.scaling import PAYS
-from bench.validate import mean_error
+from bench.statistics import Quartiles, mean_error
 from ring.cluster import Cluster, Link, Node, as_table
 from ring.machine import usable_cores
 
@@ -175,7 +175,7 @@ def compare(jobs: Sequence[Job], fit: Fit) -> list[dict[str, Any]]:
             plain_s = statistics.median(job.found.times_s[model][PLAIN])
             predicted_plain_s = situation.predict(PLAIN).time_s
             for method, times_s in job.found.times_s[model].items():
-                low, middle, high = np.percentile(times_s, (25, 50, 75)).tolist()
+                middle, low, high = Quartiles.of(times_s)
                 predicted_s = situation.predict(method).time_s
                 speedup, predicted = plain_s / middle, predicted_plain_s / predicted_s
                 rows.append(
@@ -423,9 +423,7 @@ def _names(known: Sequence[str]) -> Any:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Raises UsageError."""
-    parser = Parser(
-        prog="python -m bench.advise --validate", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m bench.advise --validate", description=description(__doc__), allow_abbrev=False)
 
     def add(name: str, read: Any, default: Any, text: str) -> None:
         parser.add_argument(name, type=read, default=default, metavar="N,…", help=text)
@@ -482,8 +480,7 @@ def main(arguments: Sequence[str]) -> int:
         write_atomically(options.out / "table.md", text.encode())
         page.write_figure(draw(rows, verdict, about), options.out / "figure.png")
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     except (HostsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -21,8 +21,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from bench.command_line import Parser, UsageError, description, program
 from bench.launch import limit_threads
 
 if TYPE_CHECKING:
@@ -32,17 +33,8 @@ if TYPE_CHECKING:
 ALSO = "; codecs and iteration "
 
 
-class _Refused(Exception):
-    """What was asked for can't be done; one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _Refused(f"{self.prog}: error: {message}")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m bench.calibrate", description=(__doc__ or "").splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog=program("bench.calibrate"), description=description(__doc__))
     parser.add_argument(
         "--cluster",
         type=Path,
@@ -69,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = make_parser().parse_args(arguments)
             for name in ("batch_size", "threads", "repeats"):
                 if getattr(options, name) < 1:
-                    raise _Refused(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-        except _Refused as refused:
+                    raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+        except UsageError as refused:
             options, error, status = None, str(refused), 2
         except SystemExit as stop:  # --help
             status = int(stop.code or 0)
@@ -80,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error = complete(comm, options)
         status = 2 if error else 0
     if error and comm.rank == 0:
-        print(error if error.startswith("python -m") else f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
     return status
 
 

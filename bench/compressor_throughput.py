@@ -1,4 +1,4 @@
-"""How fast one core compresses: `python -m bench.compressor_throughput [--out FOLDER]`, a few minutes.
+"""How fast one core compresses, in a few minutes: `python -m bench.compressor_throughput [--out FOLDER]`.
 
 Every registered compressor on vectors of normally distributed numbers: `compress`, `decompress`, and where payloads are
 gathered `add_to`. Then the exact selection of the k largest (`gradiveq.compressors.select.top_k`) beside `torch.topk`
@@ -29,8 +29,10 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from bench.command_line import description, names
 from bench.qsgd_throughput import SAMPLE_S, seconds_per_call
 from bench.record import environment, write_atomically, write_json
+from bench.statistics import Quartiles, half_range_text
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
 from gradiveq.compressors.base import Float32
 from gradiveq.compressors.select import top_k
@@ -82,11 +84,6 @@ def measured(operations: Operations, repeats: int, *, clock: Callable[[], float]
     return found
 
 
-def quartiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    low, median, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
-    return {"median": median, "low": low, "high": high}
-
-
 def compressor_rows(spec: str, values: Float32, repeats: int) -> list[dict[str, Any]]:
     """A row for each operation of one compressor."""
     compressor, length = compressor_of(spec), len(values)
@@ -109,10 +106,10 @@ def compressor_rows(spec: str, values: Float32, repeats: int) -> list[dict[str, 
             "operation": operation,
             "payload_bytes": payload.nbytes,
             "density": compressor.num_sent(payload, length) / length,
-            "seconds": quartiles(seconds),
-            "melements_per_s": quartiles(length / np.array(seconds) / 1e6),
-            "gbytes_per_s": quartiles(4 * length / np.array(seconds) / 1e9),
-            "of_copy": quartiles(copy / np.array(seconds)),
+            "seconds": Quartiles.of(seconds)._asdict(),
+            "melements_per_s": Quartiles.of(length / np.array(seconds) / 1e6)._asdict(),
+            "gbytes_per_s": Quartiles.of(4 * length / np.array(seconds) / 1e9)._asdict(),
+            "of_copy": Quartiles.of(copy / np.array(seconds))._asdict(),
         }
         for operation, seconds in found.items()
     ]
@@ -166,20 +163,17 @@ def selection_row(ratio: float, values: Float32, repeats: int) -> dict[str, Any]
     return {
         "elements": len(values),
         "k": k,
-        "seconds": {name: quartiles(seconds) for name, seconds in alone.items()},
-        "torch_over_top_k": quartiles(np.array(alone["torch"]) / mine),
-        "of_copy": quartiles(np.array(alone["copy"]) / mine),
-        "wall_seconds": {name: quartiles(seconds) for name, seconds in two.items()},
-        "torch_with_two_threads_over_top_k": quartiles(np.array(two["torch, two threads"]) / np.array(two["top_k"])),
-        "torch_over_top_k_two_at_once": quartiles(
+        "seconds": {name: Quartiles.of(seconds)._asdict() for name, seconds in alone.items()},
+        "torch_over_top_k": Quartiles.of(np.array(alone["torch"]) / mine)._asdict(),
+        "of_copy": Quartiles.of(np.array(alone["copy"]) / mine)._asdict(),
+        "wall_seconds": {name: Quartiles.of(seconds)._asdict() for name, seconds in two.items()},
+        "torch_with_two_threads_over_top_k": Quartiles.of(
+            np.array(two["torch, two threads"]) / np.array(two["top_k"])
+        )._asdict(),
+        "torch_over_top_k_two_at_once": Quartiles.of(
             np.array(two["torch, two at once"]) / np.array(two["top_k, two at once"])
-        ),
+        )._asdict(),
     }
-
-
-def spread(cell: Mapping[str, float], digits: int) -> str:
-    """The median, and half the distance between the quartiles."""
-    return f"{cell['median']:,.{digits}f} ± {(cell['high'] - cell['low']) / 2:,.{digits}f}"
 
 
 def tables(record: Mapping[str, Any], form: str) -> str:
@@ -190,9 +184,9 @@ def tables(record: Mapping[str, Any], form: str) -> str:
             row["operation"],
             f"{row['density']:.4g}",
             f"{8 * row['payload_bytes'] / row['elements']:.3g}",
-            spread(row["melements_per_s"], 0),
+            half_range_text(row["melements_per_s"], 0),
             f"{row['gbytes_per_s']['median']:.2f}",
-            spread(row["of_copy"], 2),
+            half_range_text(row["of_copy"], 2),
         ]
         for row in record["compressors"]
     ]
@@ -206,10 +200,10 @@ def tables(record: Mapping[str, Any], form: str) -> str:
             f"{row['k']:,}",
             f"{1e3 * row['seconds']['top_k']['median']:.3g}",
             f"{1e3 * row['seconds']['torch']['median']:.3g}",
-            spread(row["torch_over_top_k"], 1),
-            spread(row["of_copy"], 2),
-            spread(row["torch_with_two_threads_over_top_k"], 1),
-            spread(row["torch_over_top_k_two_at_once"], 1),
+            half_range_text(row["torch_over_top_k"], 1),
+            half_range_text(row["of_copy"], 2),
+            half_range_text(row["torch_with_two_threads_over_top_k"], 1),
+            half_range_text(row["torch_over_top_k_two_at_once"], 1),
         ]
         for row in record["selection"]
     ]
@@ -221,10 +215,8 @@ def tables(record: Mapping[str, Any], form: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compressor_throughput", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=default_specs(), metavar="SPEC,...")
+    parser = argparse.ArgumentParser(prog="python -m bench.compressor_throughput", description=description(__doc__))
+    parser.add_argument("--methods", type=names, default=default_specs(), metavar="SPEC,...")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="ELEMENTS")
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="k / elements of top_k and torch.topk")
     parser.add_argument("--repeats", type=int, default=11)

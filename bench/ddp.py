@@ -47,6 +47,7 @@ import torch
 from bench import ddp_figures
 from bench import figure_page as page
 from bench.captions import commit_text, machine_text, sentences
+from bench.command_line import Parser, UsageError, description, methods_help, names, numbers
 from bench.data import DataError, load
 from bench.ddp_findings import Runs, extras_table, group_table, methods_table, reached_accuracy, rows, times_table
 from bench.ddp_runs import TIME, TRAIN, Plan, several_by_default, work
@@ -55,7 +56,6 @@ from bench.grid import GridError, run_grid
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from bench.launch import INTERRUPTED, for_ranks
 from bench.models import MODELS
-from bench.options import Parser, UsageError
 from bench.record import dataset_digest, environment, file_name, plain, write_atomically, write_json, writing
 from bench.record_files import read_object
 from gradiveq.ddp.state import FIRST_START
@@ -76,6 +76,13 @@ METHODS = (
     "gradiveq:ratio=8:fit_slices=all:slice_size=192:sample=20:compress=80",
     "gradiveq:ratio=49:fit_slices=all:slice_size=192:sample=5",
 )
+#: What a method may be beside a spec, for --help.
+METHODS_ARE = """torch:none                  DistributedDataParallel without a hook, which all others are compared with
+    torch:fp16, torch:bf16      PyTorch's hooks that cast
+    torch:powersgd:RANK         PyTorch's PowerSGD hook
+    rar                         ours without compression
+    gradiveq:FIELD=VALUE:...    ours, with fields of gradiveq.methods.GradiVeQ
+    any with a "?"              the number at which its bytes over the run are an x-th of plain DDP's, for --ratios"""
 RATIOS = (8.0, 25.0)
 RATES_MBPS = (100.0,)
 #: Models whose channels --width changes, and by how much unless it is said.
@@ -97,18 +104,22 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     Raises:
         UsageError: one of them can't be used; one line.
     """
-    parser = Parser(prog="python -m bench.ddp", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(
+        prog="python -m bench.ddp",
+        description=description(__doc__),
+        closing=lambda: methods_help(METHODS_ARE),
+    )
     parser.add_argument("--nproc", type=int, default=2, help="ranks to start (default: 2)", metavar="N")
     parser.add_argument(
         "--methods",
-        type=lambda text: text.split(","),
+        type=names,
         default=list(METHODS),
         metavar="TEXT,…",
         help=f"default: {','.join(METHODS).replace('%', '%%')}",
     )
     parser.add_argument(
         "--ratios",
-        type=_numbers,
+        type=numbers,
         default=RATIOS,
         metavar="X,…",
         help="what a ? in a method stands for makes it send an x-th of plain DDP's bytes over the run (default: 8,25)",
@@ -149,12 +160,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in text.split(","))
-
-
 def _rates(text: str) -> tuple[float, ...]:
-    return () if text == "none" else _numbers(text)
+    return () if text == "none" else numbers(text)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -5,35 +5,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from tabulate import tabulate
 
 from bench.ddp_runs import SAMPLING, TIME, TRAIN
 from bench.ddp_sizes import PLAIN, Entry, Handed
-from bench.findings import select, spread_text
+from bench.findings import select
 from bench.report import number
+from bench.statistics import Quartiles, spread_text
 
 Runs = Mapping[str, Mapping[str, Any]]
 #: An accuracy counts as reached at plain DDP's mean less so much.
 BELOW_PLAIN = 0.03
-
-
-class Spread(NamedTuple):
-    """A median and the quartiles around it."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        low, median, high = np.percentile(values, (25, 50, 75)).tolist()
-        return cls(median, low, high)
-
-    def text(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
 @dataclass(frozen=True)
@@ -65,16 +49,16 @@ class Row:
     accuracies: tuple[float, ...]
     diverged: int
     reached_bytes: tuple[float | None, ...]
-    times: dict[str, Spread] = field(default_factory=dict)
-    sampling: dict[str, Spread] = field(default_factory=dict)
-    defaults: dict[str, Spread] = field(default_factory=dict)
+    times: dict[str, Quartiles] = field(default_factory=dict)
+    sampling: dict[str, Quartiles] = field(default_factory=dict)
+    defaults: dict[str, Quartiles] = field(default_factory=dict)
     wire_bytes: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), **{key: _spreads(getattr(self, key)) for key in ("times", "sampling", "defaults")}}
 
 
-def _spreads(found: Mapping[str, Spread]) -> dict[str, Any]:
+def _spreads(found: Mapping[str, Quartiles]) -> dict[str, Any]:
     return {where: spread._asdict() for where, spread in found.items()}
 
 
@@ -120,7 +104,7 @@ def _row(runs: Runs, entry: Entry, ranks: int, goal: float, plain: float) -> Row
         }
         for key, times in series.items():
             if times is not None:
-                found[key][where] = Spread.of([a / b for a, b in zip(times, base, strict=True)])
+                found[key][where] = Quartiles.of([a / b for a, b in zip(times, base, strict=True)])
         if entry.text in result["wire"]:
             found["wire_bytes"][where] = result["wire"][entry.text]
     return Row(
@@ -203,8 +187,8 @@ def times_table(runs: Runs, form: str = "github") -> str:
     """Plain DDP's own times, of which all others are multiples."""
     table = []
     for run in select_times(runs):
-        times = Spread.of([1e3 * value for value in run["result"]["times_s"][PLAIN]])
-        table.append([where_of(run), f"{times.median:.1f} ({times.low:.1f}-{times.high:.1f})", run["spec"]["rounds"]])
+        times = Quartiles.of([1e3 * value for value in run["result"]["times_s"][PLAIN]])
+        table.append([where_of(run), times.text(".1f"), run["spec"]["rounds"]])
     return str(tabulate(table, ["ranks are joined by", "plain DDP, ms per iteration", "rounds"], tablefmt=form))
 
 
@@ -229,5 +213,5 @@ def extras_table(found: Sequence[Row], form: str = "github") -> str:
     return str(tabulate(table, head, tablefmt=form, disable_numparse=True)) if table else ""
 
 
-def _texts(found: Mapping[str, Spread]) -> dict[str, str]:
+def _texts(found: Mapping[str, Quartiles]) -> dict[str, str]:
     return {where: spread.text() for where, spread in found.items()}

@@ -1,4 +1,4 @@
-"""How near a device comes to its limits: `python -m bench.device [--device cuda] [--out FOLDER]`, a minute or two.
+"""How near a device comes to its limits, in a minute or two: `python -m bench.device [--device cuda] [--out FOLDER]`.
 
 What GradiVeQ, QSGD (if Triton is there) and the half-precision compressor do with a gradient on a device
 (`gradiveq.device`, `gradiveq.projection`, `gradiveq.qsgd_triton`, `gradiveq.ddp.native`), copies between it and the
@@ -33,8 +33,9 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.compressor_throughput import quartiles, spread
+from bench.command_line import description
 from bench.record import environment, write_atomically, write_json
+from bench.statistics import Quartiles, half_range_text
 from gradiveq.compressors.base import Draw
 from gradiveq.compressors.half import Half
 from gradiveq.ddp import native
@@ -188,10 +189,10 @@ def rows_of(found: Sequence[Operation], seconds: Sequence[Sequence[float]]) -> l
                 "bytes": operation.num_bytes,
                 "flops": operation.flops,
                 "bound": "memory" if operation.num_bytes / memory[0] >= operation.flops / product[0] else "product",
-                "seconds": quartiles(own),
-                "gbytes_per_s": quartiles(operation.num_bytes / own / 1e9),
-                "gflops_per_s": quartiles(operation.flops / own / 1e9),
-                "of_limit": quartiles(least / own),
+                "seconds": Quartiles.of(own)._asdict(),
+                "gbytes_per_s": Quartiles.of(operation.num_bytes / own / 1e9)._asdict(),
+                "gflops_per_s": Quartiles.of(operation.flops / own / 1e9)._asdict(),
+                "of_limit": Quartiles.of(least / own)._asdict(),
             }
         )
     return rows
@@ -205,7 +206,7 @@ def table(record: dict[str, Any], form: str) -> str:
             f"{row['gbytes_per_s']['median']:,.1f}" if row["bytes"] else "",
             f"{row['gflops_per_s']['median']:,.0f}" if row["flops"] else "",
             row["bound"],
-            spread(row["of_limit"], 2),
+            half_range_text(row["of_limit"], 2),
         ]
         for row in record["rows"]
     ]
@@ -224,7 +225,7 @@ def device_name(device: torch.device) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.device", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.device", description=description(__doc__))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--elements", type=int, help="of the gradient; a multiple of 4,096")
     parser.add_argument("--square", type=int, help="rows and columns of the product that is the limit")

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import gradient_figures, gradients
+from bench.command_line import description
 from bench.record import ENVIRONMENT, SUMMARY
 from bench.record_files import RecordError, read_object
 
@@ -103,7 +104,7 @@ def draw_all(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=description(__doc__))
     parser.add_argument("folder", type=Path, help="looked through for records, such as results")
     folder: Path = parser.parse_args(arguments).folder
     try:

@@ -68,17 +68,3 @@ def select(runs: Mapping[str, Mapping[str, Any]], **wanted: Any) -> list[Mapping
     """The runs whose specs have these values, in the order of their seeds."""
     found = [run for run in runs.values() if all(run["spec"].get(key) == value for key, value in wanted.items())]
     return sorted(found, key=lambda run: run["spec"]["seed"])
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and the sample standard deviation (0 of a single value)."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, 0.0
-    return mean, (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-
-
-def spread_text(values: Sequence[float], form: str = ".2f") -> str:
-    """ "93.10 ± 0.21", or the value alone if there is one."""
-    mean, spread = mean_and_spread(values)
-    return f"{mean:{form}}" + (f" ± {spread:{form}}" if len(values) > 1 else "")

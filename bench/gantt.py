@@ -26,9 +26,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.command_line import DefaultsFormatter, Parser, UsageError, description
+
 # Only what leaves NumPy alone, as in the training job.
 from bench.launch import launched, limit_threads, run_as_threads, run_together
-from bench.options import Parser, UsageError
 from bench.workers import LONG_S, Failure, Workers
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ WARM_CALLS = 2
 def make_parser() -> Parser:
     parser = Parser(
         prog="python -m bench.gantt",
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=description(__doc__),
+        formatter_class=DefaultsFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

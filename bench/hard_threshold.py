@@ -38,6 +38,7 @@ from bench import figure_page as page
 from bench import hard_threshold_figures as drawing
 from bench import kept
 from bench.captions import commit_text, machine_text, sentences, short_commit
+from bench.command_line import Parser, UsageError, description, names, refused
 from bench.data import DataError
 from bench.findings import Finding, table
 from bench.grid import GridError, run_grid
@@ -56,7 +57,6 @@ from bench.hard_threshold_sizes import (
     specs,
 )
 from bench.method_styles import PURPLE
-from bench.options import Parser, UsageError
 from bench.record import CannotWrite, environment, write_atomically, write_json, writing
 from ring.machine import usable_cores
 
@@ -74,9 +74,7 @@ INTROSPECTED = {"images": "fig3", "text": "fig5", "ratings": "fig6"}
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, and what they come to: `size`, `parts`, `given`."""
-    parser = Parser(
-        prog="python -m bench.hard_threshold", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m bench.hard_threshold", description=description(__doc__), allow_abbrev=False)
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all", help="(default: all)")
     parser.add_argument("--paper", action="store_true", help="the paper's networks, epochs and grids")
     parser.add_argument(
@@ -84,9 +82,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=float, help="of every network's run", metavar="N")
     parser.add_argument("--gdstar-epochs", type=int, help="of every run of EF-GDstar", metavar="N")
-    parser.add_argument(
-        "--kinds", type=lambda text: text.split(","), help="of networks: images,text,ratings", metavar="KIND,…"
-    )
+    parser.add_argument("--kinds", type=names, help="of networks: images,text,ratings", metavar="KIND,…")
     parser.add_argument("--data", action="append", default=[], help="of " + ", ".join(DATA_KINDS), metavar="KIND=PATH")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -425,8 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(runs, found, options, about, options.out)
             print((options.out / "table.md").read_text())
     except (UsageError, DataError, GridError, CannotWrite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     return 0
 
 

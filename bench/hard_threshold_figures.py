@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bench import figure_page as page
-from bench.findings import mean_and_spread, select
+from bench.findings import select
 from bench.method_styles import BLUE, GREEN, VERMILION
+from bench.statistics import mean_and_spread
 
 Runs = Mapping[str, Mapping[str, Any]]
 Records = Sequence[Mapping[str, Any]]

@@ -1,7 +1,7 @@
 """What Sahu et al. 2021 find beside what was found here, judged by written rules from the records alone.
 
 Runs of the same seed have the same data, initial weights and batches, so they are compared seed by seed: a mean
-difference with its 95 % confidence interval (`bench.layerwise_findings.paired`).
+difference with its 95 % confidence interval (`bench.statistics.paired`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from bench.findings import NO_RULE, Finding, mean_and_spread, select, spread_text
+from bench.findings import NO_RULE, Finding, select
 from bench.hard_threshold_figures import by_fields, density, final
 from bench.hard_threshold_sizes import FINE_PRECISION, Benchmark, Problem, Size
-from bench.layerwise_findings import Difference, holds, paired
+from bench.statistics import Difference, geometric_mean, holds, mean_and_spread, paired, spread_text
 
 Runs = Mapping[str, Mapping[str, Any]]
 Record = Mapping[str, Any]
@@ -102,7 +102,7 @@ def _texts(values: Sequence[float], form: str = ".2g") -> str:
 
 def _fast(sgd: Sequence[Record], hard: Sequence[Record], data: str) -> Finding:
     quotients = [tail(h) / tail(s) for h, s in zip(hard, sgd, strict=True)]
-    typical = float(np.exp(np.mean(np.log(quotients))))
+    typical = geometric_mean(quotients)
     return Finding(
         "Fig. 1a, 7a",
         "EF-SGD with hard-threshold converges as SGD without compression does",
@@ -309,7 +309,7 @@ def networks(runs: Runs, benchmark: Benchmark) -> list[Finding]:
             figure,
             "hard-threshold almost reaches what no compression does",
             data,
-            f"{_interval(difference)} at {100 * fmean(density(r) for r in best):.3g} % density",
+            f"{difference.text()} at {100 * fmean(density(r) for r in best):.3g} % density",
             NOT_WORSE,
             holds("not worse", difference, MARGIN),
         )
@@ -335,7 +335,7 @@ def networks(runs: Runs, benchmark: Benchmark) -> list[Finding]:
                 "Fig. 13",
                 "top-k: gradient compression better than update compression (92.96 against 90.78)",
                 data,
-                f"{texts[0]} against {texts[1]}; difference {_interval(difference)}",
+                f"{texts[0]} against {texts[1]}; difference {difference.text()}",
                 BETTER,
                 holds("better", difference, MARGIN),
             )
@@ -350,11 +350,6 @@ def _difference(first: Sequence[Record], second: Sequence[Record], value: Callab
     ours, theirs = by_seed(first), by_seed(second)
     seeds = sorted(ours.keys() & theirs.keys())
     return paired([value(ours[s][0]) for s in seeds], [value(theirs[s][0]) for s in seeds])
-
-
-def _interval(difference: Difference) -> str:
-    spread = f" ± {difference.half_width:.2f}" if difference.half_width < float("inf") else ""
-    return f"{difference.mean:+.2f}{spread}"
 
 
 def _at_equal_volume(
@@ -381,7 +376,7 @@ def _at_equal_volume(
         return Finding(where, claim, data, "no λ within top-k's densities", rule, None)
     difference = paired([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
     listed = ", ".join(f"{name}: {fmean(values):+.2f}" for name, values in texts.items())
-    return Finding(where, claim, data, f"{_interval(difference)} ({listed})", rule, holds("better", difference, MARGIN))
+    return Finding(where, claim, data, f"{difference.text()} ({listed})", rule, holds("better", difference, MARGIN))
 
 
 def _fields(record: Record) -> str:
@@ -406,7 +401,7 @@ def _with_less(
     ours, theirs = max(pairs, key=lambda pair: _difference(pair[0], pair[1], value).mean)
     difference = _difference(ours, theirs, value)
     densities = [100 * fmean(density(r) for r in side) for side in (ours, theirs)]
-    text = f"{_interval(difference)}, {densities[0]:.3g} % against {densities[1]:.3g} %"
+    text = f"{difference.text()}, {densities[0]:.3g} % against {densities[1]:.3g} %"
     return Finding(where, claim, data, text, rule, holds("not worse", difference, MARGIN))
 
 
@@ -457,7 +452,7 @@ def _without_feedback(
             "Fig. 12",
             "without error feedback, hard-threshold better than top-k",
             data,
-            f"{_interval(difference)}, at {densities[0]:.3g} % against {densities[1]:.3g} % density",
+            f"{difference.text()}, at {densities[0]:.3g} % against {densities[1]:.3g} % density",
             f"with at most {SAME_BUDGET:g}x the elements (else open): {BETTER}",
             None if held and dense else held,
         ),
@@ -465,7 +460,7 @@ def _without_feedback(
             "Fig. 12",
             "without error feedback, hard-threshold at 4.7 % doesn't reach what no compression does",
             data,
-            f"no compression is {_interval(to_plain)} better",
+            f"no compression is {to_plain.text()} better",
             f"no compression is better: {BETTER}",
             holds("better", to_plain, MARGIN),
         ),
@@ -486,7 +481,7 @@ def _accordion(runs: Runs, benchmark: Benchmark, network: str, most: float, leas
             where,
             "hard-threshold more accurate than ACCORDION (by 0.5 to 0.8 points)",
             data,
-            _interval(difference),
+            difference.text(),
             BETTER,
             holds("better", difference, MARGIN),
         ),

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from bench import figure_page as page
 from bench import kept, layerwise_figures
 from bench.captions import commit_text, machine_text, sentences
+from bench.command_line import Parser, UsageError, description, names, numbers, refused
 from bench.data import DataError, load
 from bench.data.folder import load_folder
 from bench.findings import table
@@ -37,7 +38,6 @@ from bench.grid import GridError, run_grid
 from bench.layerwise_findings import Runs, accuracy_table, along, judge_all, theory_table
 from bench.layerwise_runs import run
 from bench.layerwise_sizes import METHODS, PAPER, SMALL, UNLIKE, Size, Where, differences, specs
-from bench.options import Parser, UsageError
 from bench.record import CannotWrite, dataset_digest, environment, plain, write_atomically, write_json, writing
 from ring.machine import usable_cores
 
@@ -50,16 +50,16 @@ PAPER_DATA = "cifar-10"
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, and what they come to: `size`, `where`."""
-    parser = Parser(prog="python -m bench.layerwise", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m bench.layerwise", description=description(__doc__))
     parser.add_argument(
         "--paper",
         action="store_true",
         help="AlexNet and ResNet-9 in full with the paper's schedule, on --data; ResNet-50 on --imagenet if given",
     )
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="NAME,…")
-    parser.add_argument("--networks", type=lambda text: text.split(","), help="of those of the size", metavar="NAME,…")
-    parser.add_argument("--ratios", type=_numbers, help="of random k and top k", metavar="X,…")
-    parser.add_argument("--thresholds", type=_numbers, help="of threshold v", metavar="X,…")
+    parser.add_argument("--methods", type=names, default=list(METHODS), metavar="NAME,…")
+    parser.add_argument("--networks", type=names, help="of those of the size", metavar="NAME,…")
+    parser.add_argument("--ratios", type=numbers, help="of random k and top k", metavar="X,…")
+    parser.add_argument("--thresholds", type=numbers, help="of threshold v", metavar="X,…")
     parser.add_argument("--seeds", type=int, help="runs of each setting", metavar="N")
     parser.add_argument("--epochs", type=float, help="of every run", metavar="N")
     parser.add_argument("--batch-size", type=int, help="images per worker and iteration", metavar="N")
@@ -83,10 +83,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.where = Where(options.data or (PAPER_DATA if options.paper else None), options.imagenet, options.device)
     options.out = options.out or (Path(f"{OUT}-paper") if options.paper else OUT)
     return options
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in text.split(","))
 
 
 def _size(options: argparse.Namespace) -> Size:
@@ -265,8 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(shown, options, about, text, out)
             print(text)
     except (UsageError, DataError, GridError, CannotWrite, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     except KeyboardInterrupt:
         print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
         return 130

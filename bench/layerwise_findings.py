@@ -10,74 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from scipy import stats
 from tabulate import tabulate
 
-from bench.findings import Finding, mean_and_spread, select, spread_text
+from bench.findings import Finding, select
 from bench.layerwise_runs import IMAGENET_TOP
 from bench.layerwise_sizes import BASELINE, GRANULARITIES, LAYER, MODEL, Network, Setting
+from bench.statistics import CONFIDENCE, LEAST_PAIRS, Difference, Relation, holds, paired, spread_text
 
 Runs = Mapping[str, Mapping[str, Any]]
 
-CONFIDENCE = 0.95
 #: Percentage points of accuracy within which the paper's "comparable" is taken to lie.
 MARGIN = 2.0
-LEAST_SEEDS = 3
 #: A setting in which neither of two gets beyond so many times the accuracy of guessing says nothing.
 TRAINED = 1.5
-
-Relation = Literal["better", "same", "not worse"]
-
-
-# --- differences -----------------------------------------------------------------------------------------------------
-
-
-class Difference(NamedTuple):
-    """Of two runs per seed.
-
-    Attributes:
-        mean: of the differences.
-        half_width: of the confidence interval; infinite below `LEAST_SEEDS` seeds.
-    """
-
-    mean: float
-    half_width: float
-
-    @property
-    def low(self) -> float:
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        return self.mean + self.half_width
-
-
-def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """first - second; by seed."""
-    mean, spread = mean_and_spread([a - b for a, b in zip(first, second, strict=True)])
-    if len(first) < LEAST_SEEDS:
-        return Difference(mean, float("inf"))
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(first) - 1))
-    return Difference(mean, quantile * spread / sqrt(len(first)))
-
-
-def holds(relation: Relation, difference: Difference, margin: float) -> bool | None:
-    """Whether the first of two is "better" than (the "same" as, "not worse" than) the second; None if open.
-
-    RULES says it in words.
-    """
-    low, high = difference.low, difference.high
-    if relation == "better":
-        return True if low > 0 else False if high < margin or high <= 0 else None
-    if relation == "not worse":
-        return True if low > -margin else False if high < 0 and difference.mean < -margin else None
-    if -margin < low and high < margin:
-        return True
-    return False if (low > 0 or high < 0) and abs(difference.mean) > margin else None
 
 
 _LEARNS = f" Settings in which neither gets beyond {TRAINED:g} times the accuracy of guessing don't count."
@@ -86,7 +34,7 @@ RULES: dict[Relation, str] = {
     "better": (
         f"Better: in every setting {_INTERVAL} lies above 0. Not confirmed: in one setting it ends below {MARGIN:g} "
         "points (below 0 for compression errors). Otherwise, and with less than "
-        f"{LEAST_SEEDS} seeds, open, which counts as not testable.{_LEARNS}"
+        f"{LEAST_PAIRS} seeds, open, which counts as not testable.{_LEARNS}"
     ),
     "same": (
         f"The same: in every setting {_INTERVAL} lies within ±{MARGIN:g} points. Not confirmed: in one setting the "
@@ -266,7 +214,7 @@ def judge(statement: Statement, runs: Runs, network: Network | None) -> Finding:
         if took_off:
             verdicts.append(holds(statement.relation, difference, margin))
         label = f"{setting.label}: " if setting.label else ""
-        texts.append(f"{label}{_interval(difference)}{unit}{'' if took_off else ' (neither learns)'}")
+        texts.append(f"{label}{difference.text()}{unit}{'' if took_off else ' (neither learns)'}")
     if not texts:
         return Finding(statement.where, statement.claim, "-", "not run", rule, None)
     met = False if False in verdicts else None if None in verdicts or not verdicts else True
@@ -310,7 +258,7 @@ def accuracy_table(runs: Runs, network: Network) -> str:
                     spread_text(accuracy) + (f" ({count} diverged)" if count else "")
                     for accuracy, count in zip(values, diverged, strict=True)
                 ),
-                _interval(difference) if difference else "",
+                difference.text() if difference else "",
                 min(len(these) for these in both),
                 *(_mean(both[0], f"{granularity}_error") for granularity in GRANULARITIES),
                 *(f"{_density(these):.2g}" for these in both),
@@ -357,11 +305,6 @@ def theory_table(runs: Runs, network: Network) -> str:
         "measured",
     ]
     return str(tabulate(rows, heads, tablefmt="github", disable_numparse=True))
-
-
-def _interval(difference: Difference) -> str:
-    spread = f" ± {difference.half_width:.2f}" if difference.half_width < float("inf") else ""
-    return f"{difference.mean:+.2f}{spread}"
 
 
 def _mean(these: Sequence[Mapping[str, Any]], column: str) -> str:

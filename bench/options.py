@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from bench.command_line import Parser, UsageError, methods_help, names, program
 
 #: What `--cluster` says for this machine's clock alone.
 NO_CLUSTER = "none"
@@ -93,44 +94,6 @@ ONLY_GRADIVEQ = {
 }
 
 
-class UsageError(Exception):
-    """The options of this rank can't be used; one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, so that all ranks can leave together."""
-
-    quiet = False
-
-    def format_help(self) -> str:
-        from gradiveq import specs  # and NumPy with it: nothing else happens in this process
-
-        grammar = (specs.__doc__ or "").split("\n\n", 1)[1].rstrip()
-        compressors = "\n".join(f"    {spec}\n        {text}" for spec, text in specs.describe())
-        return (
-            f"{super().format_help()}\nmethods:\n    rar (plain ring all-reduce), qsgd (in the ring) and gradiveq, "
-            f"with the options above; or a spec:\n\n{grammar}\n\ncompressors, with their defaults:\n{compressors}\n"
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-    def print_help(self, file: Any = None) -> None:
-        if not self.quiet:
-            super().print_help(file)
-
-
-def positive(text: str) -> float:
-    """Of an option: a number above 0, not infinite."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
-
-
 def length(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
@@ -142,7 +105,10 @@ def reuse(text: str) -> int | str:
 def make_parser() -> Parser:
     """Without defaults, so that what was given can be told from what was not."""
     parser = Parser(
-        prog="python -m bench.resnet32_cifar100",
+        prog=program("bench.resnet32_cifar100"),
+        closing=lambda: methods_help(
+            "rar (plain ring all-reduce), qsgd (in the ring) and gradiveq, with the options above"
+        ),
         description="Train ResNet-32 data-parallel with plain ring all-reduce, QSGD, GradiVeQ and other methods of "
         "compression, and show where the time went.",
         argument_default=argparse.SUPPRESS,
@@ -161,7 +127,7 @@ def make_parser() -> Parser:
         run,
         "--methods",
         "which, in this order; below is what else there is",
-        type=lambda text: text.split(","),
+        type=names,
         metavar="NAME,…",
     )
     add(run, "--iterations", "SGD steps of each method", type=int, metavar="N")

@@ -32,9 +32,9 @@ from tabulate import tabulate
 from bench import clusters
 from bench import figure_page as page
 from bench.captions import commit_text, machine_text, sentences
+from bench.command_line import Parser, UsageError, description, refused
 from bench.method_styles import GROUP_COLORS
 from bench.models import resnet32
-from bench.options import Parser, UsageError
 from bench.paper import COMPRESS, PAPER, SAMPLE, WARMUP_WINDOWS, WINDOW, WINDOWS, Paper
 from bench.predict import METHODS, Gradient, iteration_s
 from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
@@ -486,9 +486,7 @@ def redraw(path: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m bench.paper_timing", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m bench.paper_timing", description=description(__doc__), allow_abbrev=False)
     parser.add_argument("--fit", action="store_true", help="only fit the presets again, and print the numbers")
     parser.add_argument(
         "--out", type=Path, default=Path("results/paper-timing"), metavar="DIR", help="(default: %(default)s)"
@@ -502,8 +500,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         found = compare(vector)
     except (UsageError, ClusterError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     command = " ".join(["python -m bench.paper_timing", *map(shlex.quote, words)])
     about = environment(("numpy", "scipy", "torch", "matplotlib")) | {"command": command, "cores": usable_cores()}
     boxing = boxing_us()
@@ -520,8 +517,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             draw_record(record, options.out)
             print()
     except CannotWrite as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     return 0
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import numba
 import numpy as np
 
+from bench.command_line import description
+from bench.statistics import Quartiles
 from gradiveq.qsgd import QSGD
 from ring.codec import Hop
 
@@ -68,7 +70,7 @@ def processor() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.qsgd_throughput", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.qsgd_throughput", description=description(__doc__))
     parser.add_argument("--sizes", type=int, nargs="+", default=[2**12, 2**14, 2**16, 2**18, 2**20, 2**22])
     parser.add_argument("--bits", type=int, default=4, choices=(2, 4, 8))
     parser.add_argument("--bucket", type=int, default=512)
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     for length in options.sizes:
         cells = []
         for name, rates in throughput(codec, length, options.repeats).items():
-            low, median, high = (float(rate) for rate in np.percentile(rates, (25, 50, 75)))
+            median, low, high = Quartiles.of(rates)
             cells.append(f"{median:10.0f} ±{(high - low) / 2:4.0f}")
             rows.append({"operation": name, "elements": length, "melements_per_s": median, "quartiles": [low, high]})
         print(f"{length:>9}" + "".join(f"{cell:>16}" for cell in cells))

@@ -12,8 +12,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from bench.command_line import DefaultsFormatter, Parser, UsageError, description
 from bench.launch import limit_threads, run_together
-from bench.options import Parser, UsageError
 from bench.workers import LONG_S, Processes
 
 FILE = "gradients.npz"
@@ -22,8 +22,8 @@ FILE = "gradients.npz"
 def make_parser() -> Parser:
     parser = Parser(
         prog="python -m bench.record_gradients",
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=description(__doc__),
+        formatter_class=DefaultsFormatter,
     )
     parser.add_argument("--data", metavar="PATH", help="as for the training job; the shipped sample if left out")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"folder for {FILE}")

@@ -1,4 +1,4 @@
-"""The tables of a run, from what it recorded: `python -m bench.report results/<run>` prints them again."""
+"""The tables of a run, from what it recorded: `python -m bench.report results/<run>`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from bench.command_line import description
 from bench.record import GROUPS, SUMMARY, read_json
 
 #: Shown in seconds; measuring held-out losses is no part of training and is told in a line of its own.
@@ -210,7 +211,7 @@ def text(summary: Mapping[str, Any], *, notes: bool = True) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=description(__doc__))
     parser.add_argument("run", type=Path, nargs="+", help="a run's folder, such as results/<run>")
     for run in parser.parse_args(arguments).run:
         try:

@@ -28,10 +28,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.command_line import UsageError
+
 # Only what leaves NumPy alone: how many threads it may have is known, and has to be told, before it is imported.
 from bench.launch import INTERRUPTED, StopRequest, launched, limit_threads, run_as_threads, run_together
 from bench.missing import what_is_missing
-from bench.options import DEFAULTS, NO_CLUSTER, UsageError, parse
+from bench.options import DEFAULTS, NO_CLUSTER, parse
 from bench.progress import Progress, has_terminal
 from bench.workers import LONG_S, Failure, Processes, Workers
 

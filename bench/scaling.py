@@ -30,8 +30,8 @@ from tqdm import tqdm
 from bench import clusters
 from bench import figure_page as page
 from bench.captions import commit_text, machine_text, sentences
+from bench.command_line import Parser, UsageError, description, positive, program, refused
 from bench.method_styles import METHOD_LABELS, method_color, method_style
-from bench.options import Parser, UsageError, positive
 from bench.predict import FLOAT32, METHODS, PHASES, DryRun, Gradient, build, iteration_s
 from bench.record import CannotWrite, environment, plain, write_json, writing
 from bench.record_files import read_object
@@ -335,7 +335,7 @@ def _where_it_pays(axis: Axes, sweep: Sweep, found: Mapping[str, Any], ends: tup
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m bench.scaling", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog=program("bench.scaling"), description=description(__doc__), allow_abbrev=False)
     parser.add_argument(
         "--cluster", default="gradiveq-k80", metavar="NAME", help="a preset or a TOML file (default: %(default)s)"
     )
@@ -466,8 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_json(out / "scaling.json", record)
             draw_record(record, out)
     except (UsageError, ClusterError, CannotWrite, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     return 0
 
 

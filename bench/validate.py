@@ -1,4 +1,4 @@
-"""Is virtual time true? Real all-reduces between shaped hosts, beside what the emulator predicts: `make validate`.
+"""Real all-reduces between shaped hosts, beside what the emulator predicts: `python -m bench.validate`.
 
 Hosts are network namespaces (`bench.hosts`) whose links are shaped to a rate; the real ring runs between them over TCP.
 Few parameters of a described cluster are fitted to *some* cells (sizes, rates and numbers of hosts in `CALIBRATION`):
@@ -38,11 +38,13 @@ from scipy.optimize import minimize
 from tabulate import tabulate
 from tqdm import tqdm
 
+from bench.command_line import description, refused
 from bench.hosts import Hosts, HostsError, why_not
 from bench.launch import for_ranks
 from bench.record import environment, read_json, write_atomically, write_json
 from bench.report import bytes_text
 from bench.shaped_codecs import METHODS
+from bench.statistics import Quartiles, mean_error
 from ring.cluster import Cluster, Link, Node, as_table
 from ring.emulator import Emulator
 from ring.machine import usable_cores
@@ -82,9 +84,9 @@ class Cell:
 
     @property
     def spread(self) -> float:
-        """Of the repeats: their interquartile range over their median."""
-        low, high = np.percentile(self.times_s, (25, 75))
-        return float(high - low) / self.time_s
+        """The interquartile range of the repeats over their median."""
+        quartiles = Quartiles.of(self.times_s)
+        return (quartiles.high - quartiles.low) / self.time_s
 
     @property
     def calibrates(self) -> bool:
@@ -265,11 +267,6 @@ def compare(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def mean_error(errors: Sequence[float]) -> float:
-    """Geometric mean of how far off predictions are, as a factor, less 1: exp(mean |log(predicted / measured)|) - 1."""
-    return float(np.expm1(np.mean(np.abs(np.log1p(np.asarray(errors)))))) if errors else 0.0
-
-
 def report(result: Mapping[str, Any]) -> str:
     """The table and what it comes to, as Markdown."""
     lines = [
@@ -327,7 +324,7 @@ def redraw(path: Path) -> list[Path]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.validate", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.validate", description=description(__doc__))
     parser.add_argument("--out", type=Path, default=Path("results/validate"), metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="few cells, within a minute: checks that all of it works")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each cell (5)")
@@ -359,8 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(options.out / "validate.json", {**about, **result})
         write_atomically(options.out / "table.md", text.encode())
     except (HostsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if not options.again:
             raise

@@ -15,7 +15,7 @@ from test_layerwise import write_images
 from bench import ddp
 from bench.ddp import METHODS, RATIOS, main, parse, skipped
 from bench.ddp_figures import family
-from bench.ddp_findings import BELOW_PLAIN, Row, Spread, extras_table, group_table, methods_table, rows
+from bench.ddp_findings import BELOW_PLAIN, Row, extras_table, group_table, methods_table, rows
 from bench.ddp_runs import SAMPLING, TIME, TRAIN, wire_bytes
 from bench.ddp_sizes import (
     PLAIN,
@@ -31,6 +31,7 @@ from bench.ddp_sizes import (
     run_bytes,
 )
 from bench.models import MODELS
+from bench.statistics import Quartiles
 from gradiveq.compressors.topk import TopK
 
 BLOCKS = blocks_of(MODELS["alexnet"](10, width=0.25))
@@ -170,9 +171,9 @@ def test_rows_and_tables() -> None:
     assert (plain.share, topk.share, pca.share) == (1, 0.115, 0.11)
     assert pca.off == pytest.approx(0.11 * 9 - 1)
     assert (pca.bytes_per_iteration, pca.sent_per_iteration) == (120, 110)
-    assert plain.times == {"loopback": Spread(1, 1, 1), "100 Mbit/s": Spread(1, 1, 1)}
-    assert pca.times == {"loopback": Spread(2, 1.5, 2.5), "100 Mbit/s": Spread(0.25, 0.25, 0.375)}
-    assert pca.sampling == {"loopback": Spread(2, 2, 2)}
+    assert plain.times == {"loopback": Quartiles(1, 1, 1), "100 Mbit/s": Quartiles(1, 1, 1)}
+    assert pca.times == {"loopback": Quartiles(2, 1.5, 2.5), "100 Mbit/s": Quartiles(0.25, 0.25, 0.375)}
+    assert pca.sampling == {"loopback": Quartiles(2, 2, 2)}
     assert plain.wire_bytes == {"100 Mbit/s": 1100.0}
     goal = 0.85 - BELOW_PLAIN
     assert pca.reached_bytes == (120 * 100, 120 * 50)

@@ -18,7 +18,7 @@ from test_aggregator import assert_same_bits, collect, noise, set_gradients, sma
 from torch import Tensor
 
 from bench import device as bench_device
-from bench.options import UsageError
+from bench.command_line import UsageError
 from bench.options import parse as parse_options
 from gradiveq import Aggregator, GradiVeQ, NonFiniteGradient, Plain, QSGDRing, Report
 from gradiveq.device import Lane

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from bench import figure_page
 from bench import hard_threshold_findings as findings
+from bench.command_line import UsageError
 from bench.data.ratings import Interactions, load_ratings
 from bench.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, Finding, table
 from bench.hard_threshold import PARTS, main, parse
@@ -37,7 +38,6 @@ from bench.hard_threshold_sizes import (
     specs,
 )
 from bench.hard_threshold_tasks import make
-from bench.options import UsageError
 from bench.simulate import Compressed, Step, Task, simulate
 from gradiveq import Aggregator
 from gradiveq.compressors import COMPRESSORS

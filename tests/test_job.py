@@ -20,7 +20,8 @@ import psutil
 import pytest
 from conftest import MPIRUN, ROOT
 
-from bench.options import DEFAULTS, PAPER, UsageError, make_parser, parse
+from bench.command_line import UsageError
+from bench.options import DEFAULTS, PAPER, make_parser, parse
 from bench.record import KINDS, file_name
 from bench.report import text
 from gradiveq.compressors import COMPRESSORS

@@ -13,8 +13,9 @@ from PIL import Image
 from redrawn import check_drawn_again
 
 from bench import figure_page
+from bench.command_line import UsageError
 from bench.layerwise import main, parse
-from bench.layerwise_findings import STATEMENTS, Difference, Statement, holds, judge, judge_all, paired
+from bench.layerwise_findings import STATEMENTS, Statement, judge, judge_all
 from bench.layerwise_runs import run, schedule
 from bench.layerwise_sizes import (
     BASELINE,
@@ -28,7 +29,7 @@ from bench.layerwise_sizes import (
     differences,
     specs,
 )
-from bench.options import UsageError
+from bench.statistics import Difference, holds, paired
 from gradiveq.compressors import COMPRESSORS
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from bench import validate
 from bench.hosts import why_not
-from bench.validate import Cell, Model, compare, main, mean_error, report
+from bench.statistics import mean_error
+from bench.validate import Cell, Model, compare, main, report
 
 TRUE = (0.9, 0.6, 0.8, 200.0, 150.0, 50.0, 300.0)
 RATES = {
