@@ -52,8 +52,9 @@ from bench.advise_report import Answer, Asked, draw, record, table, words
 from bench.advise_risk import Probed, closest, held_out_of, probe_losses, recorded
 from bench.command_line import Parser, UsageError, description, methods_help, names, positive, program, refused
 from bench.data import DataError, load
+from bench.environment import environment
 from bench.figure_page import write_figure
-from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
+from bench.files import CannotWrite, plain, write_atomically, write_json, writing
 from bench.scaling import PAYS, stretches
 from gradiveq.ddp.bucket import Parameters
 from gradiveq.ddp.layers import compressible_layers

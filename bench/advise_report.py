@@ -17,10 +17,10 @@ from bench import figure_page as page
 from bench.advise_costs import PLAIN, Measured
 from bench.advise_predict import Against, Compared, Prediction, Situation
 from bench.advise_risk import Elsewhere, Probed
-from bench.captions import commit_text, machine_text, sentences
+from bench.files import read_object
 from bench.method_styles import method_style
-from bench.record_files import read_object
 from bench.scaling import PAYS, bandwidth_text, stretch_text
+from bench.texts import commit_text, machine_text, sentences
 from ring.cluster import as_table
 
 #: What decides where messages are so small that bytes don't.

@@ -20,7 +20,7 @@ from tqdm import trange
 
 from bench.advise_model import ModelError, others_code, tensor_of
 from bench.data import Batches, Dataset
-from bench.record import read_json
+from bench.files import read_json
 from gradiveq.ddp import probe
 from gradiveq.methods import Compressed, GradiVeQ, Method
 from gradiveq.pca import DEFAULT_LOSS_THRESHOLD

@@ -45,15 +45,15 @@ from bench import figure_page as page
 from bench.advise_costs import PLAIN, local_rates
 from bench.advise_plan import METHODS, MODELS, Found
 from bench.advise_predict import Network, Situation
-from bench.captions import commit_text, sentences
 from bench.command_line import Parser, UsageError, description, refused
+from bench.environment import environment
+from bench.files import read_object, write_atomically, write_json
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from bench.launch import for_ranks
 from bench.method_styles import method_color
-from bench.record import environment, write_atomically, write_json
-from bench.record_files import read_object
 from bench.scaling import PAYS
 from bench.statistics import Quartiles, mean_error
+from bench.texts import commit_text, sentences
 from ring.cluster import Cluster, Link, Node, as_table
 from ring.machine import usable_cores
 

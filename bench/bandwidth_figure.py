@@ -12,10 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench import figure_page as page
-from bench.captions import ranks_text, sentences
+from bench.files import RecordError, read_object
 from bench.method_styles import PURPLE
-from bench.record_files import RecordError, read_object
-from bench.report import bytes_text
+from bench.texts import bytes_text, ranks_text, sentences
 
 IMPLEMENTATION_STYLES: dict[str, dict[str, Any]] = {
     "ring": {"color": "#0072B2", "marker": "o", "label": "this ring"},

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bench.record import file_name, read_json, write_atomically, write_json
+from bench.files import file_name, read_json, write_atomically, write_json
 from ring.handle import Ring
 
 FOLDER = "checkpoint"

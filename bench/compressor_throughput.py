@@ -30,8 +30,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.command_line import description, names
+from bench.environment import environment
+from bench.files import write_atomically, write_json
 from bench.qsgd_throughput import SAMPLE_S, seconds_per_call
-from bench.record import environment, write_atomically, write_json
 from bench.statistics import Quartiles, half_range_text
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
 from gradiveq.compressors.base import Float32

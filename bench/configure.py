@@ -9,9 +9,9 @@ import torch
 
 from bench.data import Dataset
 from bench.emulation import note
+from bench.files import file_name
 from bench.models import MODELS
 from bench.options import PAPER
-from bench.record import file_name
 from bench.train import PAPER_COMPRESS, PAPER_ITERATIONS, PAPER_SAMPLE, PAPER_WARMUP, Settings, scaled_schedule
 from bench.workers import Workers
 from gradiveq.methods import GradiVeQ, Method, Plain, QSGDRing, applied

@@ -46,18 +46,18 @@ import torch
 
 from bench import ddp_figures
 from bench import figure_page as page
-from bench.captions import commit_text, machine_text, sentences
 from bench.command_line import Parser, UsageError, description, methods_help, names, numbers
 from bench.data import DataError, load
 from bench.ddp_findings import Runs, extras_table, group_table, methods_table, reached_accuracy, rows, times_table
 from bench.ddp_runs import TIME, TRAIN, Plan, several_by_default, work
 from bench.ddp_sizes import PLAIN, TOLERANCE, Entry, Length, blocks_of, entries
+from bench.environment import dataset_digest, environment
+from bench.files import file_name, plain, read_object, write_atomically, write_json, writing
 from bench.grid import GridError, run_grid
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from bench.launch import INTERRUPTED, for_ranks
 from bench.models import MODELS
-from bench.record import dataset_digest, environment, file_name, plain, write_atomically, write_json, writing
-from bench.record_files import read_object
+from bench.texts import commit_text, machine_text, sentences
 from gradiveq.ddp.state import FIRST_START
 from ring.machine import usable_cores
 

@@ -12,8 +12,8 @@ from tabulate import tabulate
 from bench.ddp_runs import SAMPLING, TIME, TRAIN
 from bench.ddp_sizes import PLAIN, Entry, Handed
 from bench.findings import select
-from bench.report import number
 from bench.statistics import Quartiles, spread_text
+from bench.texts import number
 
 Runs = Mapping[str, Mapping[str, Any]]
 #: An accuracy counts as reached at plain DDP's mean less so much.

@@ -34,7 +34,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.command_line import description
-from bench.record import environment, write_atomically, write_json
+from bench.environment import environment
+from bench.files import write_atomically, write_json
 from bench.statistics import Quartiles, half_range_text
 from gradiveq.compressors.base import Draw
 from gradiveq.compressors.half import Half

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
-from bench.record import write_atomically
+from bench.files import write_atomically
 
 STYLE = {
     "font.size": 10,

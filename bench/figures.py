@@ -15,8 +15,8 @@ from pathlib import Path
 
 from bench import gradient_figures, gradients
 from bench.command_line import description
+from bench.files import RecordError, read_object
 from bench.record import ENVIRONMENT, SUMMARY
-from bench.record_files import RecordError, read_object
 
 #: Records that have a name of their own -> the module that draws them; imported where there is one.
 EXPERIMENTS = {

@@ -139,7 +139,7 @@ def run(workers: Workers, ring: Ring, options: argparse.Namespace, cluster: Clus
     import torch
 
     from bench.data import load
-    from bench.record import environment
+    from bench.environment import environment
     from gradiveq.methods import QSGDRing
     from ring.trace import TraceError
 
@@ -275,7 +275,7 @@ def measured(
 
 def write_all(record: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
     """Everything about a run; also prints it. Returns the paths."""
-    from bench.record import plain, write_atomically
+    from bench.files import plain, write_atomically
     from ring import perfetto
     from ring.trace import Trace
 
@@ -323,7 +323,7 @@ def _chunks(panel: Mapping[str, Any]) -> str:
 
 
 def draw_again(path: Path) -> int:
-    from bench.record_files import RecordError, read_object
+    from bench.files import RecordError, read_object
 
     try:
         record = read_object(path)

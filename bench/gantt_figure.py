@@ -12,9 +12,9 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from bench import figure_page as page
-from bench.captions import commit_text, machine_text, sentences
+from bench.files import read_object
 from bench.method_styles import GROUP_COLORS
-from bench.record_files import read_object
+from bench.texts import commit_text, machine_text, sentences
 from ring.trace import Activity, Trace, communication, critical_path
 
 #: Kinds of activities -> colours; those of `bench.method_styles` where it has them.

@@ -20,10 +20,9 @@ from matplotlib.ticker import MaxNLocator
 
 from bench import figure_page as page
 from bench import gradients
-from bench.captions import machine_text, ranks_text, sentences, short_commit
+from bench.files import RecordError, read_object, write_json
 from bench.method_styles import BLUE, GREEN, GREY, ORANGE, VERMILION
-from bench.record import write_json
-from bench.record_files import RecordError, read_object
+from bench.texts import machine_text, ranks_text, sentences, short_commit
 
 #: Fig. 5's layer.
 FIG5_SHAPE = (3, 3, 16, 16)

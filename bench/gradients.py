@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from bench.record import plain, write_atomically
+from bench.files import plain, write_atomically
 from gradiveq.flatten import Layout
 from gradiveq.pca import GroupSamples, PCAConfig, groups
 

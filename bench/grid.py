@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from bench.files import plain, read_json, write_json
 from bench.launch import thread_variables
-from bench.record import plain, read_json, write_json
 
 Spec = Mapping[str, Any]
 #: Called with the spec and the file where it may keep a checkpoint; returns JSON values.

@@ -37,9 +37,10 @@ from matplotlib.figure import Figure
 from bench import figure_page as page
 from bench import hard_threshold_figures as drawing
 from bench import kept
-from bench.captions import commit_text, machine_text, sentences, short_commit
 from bench.command_line import Parser, UsageError, description, names, refused
 from bench.data import DataError
+from bench.environment import environment
+from bench.files import CannotWrite, write_atomically, write_json, writing
 from bench.findings import Finding, table
 from bench.grid import GridError, run_grid
 from bench.hard_threshold_findings import Runs, accordion_table, judge_all, metric_table
@@ -57,7 +58,7 @@ from bench.hard_threshold_sizes import (
     specs,
 )
 from bench.method_styles import PURPLE
-from bench.record import CannotWrite, environment, write_atomically, write_json, writing
+from bench.texts import commit_text, machine_text, sentences, short_commit
 from ring.machine import usable_cores
 
 OUT = Path("results/hard-threshold")

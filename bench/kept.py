@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.record import plain, write_atomically
-from bench.record_files import RecordError, read_object
+from bench.files import RecordError, plain, read_object, write_atomically
 
 FILE = "runs.json.gz"
 DIGITS = 9

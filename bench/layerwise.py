@@ -29,16 +29,17 @@ from tqdm import tqdm
 
 from bench import figure_page as page
 from bench import kept, layerwise_figures
-from bench.captions import commit_text, machine_text, sentences
 from bench.command_line import Parser, UsageError, description, names, numbers, refused
 from bench.data import DataError, load
 from bench.data.folder import load_folder
+from bench.environment import dataset_digest, environment
+from bench.files import CannotWrite, plain, write_atomically, write_json, writing
 from bench.findings import table
 from bench.grid import GridError, run_grid
 from bench.layerwise_findings import Runs, accuracy_table, along, judge_all, theory_table
 from bench.layerwise_runs import run
 from bench.layerwise_sizes import METHODS, PAPER, SMALL, UNLIKE, Size, Where, differences, specs
-from bench.record import CannotWrite, dataset_digest, environment, plain, write_atomically, write_json, writing
+from bench.texts import commit_text, machine_text, sentences
 from ring.machine import usable_cores
 
 OUT = Path("results/layerwise")

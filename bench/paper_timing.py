@@ -31,14 +31,14 @@ from tabulate import tabulate
 
 from bench import clusters
 from bench import figure_page as page
-from bench.captions import commit_text, machine_text, sentences
 from bench.command_line import Parser, UsageError, description, refused
+from bench.environment import environment
+from bench.files import CannotWrite, plain, read_object, write_atomically, write_json, writing
 from bench.method_styles import GROUP_COLORS
 from bench.models import resnet32
 from bench.paper import COMPRESS, PAPER, SAMPLE, WARMUP_WINDOWS, WINDOW, WINDOWS, Paper
 from bench.predict import METHODS, Gradient, iteration_s
-from bench.record import CannotWrite, environment, plain, write_atomically, write_json, writing
-from bench.record_files import read_object
+from bench.texts import commit_text, machine_text, sentences
 from gradiveq.methods import QSGDRing
 from ring.cluster import Cluster, ClusterError
 from ring.dry import Estimate

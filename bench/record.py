@@ -86,30 +86,17 @@ backward and update: where ranks share cores it is less than the seconds that pa
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.metadata
 import json
-import math
 import os
-import platform
-import re
-import subprocess
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bench.data import Dataset
-from ring.machine import processor
+from bench.files import file_name, plain
 
 ENVIRONMENT = "environment.json"
 SUMMARY = "summary.json"
 
-#: What git is asked about: recording results again doesn't change what makes them.
-SOURCE = (":(top)", ":(top,exclude)results")
 #: All kinds of seconds, in the order of an iteration.
 KINDS = (
     "data",
@@ -145,12 +132,6 @@ GROUPS = {
 METRICS, WEIGHTS, TRACES = "metrics-*.jsonl", "weights-*.pt", "trace-*"
 
 
-def file_name(method: str) -> str:
-    """A method's name as part of the name of a file; with a digest if it has patterns, as little may tell two apart."""
-    name = re.sub(r"[^\w.]+", "-", method).strip("-.")
-    return name if re.fullmatch(r"[\w.:+@=^-]+", method) else f"{name}-{zlib.crc32(method.encode()):08x}"
-
-
 def metrics_name(method: str) -> str:
     return METRICS.replace("*", file_name(method))
 
@@ -164,75 +145,6 @@ def grouped(seconds: Mapping[str, float]) -> dict[str, float]:
     groups = {group: sum(seconds.get(kind, 0.0) for kind in kinds) for group, kinds in GROUPS.items()}
     groups["other"] += sum(value for kind, value in seconds.items() if kind not in KINDS)
     return groups
-
-
-def plain(value: Any) -> Any:
-    """The same in JSON's types: arrays as lists, other numbers as int or float, None for what isn't finite."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # NumPy's and torch's arrays and scalars
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file has all of `data`, or is as it was, whenever the process or the machine stops."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
-
-
-class CannotWrite(OSError):
-    """A folder for results can't be written; one line."""
-
-
-@contextlib.contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Around what a command writes into a folder of its own: it is made before, and named on stdout when all is there.
-
-    Raises:
-        CannotWrite: where anything raised OSError.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise CannotWrite(f"{out} can't be written ({error.strerror or error})") from error
-    print(f"written to {out}", flush=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last (where the system can open a folder)."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically, see `write_atomically`."""
-    write_atomically(path, (json.dumps(plain(value), indent=1, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 class Metrics:
@@ -269,46 +181,3 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
-
-
-def dataset_digest(dataset: Dataset) -> str:
-    """SHA-256 of all images and labels."""
-    digest = hashlib.sha256()
-    for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
-        digest.update(str(array.shape).encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def environment(packages: tuple[str, ...] = ("numpy", "scipy", "torch", "numba", "mpi4py")) -> dict[str, Any]:
-    """What this machine and installation are; the caller adds MPI, the command and the data."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "versions": versions,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": processor(),
-        "commit": commit(),
-    }
-
-
-def commit() -> str | None:
-    """The commit of this source, with "+changes" if files but results differ from it; None where git can't say."""
-    try:
-        texts = [
-            subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *SOURCE])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return texts[0] + ("+changes" if texts[1] else "")

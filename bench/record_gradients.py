@@ -59,9 +59,9 @@ def record(workers: Processes, options: argparse.Namespace, threads: int) -> Non
     from tqdm import trange
 
     from bench.data import load
+    from bench.environment import environment
     from bench.gradients import GradientRecorder
     from bench.models import resnet32
-    from bench.record import environment
     from bench.train import Settings, Trainer
     from gradiveq import Plain
     from ring.mpi import MPIRing

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from bench.command_line import description
-from bench.record import GROUPS, SUMMARY, read_json
+from bench.files import read_json
+from bench.record import GROUPS, SUMMARY
+from bench.texts import number
 
 #: Shown in seconds; measuring held-out losses is no part of training and is told in a line of its own.
 SHOWN = tuple(group for group in GROUPS if group != "measure")
@@ -21,18 +23,6 @@ HEADINGS = {"exposed communication": "exposed\ncommunication"}
 PHASES = ("plain", "qsgd", "warm-up", "sample", "compress", "compressed")
 #: What a compressor sends and leaves out, in the mean.
 COMPRESSION = {"density": "density", "relative_error": "relative\nerror"}
-
-
-def bytes_text(num_bytes: float) -> str:
-    """In the largest binary unit that it reaches: "64 KiB"."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:g} {unit}"
-    return f"{num_bytes:g} B"
-
-
-def number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def title(summary: Mapping[str, Any]) -> str:

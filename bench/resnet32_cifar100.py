@@ -208,7 +208,7 @@ class Run:
 
     def _same_data(self) -> str:
         """The digest of the data, after all ranks and the run that is resumed agreed on it."""
-        from bench.record import dataset_digest
+        from bench.environment import dataset_digest
 
         digest = dataset_digest(self.dataset)
         digests = self.workers.gather(digest)
@@ -252,7 +252,8 @@ class Run:
 
     def _open_folder(self) -> Path:
         """The run's folder, with its environment recorded."""
-        from bench.record import ENVIRONMENT, write_json
+        from bench.files import write_json
+        from bench.record import ENVIRONMENT
 
         path = self.options["resume"] or self.options["out"]
         if path is None:
@@ -282,7 +283,7 @@ class Run:
         return folder
 
     def _environment(self) -> dict[str, Any]:
-        from bench.record import environment
+        from bench.environment import environment
 
         return {
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -355,7 +356,8 @@ class Run:
         return 0
 
     def _summarise(self, checkpoints: Checkpoints) -> None:
-        from bench.record import SUMMARY, write_json
+        from bench.files import write_json
+        from bench.record import SUMMARY
 
         write_json(self.folder / SUMMARY, self._summary(checkpoints.finished))
 
@@ -393,7 +395,8 @@ class Run:
 
     def _run_method(self, name: str, checkpoints: Checkpoints, stop: StopRequest) -> None:
         from bench.checkpoint import CheckpointError
-        from bench.record import Metrics, metrics_name, plain, weights_name, write_atomically
+        from bench.files import plain, write_atomically
+        from bench.record import Metrics, metrics_name, weights_name
         from bench.train import train
 
         trainer = self.trainers.pop(name)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bench import figure_page as page
-from bench.captions import commit_text, machine_text, ranks_text, sentences
+from bench.files import RecordError, read_object, read_text
 from bench.method_styles import (
     BLUE,
     GREY,
@@ -34,8 +34,8 @@ from bench.method_styles import (
     method_style,
 )
 from bench.record import ENVIRONMENT, GROUPS, SUMMARY, metrics_name
-from bench.record_files import RecordError, read_object, read_text
 from bench.report import PHASES, Clock, clocks
+from bench.texts import commit_text, machine_text, ranks_text, sentences
 from gradiveq.pca import DEFAULT_LOSS_THRESHOLD
 
 #: Of methods that have no other.

@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from bench import clusters
 from bench import figure_page as page
-from bench.captions import commit_text, machine_text, sentences
 from bench.command_line import Parser, UsageError, description, positive, program, refused
+from bench.environment import environment
+from bench.files import CannotWrite, plain, read_object, write_json, writing
 from bench.method_styles import METHOD_LABELS, method_color, method_style
 from bench.predict import FLOAT32, METHODS, PHASES, DryRun, Gradient, build, iteration_s
-from bench.record import CannotWrite, environment, plain, write_json, writing
-from bench.record_files import read_object
+from bench.texts import commit_text, machine_text, sentences
 from gradiveq.aggregator import CONTROLS
 from ring import dry
 from ring.cluster import Cluster, ClusterError, as_table

@@ -38,10 +38,11 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
+from bench.environment import environment
+from bench.files import write_json
 from bench.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from bench.launch import for_ranks
-from bench.record import environment, write_json
-from bench.report import bytes_text
+from bench.texts import bytes_text
 from ring.bench import parse_bytes, positive
 from ring.machine import usable_cores
 

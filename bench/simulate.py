@@ -35,7 +35,7 @@ from torch.nn import functional
 from bench.checkpoint import restored, storable
 from bench.data import Batches, Dataset, evaluation_batches
 from bench.data.folder import FolderBatches, ImageFiles, folder_evaluation_batches
-from bench.record import write_atomically
+from bench.files import write_atomically
 from gradiveq.compressors.base import Float32
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
 from gradiveq.flatten import Layout

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.record import file_name
+from bench.files import file_name
 from bench.report import Clock
 from ring import perfetto
 from ring.timeline import Timeline

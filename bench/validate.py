@@ -39,12 +39,13 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.command_line import description, refused
+from bench.environment import environment
+from bench.files import read_json, write_atomically, write_json
 from bench.hosts import Hosts, HostsError, why_not
 from bench.launch import for_ranks
-from bench.record import environment, read_json, write_atomically, write_json
-from bench.report import bytes_text
 from bench.shaped_codecs import METHODS
 from bench.statistics import Quartiles, mean_error
+from bench.texts import bytes_text
 from ring.cluster import Cluster, Link, Node, as_table
 from ring.emulator import Emulator
 from ring.machine import usable_cores

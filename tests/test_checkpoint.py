@@ -12,7 +12,8 @@ import torch
 
 import bench.checkpoint
 from bench.checkpoint import VERSION, CheckpointError, Checkpoints, read_manifest
-from bench.record import Metrics, write_atomically
+from bench.files import write_atomically
+from bench.record import Metrics
 from ring.handle import Ring
 from ring.lockstep import run
 

@@ -21,8 +21,9 @@ import pytest
 from conftest import MPIRUN, ROOT
 
 from bench.command_line import UsageError
+from bench.files import file_name
 from bench.options import DEFAULTS, PAPER, make_parser, parse
-from bench.record import KINDS, file_name
+from bench.record import KINDS
 from bench.report import text
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.specs import parse as parse_method

@@ -1,4 +1,4 @@
-"""Parts of the captions that say how a figure came about."""
+"""Pieces of tables and captions: numbers, sizes, and how a figure came about."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def commit_text(environment: Mapping[str, Any]) -> str:
     """ "commit 0123456789ab", or that it isn't known."""
     commit = environment.get("commit")
     return f"commit {short_commit(commit) if commit else 'unknown'}"
+
+
+def bytes_text(num_bytes: float) -> str:
+    """In the largest binary unit that it reaches: "64 KiB"."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:g} {unit}"
+    return f"{num_bytes:g} B"
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
