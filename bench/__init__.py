@@ -1,5 +1,5 @@
 """The experiments: data, models, training loops, figures, and the commands that people run."""
 
-from bench.missing import say_what_is_missing
+from bench.common.optional_packages import say_what_is_missing
 
 say_what_is_missing()

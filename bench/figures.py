@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from bench import gradient_figures, gradients
-from bench.command_line import description
-from bench.files import RecordError, read_object
-from bench.record import ENVIRONMENT, SUMMARY
+from bench.common.command_line import description
+from bench.common.files import RecordError, read_object
+from bench.job.record import ENVIRONMENT, SUMMARY
+from bench.papers.gradiveq import gradient_figures
+from bench.papers.gradiveq import recorded_gradients as gradients
 
 #: Records that have a name of their own -> the module that draws them; imported where there is one.
 EXPERIMENTS = {
@@ -37,19 +38,19 @@ def drawing_of(path: Path) -> Redraw | None:
         RecordError: it can't be read.
     """
     if path.name == SUMMARY:
-        return _redraw_of("bench.run_figures")
+        return _redraw_of("bench.job.figures")
     if path.suffix == ".npz":
-        return _redraw_of("bench.gradient_figures") if _is_recording(path) else None
+        return _redraw_of("bench.papers.gradiveq.gradient_figures") if _is_recording(path) else None
     if path.suffix != ".json" or path.name == ENVIRONMENT:
         return None
     record = read_object(path)
     name = EXPERIMENTS.get(path.name)
     if name is None and path.name == "record.json":
-        name = "bench.advise_validation" if "cells" in record else "bench.advise_report" if "words" in record else None
+        name = "bench.advice.validation" if "cells" in record else "bench.advice.report" if "words" in record else None
     if name is None and "panels" in record:
-        name = "bench.gantt_figure"
+        name = "bench.papers.gradiveq.gantt_figure"
     if name is None and _is_bandwidth(record.get("rows")):
-        name = "bench.bandwidth_figure"
+        name = "bench.drawing.bandwidth"
     return None if name is None else _redraw_of(name)
 
 

@@ -15,16 +15,17 @@ import torch.distributed as dist
 from redrawn import check_drawn_again
 from torch import nn
 
-from bench import advise, advise_validation
-from bench.advise_costs import FEW, PLAIN, BucketCost, Measured, MethodCost, RoundCost, Sent, cost_of, measure
-from bench.advise_model import Profile, Task, assign_buckets, build, profile, tensor_task
-from bench.advise_plan import Found
-from bench.advise_predict import Against, Situation, Window
-from bench.advise_report import Answer, Asked, table, words
-from bench.advise_risk import Elsewhere, Probed, closest, recorded
-from bench.advise_validation import Fit, Job, compare, judge
-from bench.overlap import Bucket, Iteration, Load, Round, iteration, shares
-from bench.scaling import stretches
+from bench.advice import command as advise
+from bench.advice import validation as advise_validation
+from bench.advice.costs import FEW, PLAIN, BucketCost, Measured, MethodCost, RoundCost, Sent, cost_of, measure
+from bench.advice.model import Profile, Task, assign_buckets, build, profile, tensor_task
+from bench.advice.prediction import Against, Situation, Window
+from bench.advice.report import Answer, Asked, table, words
+from bench.advice.risk import Elsewhere, Probed, closest, recorded
+from bench.advice.validation import Fit, Job, compare, judge
+from bench.advice.validation_plan import Found
+from bench.virtual.ddp_iteration import Bucket, Iteration, Load, Round, iteration, shares
+from bench.virtual.scaling import stretches
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.methods import GradiVeQ, Method, Plain
 from gradiveq.specs import parse

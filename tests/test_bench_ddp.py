@@ -12,12 +12,10 @@ import pytest
 from redrawn import check_drawn_again
 from test_layerwise import write_images
 
-from bench import ddp
-from bench.ddp import METHODS, RATIOS, main, parse, skipped
-from bench.ddp_figures import family
-from bench.ddp_findings import BELOW_PLAIN, Row, extras_table, group_table, methods_table, rows
-from bench.ddp_runs import SAMPLING, TIME, TRAIN, wire_bytes
-from bench.ddp_sizes import (
+from bench.common.statistics import Quartiles
+from bench.hooks import command as ddp
+from bench.hooks.command import METHODS, RATIOS, main, parse, skipped
+from bench.hooks.equal_bytes import (
     PLAIN,
     TOLERANCE,
     Entry,
@@ -30,8 +28,10 @@ from bench.ddp_sizes import (
     method_of,
     run_bytes,
 )
+from bench.hooks.figures import family
+from bench.hooks.findings import BELOW_PLAIN, Row, extras_table, group_table, methods_table, rows
+from bench.hooks.runs import SAMPLING, TIME, TRAIN, wire_bytes
 from bench.models import MODELS
-from bench.statistics import Quartiles
 from gradiveq.compressors.topk import TopK
 
 BLOCKS = blocks_of(MODELS["alexnet"](10, width=0.25))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, Launch
 
-from bench import rates
 from bench.data import load
+from bench.virtual import rates
 from ring.calibrate import common_link, fit_link, message_sizes, residuals, unwritable
 from ring.cluster import Cluster, Link, Node, read, write
 from ring.fit import LARGE_ERROR, fit_line, flag, quartiles, relative_errors, rounded, table

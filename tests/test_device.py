@@ -17,9 +17,9 @@ from conftest import Launch
 from test_aggregator import assert_same_bits, collect, noise, set_gradients, small_model, subspace, train
 from torch import Tensor
 
-from bench import device as bench_device
-from bench.command_line import UsageError
-from bench.options import parse as parse_options
+from bench.common.command_line import UsageError
+from bench.job.options import parse as parse_options
+from bench.kernels import device as bench_device
 from gradiveq import Aggregator, GradiVeQ, NonFiniteGradient, Plain, QSGDRing, Report
 from gradiveq.device import Lane
 from gradiveq.powersgd import PowerSGD
@@ -334,7 +334,7 @@ def test_over_mpi(mpirun: Launch) -> None:
     program = """
     import pytest
     from test_device import compare_over_mpi
-    from bench.resnet32_cifar100 import check_gpu_aware
+    from bench.job.command import check_gpu_aware
 
     compare_over_mpi("cpu", direct=True)
     with pytest.raises(ValueError, match="--gpu-aware: this MPI says that it isn't"):  # that of the tests does

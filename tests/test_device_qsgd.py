@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_aggregator import noise
 from test_device import CPU, assert_bitwise, both, lane  # noqa: F401
 
-from bench import device as bench_device
+from bench.kernels import device as bench_device
 from gradiveq import QSGDRing
 from gradiveq.device import Lane
 from gradiveq.qsgd import QSGD

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bench import bandwidth_figure, figure_page, figures, gradient_figures, gradients, method_styles, run_figures
-from bench.record import GROUPS, KINDS, grouped, metrics_name
+from bench import figures
+from bench.drawing import bandwidth as bandwidth_figure
+from bench.drawing import page as figure_page
+from bench.drawing import styles as method_styles
+from bench.job import figures as run_figures
+from bench.job.record import GROUPS, KINDS, grouped, metrics_name
+from bench.papers.gradiveq import gradient_figures
+from bench.papers.gradiveq import recorded_gradients as gradients
 
 SOURCE = "Fashion-MNIST sample (6,000 + 2,000 of 70,000 images), not CIFAR"
 SHARP = figure_page.DPI

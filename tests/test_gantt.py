@@ -16,7 +16,8 @@ from conftest import ROOT, Launch
 from matplotlib import image
 from toy_codecs import HalfPerHop, PairSums
 
-from bench import figure_page, gantt, gantt_figure
+from bench.drawing import page as figure_page
+from bench.papers.gradiveq import gantt, gantt_figure
 from ring import Codec, Timeline, perfetto
 from ring.cluster import Cluster, Link
 from ring.lockstep import LockstepRing, run

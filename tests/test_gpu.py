@@ -23,7 +23,7 @@ from test_ddp import environment as ddp_environment
 from test_device import assert_bitwise, both, brief
 from test_job import SMALL, job, lines_of, stopped, timeless, write_idx
 
-from bench import device as bench_device
+from bench.kernels import device as bench_device
 from bench.models import resnet32
 from gradiveq import Aggregator, GradiVeQ, Plain, QSGDRing
 from gradiveq.powersgd import PowerSGD

@@ -16,15 +16,15 @@ from test_layerwise import write_images
 from torch import nn
 from torch.nn import functional
 
-from bench import figure_page
-from bench import hard_threshold_findings as findings
-from bench.command_line import UsageError
+from bench.common.command_line import UsageError
 from bench.data.ratings import Interactions, load_ratings
-from bench.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, Finding, table
-from bench.hard_threshold import PARTS, main, parse
-from bench.hard_threshold_figures import by_fields, elements_per_iteration
-from bench.hard_threshold_runs import Accordion, optimiser, problem_of, run, schedule, threshold_for
-from bench.hard_threshold_sizes import (
+from bench.drawing import page as figure_page
+from bench.experiments.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, Finding, table
+from bench.papers.hard_threshold import findings
+from bench.papers.hard_threshold.command import PARTS, main, parse
+from bench.papers.hard_threshold.figures import by_fields, elements_per_iteration
+from bench.papers.hard_threshold.runs import Accordion, optimiser, problem_of, run, schedule, threshold_for
+from bench.papers.hard_threshold.sizes import (
     MADELON,
     PAPER,
     RESNET18,
@@ -37,8 +37,8 @@ from bench.hard_threshold_sizes import (
     differences,
     specs,
 )
-from bench.hard_threshold_tasks import make
-from bench.simulate import Compressed, Step, Task, simulate
+from bench.papers.hard_threshold.tasks import make
+from bench.simulated.training import Compressed, Step, Task, simulate
 from gradiveq import Aggregator
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.identity import Identity
@@ -648,7 +648,7 @@ def test_networks_from_the_command_line(
     """One step or a few of each run: all figures and tables, with a diverged run among them or not."""
     from dataclasses import replace
 
-    from bench import hard_threshold
+    from bench.papers.hard_threshold import command as hard_threshold
 
     tiny = {
         "images": replace(SMALL_IMAGES, batch_size=4, options={"width": 0.03125}),

@@ -20,11 +20,11 @@ import psutil
 import pytest
 from conftest import MPIRUN, ROOT
 
-from bench.command_line import UsageError
-from bench.files import file_name
-from bench.options import DEFAULTS, PAPER, make_parser, parse
-from bench.record import KINDS
-from bench.report import text
+from bench.common.command_line import UsageError
+from bench.common.files import file_name
+from bench.job.options import DEFAULTS, PAPER, make_parser, parse
+from bench.job.record import KINDS
+from bench.job.report import text
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.specs import parse as parse_method
 

@@ -28,10 +28,11 @@ from test_job import (
     write_idx,
 )
 
-from bench import figure_page, run_figures
 from bench.clusters import names
-from bench.emulation import MOST_THREADS, choose, note
-from bench.report import text
+from bench.drawing import page as figure_page
+from bench.job import figures as run_figures
+from bench.job.emulated_cluster import MOST_THREADS, choose, note
+from bench.job.report import text
 from ring import perfetto
 from ring.cluster import ClusterError, parse, read
 
@@ -199,7 +200,7 @@ def test_one_thread_that_fails_ends_all(folder: Path) -> None:
 
 PROGRAM = """\
 import sys, time
-from bench.launch import run_as_threads
+from bench.common.launch import run_as_threads
 def main(workers, ring, stop):
     workers.gather(workers.rank)
     print("here", flush=True)
@@ -244,8 +245,8 @@ def test_how_threads_end(tmp_path: Path, how: str, status: int, message: str) ->
 
 ALIKE = """\
 import sys
-from bench.launch import run_as_threads
-from bench.workers import Failure
+from bench.common.launch import run_as_threads
+from bench.common.workers import Failure
 def main(workers, ring, stop):
     workers.gather(None)
     sys.stdout.write(f"{workers.rank}\\n")

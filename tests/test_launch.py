@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from printed import LAUNCH, README, ROOT, block, losses, section
 
-from bench.hosts import MPI_OVER_TCP, Hosts, why_not
+from bench.shaped.hosts import MPI_OVER_TCP, Hosts, why_not
 
 REFUSED = why_not()
 DEADLINE_S = 90

@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 from redrawn import check_drawn_again
 
-from bench import figure_page
-from bench.command_line import UsageError
-from bench.layerwise import main, parse
-from bench.layerwise_findings import STATEMENTS, Statement, judge, judge_all
-from bench.layerwise_runs import run, schedule
-from bench.layerwise_sizes import (
+from bench.common.command_line import UsageError
+from bench.common.statistics import Difference, holds, paired
+from bench.drawing import page as figure_page
+from bench.papers.layerwise.command import main, parse
+from bench.papers.layerwise.findings import STATEMENTS, Statement, judge, judge_all
+from bench.papers.layerwise.runs import run, schedule
+from bench.papers.layerwise.sizes import (
     BASELINE,
     METHODS,
     PAPER,
@@ -29,7 +30,6 @@ from bench.layerwise_sizes import (
     differences,
     specs,
 )
-from bench.statistics import Difference, holds, paired
 from gradiveq.compressors import COMPRESSORS
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from bench import logistic
-from bench.logistic import Crowd, Optimum, Problem, Setting, Shards, Workers, reached, train
+from bench.simulated import logistic
+from bench.simulated.logistic import Crowd, Optimum, Problem, Setting, Shards, Workers, reached, train
 from gradiveq.compressors import COMPRESSORS
 
 SGD = Setting("ef-sgd", "identity", {}, workers=20, epochs=10, seed=0)

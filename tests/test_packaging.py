@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import FRESH, ROOT, Installed
 
-from bench.missing import EXTRAS, what_is_missing
+from bench.common.optional_packages import EXTRAS, what_is_missing
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: A package as it is imported, where its distribution has another name.
@@ -23,7 +23,7 @@ NAMES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 LOOK = """
     import importlib, json, pkgutil, sys
     import bench, gradiveq, ring
-    from bench.missing import what_is_missing
+    from bench.common.optional_packages import what_is_missing
     out = {"where": [package.__file__ for package in (bench, gradiveq, ring)], "imported": [], "missing": {}}
     for package in (ring, gradiveq, bench):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
@@ -35,7 +35,7 @@ LOOK = """
                 out["imported"].append(module.name)
     from bench import clusters
     from bench.data import load
-    from bench.missing import EXTRAS
+    from bench.common.optional_packages import EXTRAS
     out["extras"] = sorted(EXTRAS.keys() & sys.modules.keys())
     out["images"] = len(load().train_images)
     out["nodes"] = clusters.load("gradiveq-cpu").nodes
@@ -86,7 +86,14 @@ def test_all_can_be_imported_that_needs_no_extra(installed: Installed, tmp_path:
         expected = "triton" if name in triton else r"pip install 'gradiveq\[\w+\]'"
         assert re.search(expected, said), (name, said)
     # What trains, predicts and advises.
-    job = {"bench.resnet32_cifar100", "bench.train", "bench.configure", "bench.report", "bench.predict", "bench.rates"}
+    job = {
+        "bench.resnet32_cifar100",
+        "bench.job.train",
+        "bench.job.configure",
+        "bench.report",
+        "bench.virtual.method_times",
+        "bench.virtual.rates",
+    }
     assert job <= set(out["imported"])
     assert (out["images"], out["nodes"]) == (6000, 6)
 

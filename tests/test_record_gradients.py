@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from conftest import Launch
 
-from bench.gradients import load
+from bench.papers.gradiveq.recorded_gradients import load
 
 COMMAND = ["-m", "bench.record_gradients", "--batch-size", "2", "--skip", "1", "--count", "2"]
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from bench import figure_page, figures, kept
+from bench import figures
+from bench.drawing import page as figure_page
+from bench.experiments import condensed_runs as kept
 
 RESULTS = Path(__file__).parents[1] / "results"
 

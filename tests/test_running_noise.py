@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_noise import SIGMAS, Synthetic, assert_mean_is
 
-from bench.checkpoint import restored, storable
+from bench.job.checkpoint import restored, storable
 from gradiveq.noise import NoiseEstimate, NoiseWindow
 from gradiveq.running_noise import BLOCKS, WIDTH, RunningNoise, estimate_here
 

@@ -14,8 +14,8 @@ import torch
 from conftest import Launch
 from test_aggregator import CONTROL_BYTES, assert_same_bits, collect, exact, noise, set_gradients, small_model
 
-from bench.checkpoint import restored, storable
-from bench.report import threshold_text
+from bench.job.checkpoint import restored, storable
+from bench.job.report import threshold_text
 from gradiveq import Aggregator, NonFiniteGradient, Report
 from gradiveq.accordion import CriticalRegimes, Span
 from gradiveq.compressors import COMPRESSORS

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from bench.data import Dataset
-from bench.models import resnet_cifar
-from bench.record import GROUPS, KINDS, grouped
-from bench.train import (
+from bench.job.record import GROUPS, KINDS, grouped
+from bench.job.train import (
     LEAST,
     PAPER_ITERATIONS,
     Settings,
@@ -31,6 +30,7 @@ from bench.train import (
     train,
     weights_digest,
 )
+from bench.models import resnet_cifar
 from gradiveq.aggregator import NonFiniteGradient
 from gradiveq.methods import GradiVeQ, Method, Plain, QSGDRing
 from gradiveq.running_noise import RunningNoise, estimate_here
@@ -216,7 +216,7 @@ class Processor:
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> Processor:
     processor = Processor()
-    monkeypatch.setattr("bench.train.VirtualRing", functools.partial(VirtualRing, processor_time=processor))
+    monkeypatch.setattr("bench.job.train.VirtualRing", functools.partial(VirtualRing, processor_time=processor))
     return processor
 
 

@@ -1,0 +1,277 @@
+"""Layer-wise against entire-model compression: `python -m bench.layerwise` (Dutta et al. 2020, Fig. 2 to 8).
+
+Six methods, each applied to every layer for itself (a layer is one parameter tensor) and to all of the model's gradient
+as one vector, without error feedback, at the paper's ratios: test accuracy by epoch, over several seeds, and the
+compression error of the same gradients at both granularities.
+
+    --out folder (results/layerwise)
+        runs/<name>.json    each run (`bench.experiments.grid`); what `--resume` goes on with
+        layerwise.json      what was found, means along each run, and how it came about
+        runs.json.gz        what figures and tables need of the runs (`bench.experiments.condensed_runs`)
+        table.md            the paper's findings beside ours, judged by written rules; how the runs differ from the
+                            paper's; accuracies; the theory's terms
+        fig<n>-<method>.png
+
+Operators are those of the authors' code (github.com/sands-lab/layer-wise-aaai20), but for `layerwise_sizes.UNLIKE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.common.command_line import Parser, UsageError, description, names, numbers, refused
+from bench.common.environment import dataset_digest, environment
+from bench.common.files import CannotWrite, plain, write_atomically, write_json, writing
+from bench.common.texts import commit_text, machine_text, sentences
+from bench.data import DataError, load
+from bench.data.folder import load_folder
+from bench.drawing import page
+from bench.experiments import condensed_runs as kept
+from bench.experiments.findings import table
+from bench.experiments.grid import GridError, run_grid
+from bench.papers.layerwise import figures as layerwise_figures
+from bench.papers.layerwise.findings import Runs, accuracy_table, along, judge_all, theory_table
+from bench.papers.layerwise.runs import run
+from bench.papers.layerwise.sizes import METHODS, PAPER, SMALL, UNLIKE, Size, Where, differences, specs
+from ring.machine import usable_cores
+
+OUT = Path("results/layerwise")
+#: The column of what was found, in whose sign it is to the statement.
+OURS = 'ours: advantage of what the statement favours (where it says "the same", of layer-wise)'
+#: Downloaded unless it is there.
+PAPER_DATA = "cifar-10"
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, and what they come to: `size`, `where`."""
+    parser = Parser(prog="python -m bench.layerwise", description=description(__doc__))
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="AlexNet and ResNet-9 in full with the paper's schedule, on --data; ResNet-50 on --imagenet if given",
+    )
+    parser.add_argument("--methods", type=names, default=list(METHODS), metavar="NAME,…")
+    parser.add_argument("--networks", type=names, help="of those of the size", metavar="NAME,…")
+    parser.add_argument("--ratios", type=numbers, help="of random k and top k", metavar="X,…")
+    parser.add_argument("--thresholds", type=numbers, help="of threshold v", metavar="X,…")
+    parser.add_argument("--seeds", type=int, help="runs of each setting", metavar="N")
+    parser.add_argument("--epochs", type=float, help="of every run", metavar="N")
+    parser.add_argument("--batch-size", type=int, help="images per worker and iteration", metavar="N")
+    parser.add_argument("--width", type=float, help="factor of the networks' channels", metavar="X")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help=f"as for the training job (default: the shipped sample of Fashion-MNIST; with --paper {PAPER_DATA})",
+    )
+    parser.add_argument("--imagenet", help="folder of ImageNet, with --paper", metavar="PATH")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)", metavar="N")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)", metavar="N")
+    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {OUT}; {OUT}-paper)", metavar="DIR")
+    parser.add_argument("--resume", action="store_true", help="go on with the runs in --out")
+    options = parser.parse_args(arguments)
+    unknown = [method for method in options.methods if method not in METHODS]
+    if unknown:
+        raise UsageError(f"--methods must be of {', '.join(METHODS)}, got {unknown[0]!r}")
+    options.size = _size(options)
+    options.where = Where(options.data or (PAPER_DATA if options.paper else None), options.imagenet, options.device)
+    options.out = options.out or (Path(f"{OUT}-paper") if options.paper else OUT)
+    return options
+
+
+def _size(options: argparse.Namespace) -> Size:
+    """The preset, with what the options say otherwise."""
+    size = PAPER if options.paper else SMALL
+    if options.imagenet and not options.paper:
+        raise UsageError("--imagenet is for --paper")
+    networks = [network for network in size.networks if options.imagenet or not network.imagenet]
+    if options.networks is not None:
+        known = {network.name: network for network in networks}
+        unknown = [name for name in options.networks if name not in known]
+        if unknown:
+            raise UsageError(f"--networks must be of {', '.join(known)} here, got {unknown[0]!r}")
+        networks = [known[name] for name in options.networks]
+    bounds = {"seeds": 1, "batch_size": 1, "epochs": 0, "width": 0, "processes": 1, "threads": 1}
+    for option, bound in bounds.items():
+        value = getattr(options, option)
+        if value is not None and not value >= (bound or 1e-9):
+            least = f"at least {bound}" if bound else "positive"
+            raise UsageError(f"--{option.replace('_', '-')} must be {least}, got {value:g}")
+    changes: dict[str, Any] = {}
+    if options.epochs is not None:
+        changes |= {"epochs": options.epochs, "long_epochs": options.epochs}
+    changes |= {name: value for name in ("batch_size", "width") if (value := getattr(options, name)) is not None}
+    whole = {name: value for name in ("ratios", "thresholds", "seeds") if (value := getattr(options, name)) is not None}
+    return replace(size, networks=tuple(replace(network, **changes) for network in networks), **whole)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def caption(runs: Runs, size: Size, about: dict[str, Any]) -> str:
+    """How the figures came about."""
+    sources = dict.fromkeys(run["result"]["source"] for run in runs.values())
+    each = "; ".join(
+        f"{network.label}: {network.workers} workers x {network.batch_size} images in one process, "
+        f"epochs: {network.epochs:g}, learning rate 0 to {size.lr:g} in {size.warmup:.0%} of the run, then to 0"
+        for network in size.networks
+    )
+    parts = [
+        f"Data: {'; '.join(sources)}",
+        each,
+        f"seeds 0 to {size.seeds - 1}: mean, least and most" if size.seeds > 1 else "seed 0",
+        f"on {machine_text(about, about)}",
+        commit_text(about),
+        f"command: {about['command']}",
+    ]
+    unlike = differences(size)
+    return sentences(parts) + (f"\n{unlike}." if unlike else "")
+
+
+def report(runs: Runs, size: Size, about: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """table.md, and the findings as JSON."""
+    findings = judge_all(runs, size.networks)
+    parts = [
+        "# Layer-wise against entire-model compression (Dutta et al. 2020)",
+        caption(runs, size, about),
+        table(findings, ours=OURS),
+        "## Differences from the paper",
+        "\n".join(f"* {line}" for line in (*filter(None, [differences(size)]), *UNLIKE)),
+    ]
+    for network in size.networks:
+        if any(run["spec"]["network"] == network.name for run in runs.values()):
+            parts += [
+                f"## {network.label}: accuracy at the end",
+                "Mean ± standard deviation over the seeds; difference: layer-wise less entire-model, in points, with "
+                "its 95 % confidence interval. Errors are ‖g - Q(g)‖² / ‖g‖² of the same gradients, those of the "
+                "layer-wise runs, as means along the run.",
+                accuracy_table(runs, network),
+                f"## {network.label}: the theory's terms",
+                "Noise terms of section 4 for one-way compression; then, relative to ‖g‖² and as means along the "
+                "layer-wise runs, what Assumption 5 and Lemma 1 allow for E‖Q(g)‖² and what was measured.",
+                theory_table(runs, network),
+            ]
+    return "\n\n".join(parts) + "\n", [finding.as_dict() for finding in findings]
+
+
+#: Of a run's steps, the columns that are drawn or in tables.
+SHOWN = (
+    "iteration",
+    "density",
+    "layer_error",
+    "layer_moment",
+    "layer_bound",
+    "model_error",
+    "model_moment",
+    "model_bound",
+)
+
+
+def part(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a run."""
+    whole = ("source", "guessing", "evaluations", "diverged", "noise")
+    steps = {name: result["steps"][name] for name in SHOWN if name in result["steps"]}
+    return {"steps": steps, **{name: result[name] for name in whole if name in result}}
+
+
+def write(runs: Runs, options: argparse.Namespace, about: dict[str, Any], text: str, out: Path) -> list[Path]:
+    """table.md and all figures."""
+    written = [out / "table.md"]
+    write_atomically(written[0], text.encode())
+    words = caption(runs, options.size, about)
+    with page.figure_style():
+        for method in options.methods:
+            figure = layerwise_figures.draw(runs, options.size.networks, method, words)
+            if figure is not None:
+                written.append(page.write_figure(figure, out / layerwise_figures.name_of(method)))
+    return written
+
+
+def redraw(path: Path) -> list[Path]:
+    """Figures and tables again, of the layerwise.json at `path` and the runs beside it.
+
+    Raises: as `kept.recorded`.
+    """
+    about, words, runs = kept.recorded(path)
+    options = parse(words)  # the size is what the options made of it
+    return write(runs, options, about, report(runs, options.size, about)[0], path.parent)
+
+
+def condensed(runs: Runs) -> dict[str, Any]:
+    """Of each run what it was, its evaluations, and means along it."""
+    return {
+        name: {
+            "spec": run["spec"],
+            "seconds": run["seconds"],
+            "evaluations": run["result"]["evaluations"],
+            "diverged": run["result"]["diverged"],
+            "noise": run["result"].get("noise"),
+            "means": {column: along(run, column) for column in run["result"]["steps"] if column != "iteration"},
+        }
+        for name, run in runs.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m bench.layerwise", *map(shlex.quote, words)])
+    try:
+        options = parse(words)
+        digest = None
+        for imagenet in {network.imagenet for network in options.size.networks}:  # what is wrong is said once
+            if imagenet:
+                load_folder(options.imagenet)
+            else:
+                digest = dataset_digest(load(options.where.data))
+        out: Path = options.out
+        out.mkdir(parents=True, exist_ok=True)
+        grid = specs(options.size, options.methods, options.where)
+        with tqdm(total=len(grid), desc="runs", unit="run", disable=None) as bar:
+
+            def show(line: str) -> None:
+                bar.update()
+                bar.write(line)
+
+            runs = run_grid(
+                run,
+                grid,
+                out / "runs",
+                processes=options.processes,
+                threads=options.threads,
+                resume=options.resume,
+                show=show,
+            )
+        about = environment() | {"command": command, "cores": usable_cores(), "data_sha256": digest}
+        with writing(out):
+            shown = kept.keep(out, runs, part)
+            text, findings = report(shown, options.size, about)
+            record = {
+                "environment": about,
+                "size": asdict(options.size),
+                "findings": findings,
+                "runs": condensed(runs),
+            }
+            write_json(out / "layerwise.json", plain(record))
+            write(shown, options, about, text, out)
+            print(text)
+    except (UsageError, DataError, GridError, CannotWrite, ValueError) as error:
+        return refused(error)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
