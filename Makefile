@@ -99,7 +99,7 @@ lint: setup
 
 # What the docstrings say, as pages: build/docs/index.html. What pdoc can't resolve is an error, but for the fields of
 # named tuples, whose annotations are texts without a module to it. All modules are named, as packages have an __all__.
-DOCUMENTED := $(wildcard ring/*.py gradiveq/*.py gradiveq/*/*.py bench/*.py bench/*/*.py)
+DOCUMENTED := $(wildcard ring/*.py gradiveq/*.py gradiveq/*/*.py bench/*.py bench/*/*.py bench/*/*/*.py)
 docs: setup
 	rm -rf build/docs
 	PDOC_ALLOW_EXEC=1 $(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \

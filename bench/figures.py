@@ -21,12 +21,12 @@ from bench.papers.gradiveq import recorded_gradients as gradients
 
 #: Records that have a name of their own -> the module that draws them; imported where there is one.
 EXPERIMENTS = {
-    "ddp.json": "bench.ddp",
-    "hard-threshold.json": "bench.hard_threshold",
-    "layerwise.json": "bench.layerwise",
-    "paper-timing.json": "bench.paper_timing",
-    "scaling.json": "bench.scaling",
-    "validate.json": "bench.validate",
+    "ddp.json": "bench.hooks.command",
+    "hard-threshold.json": "bench.papers.hard_threshold.command",
+    "layerwise.json": "bench.papers.layerwise.command",
+    "paper-timing.json": "bench.papers.gradiveq.timing",
+    "scaling.json": "bench.virtual.scaling",
+    "validate.json": "bench.shaped.validation",
 }
 Redraw = Callable[[Path], list[Path]]
 

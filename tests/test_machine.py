@@ -55,7 +55,8 @@ def test_ranks_that_are_bound_to_a_core_each(mpirun: Launch) -> None:
 def test_cores_are_counted_without_numpy() -> None:
     """Importing it fixes how many threads its libraries start, which is to follow from the cores."""
     program = (
-        "import sys, bench.common.launch, ring.machine; ring.machine.usable_cores(); assert 'numpy' not in sys.modules; "
+        "import sys, bench.common.launch, ring.machine; ring.machine.usable_cores(); "
+        "assert 'numpy' not in sys.modules; "
         "from ring import Codec, Region, Ring, RingTimeout, Stats, Timeline"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=dict(os.environ), capture_output=True)

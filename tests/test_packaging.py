@@ -86,15 +86,9 @@ def test_all_can_be_imported_that_needs_no_extra(installed: Installed, tmp_path:
         expected = "triton" if name in triton else r"pip install 'gradiveq\[\w+\]'"
         assert re.search(expected, said), (name, said)
     # What trains, predicts and advises.
-    job = {
-        "bench.resnet32_cifar100",
-        "bench.job.train",
-        "bench.job.configure",
-        "bench.report",
-        "bench.virtual.method_times",
-        "bench.virtual.rates",
-    }
-    assert job <= set(out["imported"])
+    job = {f"bench.{name}" for name in ("resnet32_cifar100", "job.command", "job.train", "job.configure", "job.report")}
+    predictions = {"bench.virtual.method_times", "bench.virtual.rates"}
+    assert job | predictions <= set(out["imported"])
     assert (out["images"], out["nodes"]) == (6000, 6)
 
 

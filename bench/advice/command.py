@@ -10,7 +10,8 @@ gradients, and up to which bandwidth it gains. How that is found:
     computing       forward, backward (gradient by gradient) and the optimiser's step, measured here; or their
                     proportions, with the seconds per iteration given, or the floating-point operations per second
     methods         the hook's own code on the model's own gradients, without a network (`bench.advice.costs`)
-    exchanges       emulated on the described cluster, bucket by bucket, overlapped with backward (`bench.virtual.ddp_iteration`)
+    exchanges       emulated on the described cluster, bucket by bucket, overlapped with backward
+                    (`bench.virtual.ddp_iteration`)
     risk            what `gradiveq.ddp.probe` measures on this model, and what results/ has of others
 
 Plain DDP is an all-reduce of each bucket. GradiVeQ's iteration is the mean over a window, sampling uncompressed; its
@@ -480,7 +481,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename or options.out} can't be written ({error.strerror or error})", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

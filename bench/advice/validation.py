@@ -1,8 +1,8 @@
 """Predicted and measured time per iteration side by side: `python -m bench.advise --validate`.
 
-Hosts are network namespaces on this machine with shaped links (`bench.shaped.hosts`: Linux, root). Real DDP training over Gloo
-runs between them, without a hook and with `gradiveq.ddp.hook` (`bench.advice.validation_ranks`), on three models of different
-proportions of computing to communication, one thread per rank.
+Hosts are network namespaces on this machine with shaped links (`bench.shaped.hosts`: Linux, root). Real DDP training
+over Gloo runs between them, without a hook and with `gradiveq.ddp.hook` (`bench.advice.validation_ranks`), on three
+models of different proportions of computing to communication, one thread per rank.
 
 What predictions are made of: what an iteration computes and what methods cost, measured on the hosts without
 communication; and a described cluster, of which few numbers are fitted to *collectives alone* (all-reduces and

@@ -43,7 +43,7 @@ def limit_threads(threads: int) -> None:
 
 def for_ranks(threads: int) -> dict[str, str]:
     """Variables of processes that this one starts: their threads, and where they find these packages."""
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     return thread_variables(threads) | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 

@@ -8,9 +8,9 @@ One model is trained by DistributedDataParallel over Gloo (NCCL with --device cu
 Fashion-MNIST, by each method and several seeds; then all methods are timed in turn, in one process group: between
 ranks on this machine's loopback, and between hosts of their own behind links that are shaped to --rate (Linux, root).
 
-Methods are texts (`bench.hooks.equal_bytes`, --help). Where one has a "?", the number is chosen so that the bytes of the whole
-run are an x-th of plain DDP's, for each x of --ratios: these are compared at equal bytes. The first --start iterations
-go uncompressed with all methods, and count.
+Methods are texts (`bench.hooks.equal_bytes`, --help). Where one has a "?", the number is chosen so that the bytes of
+the whole run are an x-th of plain DDP's, for each x of --ratios: these are compared at equal bytes. The first --start
+iterations go uncompressed with all methods, and count.
 
 Bytes are what is handed to the process group, counted at `torch.distributed`'s functions for PyTorch's hooks and for
 ours alike; of DDP without a hook, the gradient. All methods have one bucket: over Gloo, PyTorch's PowerSGD hook stands
@@ -531,7 +531,3 @@ def run(options: argparse.Namespace, words: Sequence[str], launched: bool, lead:
         write(record, options.out)
         print((options.out / "table.md").read_text())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

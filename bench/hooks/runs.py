@@ -2,8 +2,8 @@
 
     torchrun ... -m bench.hooks.runs PLAN        or with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set by anybody else
 
-PLAN is a file, the JSON of a `Plan`. Rank 0 does the runs that aren't recorded yet (`bench.experiments.grid`) and tells the others
-which.
+PLAN is a file, the JSON of a `Plan`. Rank 0 does the runs that aren't recorded yet (`bench.experiments.grid`) and tells
+the others which.
 """
 
 from __future__ import annotations

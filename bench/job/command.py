@@ -7,8 +7,8 @@
 Each method starts from the same weights and sees the same data in the same order. Without options: a short run on a
 sample of Fashion-MNIST that ends within 10 minutes on 2 cores, with the paper's schedule scaled down.
 
-Two clocks run, this machine's and that of an emulated cluster (`bench.job.emulated_cluster`). With `--cluster` and without
-`mpirun` all workers of the cluster are threads of one process; the weights are the same bits.
+Two clocks run, this machine's and that of an emulated cluster (`bench.job.emulated_cluster`). With `--cluster` and
+without `mpirun` all workers of the cluster are threads of one process; the weights are the same bits.
 """
 
 from __future__ import annotations
@@ -510,7 +510,3 @@ def _weights(trainer: Trainer) -> bytes:
     data = io.BytesIO()
     torch.save({name: value.detach().cpu() for name, value in trainer.model.named_parameters()}, data)
     return data.getvalue()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -210,7 +210,3 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {run / SUMMARY}: not a run's summary ({error!r})", file=sys.stderr)
             return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -258,7 +258,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "throughput.json", record)
         write_atomically(options.out / "table.md", tables(record, "github").encode())
-
-
-if __name__ == "__main__":
-    main()

@@ -267,7 +267,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_json(out / "device.json", record)
     write_atomically(out / "table.md", table(record, "github").encode())
     print(f"Recorded in {out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -102,7 +102,15 @@ def time_codec(title: str, shapes: list[tuple[int, int]], pieces: int, repeats: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    with threadpool_limits(1):
+        measure_all()
+
+
+def measure_all() -> None:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.pca_refit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--slice-size", type=int, default=4096)
     parser.add_argument("--components", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
@@ -151,8 +159,3 @@ def main() -> None:
                     f"    loss threshold {threshold:g}: {median:.2f} s, CPU {cpu:.2f} s, "
                     f"d = {found}, exact least d = {least}"
                 )
-
-
-if __name__ == "__main__":
-    with threadpool_limits(1):
-        main()

@@ -111,7 +111,3 @@ def main(arguments: list[str] | None = None) -> None:
             "rows": rows,
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -220,7 +220,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found_by = about | {"mpi": mpi}
         write_json(options.out / f"{part}.json", {"environment": found_by, "links": links, "rows": rows})
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

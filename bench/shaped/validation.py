@@ -1,7 +1,8 @@
 """Real all-reduces between shaped hosts, beside what the emulator predicts: `python -m bench.validate`.
 
-Hosts are network namespaces (`bench.shaped.hosts`) whose links are shaped to a rate; the real ring runs between them over TCP.
-Few parameters of a described cluster are fitted to *some* cells (sizes, rates and numbers of hosts in `CALIBRATION`):
+Hosts are network namespaces (`bench.shaped.hosts`) whose links are shaped to a rate; the real ring runs between them
+over TCP. Few parameters of a described cluster are fitted to *some* cells (sizes, rates and numbers of hosts in
+`CALIBRATION`):
 
     the shares of the rate and of the token bucket's burst that payload gets, latency, processor time per call, per
     message and per MiB, and the codecs' processor time: as measured while those cells ran, times a share, because the
@@ -380,7 +381,3 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "command": f"python -m bench.validate {shlex.join(sys.argv[1:])}".rstrip(),
         **environment(),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

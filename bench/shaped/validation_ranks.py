@@ -1,6 +1,8 @@
 """Times of all-reduces between the ranks of a job, for `bench.validate`, which starts it on shaped hosts.
 
-    mpirun … python -m bench.shaped.validation_ranks '{"methods": ["rar"], "sizes": [65536], "repeats": 3, "seconds": 0.2}'
+    mpirun … python -m bench.shaped.validation_ranks PLAN
+
+PLAN is JSON: {"methods": ["rar"], "sizes": [65536], "repeats": 3, "seconds": 0.2}.
 
 Prints one line of JSON, from rank 0: a list of
 

@@ -9,8 +9,8 @@ experiment have dozens of workers. What n real workers would have each for thems
 * Error feedback's memories, one for each worker: in the `Aggregation`.
 * Dropout: torch's generator is seeded from (seed, iteration, rank) before each forward pass.
 * Batch norm: each worker normalises by its own mini-batch's statistics. The *running* statistics of the replica are the
-  mean over the workers of those that each would have, which is what `bench.job.train` evaluates with: an update is linear
-  in them, so each worker's update begins with what the replica had before the iteration, and the mean is kept.
+  mean over the workers of those that each would have, which is what `bench.job.train` evaluates with: an update is
+  linear in them, so each worker's update begins with what the replica had before the iteration, and the mean is kept.
 
 Everything is a function of the seed. A run that is stopped goes on from its checkpoint bit by bit.
 """

@@ -138,7 +138,3 @@ def complete(comm: MPI.Intracomm, options: argparse.Namespace) -> str:
         except OSError as caught:
             error = f"{options.cluster} can't be written ({caught.strerror or caught})"
     return str(comm.bcast(error))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

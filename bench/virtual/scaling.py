@@ -468,7 +468,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, ClusterError, CannotWrite, ValueError) as error:
         return refused(error)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

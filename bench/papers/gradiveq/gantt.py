@@ -340,7 +340,3 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
     from bench.papers.gradiveq.gantt_figure import draw as draw_figure
 
     return draw_figure(record, path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

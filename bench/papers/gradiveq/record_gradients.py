@@ -108,7 +108,3 @@ def record(workers: Processes, options: argparse.Namespace, threads: int) -> Non
         print(f"recorded {options.count} iterations of {options.layers} in {options.out / FILE}")
 
     workers.attempt(write, OSError, here=lead, timeout_s=LONG_S)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

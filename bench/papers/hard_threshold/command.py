@@ -424,7 +424,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, DataError, GridError, CannotWrite) as error:
         return refused(error)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -271,7 +271,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

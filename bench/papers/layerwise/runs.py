@@ -40,8 +40,8 @@ def run(spec: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     """Train; everything that matters is in the spec.
 
     Returns:
-        What `bench.simulated.training.simulate` does, and "source" (what the data are), "guessing" (the accuracy of that),
-        "layers" (how many), "iterations_per_epoch", and of a compressor "noise" (`theory.noise`).
+        What `bench.simulated.training.simulate` does, and "source" (what the data are), "guessing" (the accuracy of
+        that), "layers" (how many), "iterations_per_epoch", and of a compressor "noise" (`theory.noise`).
     """
     task, source, guessing = _task(spec)
     per_epoch = task.iterations_per_epoch
