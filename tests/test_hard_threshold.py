@@ -23,7 +23,7 @@ from bench.experiments.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, F
 from bench.papers.hard_threshold import findings
 from bench.papers.hard_threshold.command import PARTS, main, parse
 from bench.papers.hard_threshold.figures import by_fields, elements_per_iteration
-from bench.papers.hard_threshold.runs import Accordion, optimiser, problem_of, run, schedule, threshold_for
+from bench.papers.hard_threshold.runs import AccordionObserver, optimiser, problem_of, run, schedule, threshold_for
 from bench.papers.hard_threshold.sizes import (
     MADELON,
     PAPER,
@@ -33,12 +33,12 @@ from bench.papers.hard_threshold.sizes import (
     SMALL_RATINGS,
     SMALL_TEXT,
     Given,
-    Size,
+    HardThresholdSize,
     differences,
     specs,
 )
 from bench.papers.hard_threshold.tasks import make
-from bench.simulated.training import Compressed, Step, Task, simulate
+from bench.simulated.training import CompressedMean, SimulatedTask, Step, simulate
 from gradiveq import Aggregator
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.identity import Identity
@@ -62,7 +62,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", [SMALL, PAPER])
-def test_the_grid_names_runs_that_can_be(size: Size) -> None:
+def test_the_grid_names_runs_that_can_be(size: HardThresholdSize) -> None:
     grid = specs(size, {}, PARTS, "cpu")
     for spec in grid.values():
         assert json.loads(json.dumps(spec)) == spec
@@ -178,7 +178,7 @@ def test_accordion_gives_each_layer_its_regimes_compressor() -> None:
     def rate(iteration: int) -> float:
         return 0.1 if iteration < 9 else 0.01
 
-    def follow(start: int, stop: int, accordion: Accordion, aggregation: Compressed) -> list[list[Any]]:
+    def follow(start: int, stop: int, accordion: AccordionObserver, aggregation: CompressedMean) -> list[list[Any]]:
         chosen = []
         for iteration in range(start, stop):
             mean = np.array([1, 1, 1, *([1.0, 1.0] if iteration < 3 else [5.0, 5.0])], np.float32)
@@ -189,9 +189,9 @@ def test_accordion_gives_each_layer_its_regimes_compressor() -> None:
             assert columns["critical"] == sum(compressor is low for compressor in chosen[-1]) / 2
         return chosen
 
-    def fresh() -> tuple[Compressed, Accordion]:
-        aggregation = Compressed([part._replace(compressor=low) for part in layers], 2)
-        return aggregation, Accordion(aggregation, layers, low, high, rate, interval=3)
+    def fresh() -> tuple[CompressedMean, AccordionObserver]:
+        aggregation = CompressedMean([part._replace(compressor=low) for part in layers], 2)
+        return aggregation, AccordionObserver(aggregation, layers, low, high, rate, interval=3)
 
     aggregation, accordion = fresh()
     chosen = follow(0, 12, accordion, aggregation)
@@ -280,9 +280,9 @@ def test_a_run_that_is_stopped_goes_on_bitwise(
     path = write_text(tmp_path / "text") if kind == "text" else None
     spec = spec_of(kind, network, options, path)
 
-    def trained(task: Task, stop: int | None, checkpoint: Path | None) -> dict[str, Any]:
+    def trained(task: SimulatedTask, stop: int | None, checkpoint: Path | None) -> dict[str, Any]:
         blocks = Layout(task.model).blocks
-        aggregation = Compressed(layer_parts(blocks, TopK(ratio=0.1)), 3, feedback=ErrorFeedback())
+        aggregation = CompressedMean(layer_parts(blocks, TopK(ratio=0.1)), 3, feedback=ErrorFeedback())
         opt = torch.optim.SGD(task.model.parameters(), lr=0.5)
 
         def rate(iteration: int) -> float:
@@ -321,7 +321,7 @@ def test_recommendation_learns_what_is_liked() -> None:
 # --- the same as in a ring -------------------------------------------------------------------------------------------
 
 
-class Lines(Task):
+class Lines(SimulatedTask):
     """Linear regression, each worker with numbers of its own."""
 
     iterations_per_epoch = 4
@@ -353,7 +353,7 @@ def test_one_process_trains_as_the_ring_does(method: str, compressor: Any) -> No
     workers, iterations = 4, 6
     task = Lines()
     blocks = Layout(task.model).blocks
-    aggregation = Compressed(layer_parts(blocks, compressor), workers, feedback=ErrorFeedback())
+    aggregation = CompressedMean(layer_parts(blocks, compressor), workers, feedback=ErrorFeedback())
     opt = torch.optim.SGD(task.model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
     simulate(task, aggregation, opt, lambda iteration: 0.05, workers=workers, iterations=iterations)
 

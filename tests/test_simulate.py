@@ -122,7 +122,7 @@ def test_the_mean_of_the_workers_gradients_is_the_global_batchs(optimiser: str):
 def test_identity_in_parts_is_the_exact_mean():
     exact, compressed = network(), network()
     train(exact, ExactMean())
-    result = train(compressed, training.Compressed(parts(compressed), 4))
+    result = train(compressed, training.CompressedMean(parts(compressed), 4))
     torch.testing.assert_close(weights(exact), weights(compressed), rtol=1e-6, atol=1e-7)
     assert set(result["steps"]["compression_error"]) == {0.0}
     assert set(result["steps"]["payload_bytes"]) == {4.0 * result["num_parameters"]}
@@ -134,7 +134,7 @@ def test_gathered_compressors_train_as_over_a_ring_to_the_last_bit(spec: str):
     assert isinstance(method, Compressed)
     iterations, workers = 6, 4
     here = network(batch_norm=True)
-    aggregation = training.Compressed(method.parts(Layout(here).blocks), workers, seed=3, feedback=method.feedback)
+    aggregation = training.CompressedMean(method.parts(Layout(here).blocks), workers, seed=3, feedback=method.feedback)
     optimiser = "sgd" if spec.endswith("update") else "nesterov"
     train(here, aggregation, iterations=iterations, optimiser=optimiser, seed=3)
 
@@ -190,7 +190,7 @@ def test_running_statistics_are_the_mean_over_the_workers():
 def compressed_run(seed: int = 0, **how: Any) -> tuple[dict[str, Any], Tensor]:
     """Everything that has a state: dropout, batch norm, Adam, random compressors with memories."""
     model = network(batch_norm=True, dropout=0.3, seed=seed)
-    aggregation = training.Compressed(parts(model, TernGrad()), 4, seed=seed, feedback=ErrorFeedback("gradient"))
+    aggregation = training.CompressedMean(parts(model, TernGrad()), 4, seed=seed, feedback=ErrorFeedback("gradient"))
     result = train(model, aggregation, optimiser="adam", lr=0.01, seed=seed, iterations=12, record_every=3, **how)
     return result, torch.cat([weights(model), *(buffer.flatten().float() for buffer in model.buffers())])
 
@@ -279,11 +279,11 @@ def test_records_are_means_over_their_steps():
 
 def test_measures_are_means_over_the_workers_and_totals_go_on():
     model = network()
-    aggregation = training.Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
+    aggregation = training.CompressedMean(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
     result = train(model, aggregation, iterations=6, record_every=2)
     every = train(
         network(),
-        training.Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient")),
+        training.CompressedMean(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient")),
         iterations=6,
     )
     totals = np.cumsum(every["steps"]["error"])
@@ -304,7 +304,7 @@ def test_noise_is_recorded_every_step_once_a_block_has_ended():
 
     def run_with(every: int, *observers: Observer) -> dict[str, Any]:
         model = network()
-        aggregation = training.Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
+        aggregation = training.CompressedMean(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
         return train(model, aggregation, iterations=24, record_every=every, observers=observers)["steps"]
 
     steps, thinned = run_with(1, Watch()), run_with(4)

@@ -46,7 +46,7 @@ import torch
 from tqdm import tqdm
 
 from bench import clusters
-from bench.advice.costs import PLAIN, Measured, local_rates, measure
+from bench.advice.costs import PLAIN, MeasuredCosts, local_rates, measure
 from bench.advice.model import CIFAR_INPUT, ModelError, Profile, Task, build
 from bench.advice.prediction import Against, Situation, Window, bandwidths
 from bench.advice.report import Answer, Asked, draw, record, table, words
@@ -198,7 +198,7 @@ def cluster_of(options: argparse.Namespace) -> tuple[Cluster, bool]:
     return dataclasses.replace(cluster, rates={**cluster.rates, **missing}), rated
 
 
-def computing_of(options: argparse.Namespace, measured: Measured, cluster: Cluster) -> tuple[Profile, str]:
+def computing_of(options: argparse.Namespace, measured: MeasuredCosts, cluster: Cluster) -> tuple[Profile, str]:
     """(seconds of an iteration on one node, where they come from).
 
     Raises:

@@ -51,7 +51,7 @@ FEW, MORE = 2, 4
 START = 2
 
 
-class Sent(NamedTuple):
+class SentBytes(NamedTuple):
     """What one rank hands to a collective: "all_reduce" or "all_gather"."""
 
     collective: str
@@ -62,7 +62,7 @@ class RoundCost(NamedTuple):
     """Computing on backward's thread, then collectives."""
 
     compute_s: float
-    sent: tuple[Sent, ...]
+    sent: tuple[SentBytes, ...]
 
 
 @dataclass(frozen=True)
@@ -133,16 +133,16 @@ class Alone(Group):
 
     def __init__(self, size: int) -> None:
         self.rank, self.size, self.device = 0, size, torch.device("cpu")
-        self.sent: list[Sent] = []
+        self.sent: list[SentBytes] = []
         self.spent_s = 0.0
 
     def all_reduce(self, tensor: Tensor) -> Future[Any]:
-        self.sent.append(Sent("all_reduce", tensor.nbytes))
+        self.sent.append(SentBytes("all_reduce", tensor.nbytes))
         return _done([tensor])
 
     def all_gather(self, tensor: Tensor) -> tuple[Tensor, Future[Any]]:
         begin = time.thread_time()
-        self.sent.append(Sent("all_gather", tensor.nbytes))
+        self.sent.append(SentBytes("all_gather", tensor.nbytes))
         out = tensor.expand(self.size, -1).clone()
         self.spent_s += time.thread_time() - begin
         return out, _done([])
@@ -155,7 +155,7 @@ def _done(value: Any) -> Future[Any]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCosts:
     """What was measured of a model here, and of methods on it.
 
     Attributes:
@@ -179,7 +179,7 @@ def measure(
     batch_size: int,
     bucket_mb: float | None = None,
     also: Sequence[str] = (),
-) -> Measured:
+) -> MeasuredCosts:
     """Train a little, then run every method on the gradients.
 
     Args:
@@ -196,7 +196,7 @@ def measure(
             costs[name] = cost_of(method, task.model, buckets, also=also if isinstance(method, GradiVeQ) else ())
         except (TypeError, ValueError) as error:
             refused[name] = str(error)
-    return Measured(
+    return MeasuredCosts(
         profiled,
         tuple(bucket.length for bucket in buckets),
         tuple(bucket.ready_s for bucket in buckets),
@@ -301,10 +301,10 @@ def _run(
     return MethodCost(tuple(found), _tensor_bytes(scheme.state_dict()), by_rates=by_rates)
 
 
-def _exchanged(scheme: Scheme, work: Work, group: Alone) -> tuple[list[float], list[list[Sent]]]:
+def _exchanged(scheme: Scheme, work: Work, group: Alone) -> tuple[list[float], list[list[SentBytes]]]:
     """One bucket's exchange: seconds before each round and after the last; what each round sends."""
     spent: list[float] = []
-    sent: list[list[Sent]] = []
+    sent: list[list[SentBytes]] = []
     group.sent, group.spent_s = [], 0.0
     begin = time.thread_time()
     _is_finite(work.buffer)  # as the State does on both ends

@@ -16,15 +16,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bench.advice.costs import PLAIN, BucketCost, MethodCost, RoundCost, Sent
+from bench.advice.costs import PLAIN, BucketCost, MethodCost, RoundCost, SentBytes
 from bench.advice.model import Profile
-from bench.virtual.ddp_iteration import Bucket, Iteration, Load, Round, iteration
+from bench.virtual.ddp_iteration import Bucket, BucketRound, Iteration, Load, iteration
 from ring import dry
 from ring.cluster import Cluster
 from ring.codec import Identity
 
 
-class Network:
+class FittedNetwork:
     """The collectives of one cluster; each size is emulated once.
 
     Args:
@@ -35,9 +35,9 @@ class Network:
     def __init__(self, cluster: Cluster, gather_factor: float = 1.0, even_steps: bool = False) -> None:
         self.cluster, self._gather_factor, self._even_steps = cluster, gather_factor, even_steps
         self._gathering = dataclasses.replace(cluster, rates={**cluster.rates, "add": sys.float_info.max})
-        self._loads: dict[Sent, Load] = {}
+        self._loads: dict[SentBytes, Load] = {}
 
-    def load(self, sent: Sent) -> Load:
+    def load(self, sent: SentBytes) -> Load:
         if sent not in self._loads:
             reduce = sent.collective == "all_reduce"
             num_bytes = sent.num_bytes if reduce else sent.num_bytes * self.cluster.nodes
@@ -51,7 +51,7 @@ class Network:
             self._loads[sent] = Load(longer * share * found.time_s + more_s, share * busy_s)
         return self._loads[sent]
 
-    def wire_bytes(self, sent: Sent) -> float:
+    def wire_bytes(self, sent: SentBytes) -> float:
         """What each rank sends."""
         nodes = self.cluster.nodes
         return sent.num_bytes * (2 * (nodes - 1) / nodes if sent.collective == "all_reduce" else nodes - 1)
@@ -91,7 +91,7 @@ class Situation:
         costs: by method, PLAIN among them.
         windows: of the methods that have them.
         rated: whether the cluster's own rates say what PCA and copying take; otherwise what was measured here does.
-        gather_factor, even_steps: of `Network`.
+        gather_factor, even_steps: of `FittedNetwork`.
     """
 
     cluster: Cluster
@@ -103,7 +103,7 @@ class Situation:
     rated: bool = False
     gather_factor: float = 1.0
     even_steps: bool = False
-    _networks: dict[float, Network] = field(default_factory=dict, repr=False)
+    _networks: dict[float, FittedNetwork] = field(default_factory=dict, repr=False)
 
     @property
     def slowdown(self) -> float:
@@ -117,12 +117,12 @@ class Situation:
         shared = self.cluster.shared_cores
         return 1.0 if shared is None else shared / self.cluster.nodes
 
-    def network(self, gbps: float) -> Network:
+    def network(self, gbps: float) -> FittedNetwork:
         if gbps not in self._networks:
             link = dataclasses.replace(self.cluster.link, bandwidth_gbps=gbps)
             same = gbps == self.cluster.link.bandwidth_gbps
             cluster = self.cluster if same else dataclasses.replace(self.cluster, link=link)
-            self._networks[gbps] = Network(cluster, self.gather_factor, self.even_steps)
+            self._networks[gbps] = FittedNetwork(cluster, self.gather_factor, self.even_steps)
         return self._networks[gbps]
 
     def with_even_steps(self) -> Situation:
@@ -155,7 +155,7 @@ class Situation:
         if window is None:
             return Prediction(compressed.time_s, compressed, sent)
         plain = self.predict(PLAIN, gbps)
-        bases = Sent("all_gather", -(-cost.fit_bytes // self.cluster.nodes))
+        bases = SentBytes("all_gather", -(-cost.fit_bytes // self.cluster.nodes))
         total_s = window.sample * plain.time_s + window.compress * compressed.time_s + network.load(bases).seconds
         total = window.sample * plain.bytes_sent + window.compress * sent + network.wire_bytes(bases)
         length = window.sample + window.compress
@@ -185,14 +185,16 @@ class Situation:
             overlap_slowdown=self.cluster.node.overlap_slowdown,
         )
 
-    def _bucket(self, cost: BucketCost, ready_s: float, copy_s: float, by_rates: bool, network: Network) -> Bucket:
+    def _bucket(
+        self, cost: BucketCost, ready_s: float, copy_s: float, by_rates: bool, network: FittedNetwork
+    ) -> Bucket:
         rounds = []
         for number, one in enumerate(cost.rounds):
             computing_s = self._encoding_s(cost, one, by_rates) if number == 0 else self._host_s(one.compute_s)
             if number == 0:
                 computing_s += self.slowdown * copy_s / 2
             loads = tuple(network.load(sent) for sent in one.sent)
-            rounds.append(Round(computing_s, loads))
+            rounds.append(BucketRound(computing_s, loads))
         return Bucket(self.slowdown * ready_s, tuple(rounds), self._decoding_s(cost, by_rates))
 
     def _host_s(self, seconds: float) -> float:

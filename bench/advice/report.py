@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from tabulate import tabulate
 
-from bench.advice.costs import PLAIN, Measured
+from bench.advice.costs import PLAIN, MeasuredCosts
 from bench.advice.prediction import Against, Compared, Prediction, Situation
 from bench.advice.risk import Elsewhere, Probed
 from bench.common.files import read_object
@@ -37,7 +37,7 @@ class Asked:
     """
 
     task: str
-    measured: Measured
+    measured: MeasuredCosts
     probed: Mapping[str, Probed]
     probe: str
 

@@ -42,7 +42,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.advice.costs import PLAIN, local_rates
-from bench.advice.prediction import Network, Situation
+from bench.advice.prediction import FittedNetwork, Situation
 from bench.advice.validation_plan import METHODS, MODELS, Found
 from bench.common.command_line import Parser, UsageError, description, refused
 from bench.common.environment import environment
@@ -75,7 +75,7 @@ class Job:
     found: Found
 
 
-class Fit:
+class ClusterFit:
     """The described cluster of shaped hosts.
 
     Attributes:
@@ -137,7 +137,7 @@ class Fit:
     def _rows(self, jobs: Sequence[Job], collective: str) -> list[dict[str, Any]]:
         rows = []
         for job in jobs:
-            network = Network(self.cluster(job.hosts, job.rate_mbps), self.gather_factors.get(job.hosts, 1.0))
+            network = FittedNetwork(self.cluster(job.hosts, job.rate_mbps), self.gather_factors.get(job.hosts, 1.0))
             for sent, times_s, cpu_s in job.found.collectives:
                 if sent.collective == collective:
                     load = network.load(sent)
@@ -157,7 +157,7 @@ class Fit:
         return rows
 
 
-def compare(jobs: Sequence[Job], fit: Fit) -> list[dict[str, Any]]:
+def compare(jobs: Sequence[Job], fit: ClusterFit) -> list[dict[str, Any]]:
     """A row per cell: what was measured, what is predicted."""
     rows = []
     for job in jobs:
@@ -231,7 +231,9 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def report(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], fit: Fit, about: Mapping[str, Any]) -> str:
+def report(
+    rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], fit: ClusterFit, about: Mapping[str, Any]
+) -> str:
     """The table and what it comes to, as Markdown."""
     lines = [
         [
@@ -457,7 +459,7 @@ def main(arguments: Sequence[str]) -> int:
             "command": shlex.join(["python", "-m", "bench.advise", "--validate", *arguments]),
         }
         jobs, links = measure(options)
-        fit = Fit(local_rates(), about["cores"])
+        fit = ClusterFit(local_rates(), about["cores"])
         collectives = fit.fit(jobs)
         rows = compare(jobs, fit)
         verdict = judge(rows)

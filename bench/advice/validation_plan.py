@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from bench.advice.costs import Measured, Sent
+from bench.advice.costs import MeasuredCosts, SentBytes
 from bench.advice.model import Task, language_task, tensor_task
 from bench.models import lstm, resnet18, resnet32
 from gradiveq.methods import GradiVeQ, Method, Plain
@@ -47,7 +47,7 @@ class Found:
         cpu_s: likewise, processor time of one rank per iteration, the mean over ranks and repeats.
     """
 
-    models: dict[str, Measured] = field(default_factory=dict)
-    collectives: list[tuple[Sent, list[float], float]] = field(default_factory=list)
+    models: dict[str, MeasuredCosts] = field(default_factory=dict)
+    collectives: list[tuple[SentBytes, list[float], float]] = field(default_factory=list)
     times_s: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     cpu_s: dict[str, dict[str, float]] = field(default_factory=dict)

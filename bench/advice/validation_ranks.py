@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradiveq.ddp
-from bench.advice.costs import PLAIN, Sent, measure
+from bench.advice.costs import PLAIN, SentBytes, measure
 from bench.advice.model import Task
 from bench.advice.validation_plan import METHODS, MODELS, Found
 from gradiveq.methods import GradiVeQ, Method
@@ -47,7 +47,7 @@ def of_all(seconds: float, operation: Any) -> float:
     return float(value)
 
 
-def collectives(plan: Mapping[str, Any]) -> list[tuple[Sent, list[float], float]]:
+def collectives(plan: Mapping[str, Any]) -> list[tuple[SentBytes, list[float], float]]:
     """All-reduces and all-gathers of some sizes, nothing else."""
     found = []
     for num_bytes in plan["collective_bytes"]:
@@ -73,7 +73,7 @@ def collectives(plan: Mapping[str, Any]) -> list[tuple[Sent, list[float], float]
                 spent_s = time.perf_counter() - begin_s
                 cpu_s += (time.process_time() - begin_cpu_s) / calls / plan["repeats"]
                 times.append(of_all(spent_s, dist.ReduceOp.MAX) / calls)
-            found.append((Sent(what, share), times, cpu_s))
+            found.append((SentBytes(what, share), times, cpu_s))
     return found
 
 

@@ -55,7 +55,7 @@ from bench.experiments.grid import GridError, run_grid
 from bench.hooks import figures as ddp_figures
 from bench.hooks.equal_bytes import PLAIN, TOLERANCE, Entry, Length, blocks_of, entries
 from bench.hooks.findings import Runs, extras_table, group_table, methods_table, reached_accuracy, rows, times_table
-from bench.hooks.runs import TIME, TRAIN, Plan, several_by_default, work
+from bench.hooks.runs import TIME, TRAIN, RunsPlan, several_by_default, work
 from bench.models import MODELS
 from bench.shaped.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from gradiveq.ddp.state import FIRST_START
@@ -274,7 +274,7 @@ def _nothing(spec: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     raise AssertionError("it is recorded")
 
 
-def by_torchrun(plan: Plan, options: argparse.Namespace) -> None:
+def by_torchrun(plan: RunsPlan, options: argparse.Namespace) -> None:
     """Start the ranks on this machine, and wait for them.
 
     Raises:
@@ -288,7 +288,7 @@ def by_torchrun(plan: Plan, options: argparse.Namespace) -> None:
         _wait_for([subprocess.Popen(command, stderr=said, env=os.environ | for_ranks(options.threads))], [said])
 
 
-def on_hosts(plan: Plan, options: argparse.Namespace, hosts: Hosts) -> None:
+def on_hosts(plan: RunsPlan, options: argparse.Namespace, hosts: Hosts) -> None:
     """Start each rank on a host of its own, and wait for them. Raises as `by_torchrun`."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as files:
         file = Path(folder) / "plan.json"
@@ -495,11 +495,11 @@ def run(options: argparse.Namespace, words: Sequence[str], launched: bool, lead:
     if lead:
         check_recorded(grid, folder, options.resume)
 
-    def plan(names: Sequence[str], links: Mapping[str, Any] | None = None) -> Plan:
+    def plan(names: Sequence[str], links: Mapping[str, Any] | None = None) -> RunsPlan:
         chosen = {name: grid[name] for name in names}
         # What is there already has been looked at.
         ranks_are = options.backend, options.device, options.threads, options.timeout
-        return Plan(chosen, str(folder.resolve()), True, *ranks_are, links)
+        return RunsPlan(chosen, str(folder.resolve()), True, *ranks_are, links)
 
     here = [name for name, spec in grid.items() if not spec.get("rate_mbps")]
     if launched:

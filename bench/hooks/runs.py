@@ -2,8 +2,8 @@
 
     torchrun ... -m bench.hooks.runs PLAN        or with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set by anybody else
 
-PLAN is a file, the JSON of a `Plan`. Rank 0 does the runs that aren't recorded yet (`bench.experiments.grid`) and tells
-the others which.
+PLAN is a file, the JSON of a `RunsPlan`. Rank 0 does the runs that aren't recorded yet (`bench.experiments.grid`) and
+tells the others which.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ GRADIENTS_ONLY: dict[str, Any] = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunsPlan:
     """What the ranks are to do.
 
     Attributes:
@@ -401,7 +401,7 @@ def tell(spec: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return told[0]
 
 
-def work(plan: Plan) -> int:
+def work(plan: RunsPlan) -> int:
     """What each rank does; its exit status. Says in one line what went wrong.
 
     An error of one rank alone leaves the others waiting for it: the process ends at once, and the launcher ends them.
@@ -446,7 +446,7 @@ def _leave(status: int, line: str = "") -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     (file,) = sys.argv[1:] if arguments is None else arguments
-    return work(Plan(**json.loads(Path(file).read_text())))
+    return work(RunsPlan(**json.loads(Path(file).read_text())))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def run_processes(arguments: list[str] | None, workers: Processes, stop: StopReq
     if options["gpu_aware"]:
         workers.attempt(check_gpu_aware, ValueError)
     ring = MPIRing(workers.comm, timeout_s=options["timeout"], chunk_bytes=options["chunk_bytes"] or CHUNK_BYTES)
-    return Run(workers, ring, options, recorded, cluster, stop).run()
+    return JobRun(workers, ring, options, recorded, cluster, stop).run()
 
 
 def run_threads(options: dict[str, Any], recorded: Mapping[str, Any]) -> int:
@@ -126,7 +126,7 @@ def run_threads(options: dict[str, Any], recorded: Mapping[str, Any]) -> int:
     assert cluster is not None
     set_up_torch(options["threads"])
     return run_as_threads(
-        lambda workers, ring, stop: Run(workers, ring, copy.deepcopy(options), recorded, cluster, stop).run(),
+        lambda workers, ring, stop: JobRun(workers, ring, copy.deepcopy(options), recorded, cluster, stop).run(),
         cluster.nodes,
         timeout_s=options["timeout"],
         chunk_bytes=options["chunk_bytes"] or CHUNK_BYTES,
@@ -157,7 +157,7 @@ def read_data(path: str | None) -> Dataset:
     return load(path)
 
 
-class Run:
+class JobRun:
     """All methods of one command, one after the other, on one rank."""
 
     def __init__(

@@ -46,7 +46,7 @@ BREAKDOWN_ITERATIONS = 500
 MOST_FAINT = 6
 
 
-class Run:
+class RecordedRun:
     """What a run's folder says. Reads all of it first, so that a damaged record leaves no figure.
 
     Attributes:
@@ -109,7 +109,7 @@ def draw(run_folder: Path) -> list[Path]:
     Raises:
         RecordError: if the record is missing or damaged; nothing is half-written.
     """
-    run = Run(Path(run_folder))
+    run = RecordedRun(Path(run_folder))
     try:
         with page.figure_style():
             figures: dict[str, Figure | None] = {}
@@ -134,7 +134,7 @@ def _on(clock: Clock) -> str:
     return "" if clock.key is None else f" on {clock.name}"
 
 
-def _accuracy(run: Run, clock: Clock) -> Figure | None:
+def _accuracy(run: RecordedRun, clock: Clock) -> Figure | None:
     """Fig. 7a: against seconds of training; and against iterations, which doesn't depend on the machine."""
     evaluations = {method: lines["evaluation"] for method, lines in run.lines.items() if lines["evaluation"]}
     if not evaluations:
@@ -166,7 +166,7 @@ def _accuracy(run: Run, clock: Clock) -> Figure | None:
     return figure
 
 
-def _breakdown(run: Run, clock: Clock) -> Figure | None:
+def _breakdown(run: RecordedRun, clock: Clock) -> Figure | None:
     """Fig. 7b: seconds per 500 iterations (or of all, if there are less); and of an iteration, by phase."""
     if not run.methods:
         return None
@@ -235,7 +235,7 @@ def _stack(axis: Axes, labels: Sequence[str], bars: Sequence[Mapping[str, float]
     axis.xaxis.set_major_locator(MaxNLocator(5, steps=page.STEPS))
 
 
-def _loss(run: Run) -> Figure | None:
+def _loss(run: RecordedRun) -> Figure | None:
     """Training loss of every iteration, faint, and its moving mean."""
     losses = {m: lines["iteration"] for m, lines in run.lines.items() if lines["iteration"]}
     if not losses:
@@ -275,7 +275,7 @@ def _span(iterations: int) -> int:
     return min(iterations, max(5, iterations // 40))
 
 
-def _compression(run: Run) -> Figure | None:
+def _compression(run: RecordedRun) -> Figure | None:
     """Ratio, components and losses of every layer in the last window that has bases, per method that has windows."""
     found = {method: entry["last_window"] for method, entry in run.methods.items() if entry.get("last_window")}
     if not found:

@@ -50,7 +50,7 @@ FORWARD, BACKWARD, UPDATE = 1 / 3, 2 / 3, 0.0
 TRACED = ("plain", "qsgd", "compress", "compressed")
 
 
-class Windows(NamedTuple):
+class WindowLengths(NamedTuple):
     """The lengths of GradiVeQ's phases, in iterations."""
 
     warmup: int
@@ -58,7 +58,7 @@ class Windows(NamedTuple):
     compress: int
 
 
-def scaled_schedule(iterations: int) -> Windows:
+def scaled_schedule(iterations: int) -> WindowLengths:
     """The paper's schedule for a run of another length.
 
     Warm-up and Lt shrink with the run, down to `LEAST`; Lc remains four times Lt. A run that is longer than the
@@ -67,7 +67,7 @@ def scaled_schedule(iterations: int) -> Windows:
     share = min(1.0, iterations / PAPER_ITERATIONS)
     least = min(LEAST, max(2, iterations // 10))
     sample = max(round(PAPER_SAMPLE * share), least)
-    return Windows(max(round(PAPER_WARMUP * share), least), sample, sample * PAPER_COMPRESS // PAPER_SAMPLE)
+    return WindowLengths(max(round(PAPER_WARMUP * share), least), sample, sample * PAPER_COMPRESS // PAPER_SAMPLE)
 
 
 @dataclass(frozen=True)

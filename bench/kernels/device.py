@@ -61,7 +61,7 @@ SAMPLE_S = 0.02
 DRAW = Draw(seed=0, call=0, rank=0, part=0)
 
 
-class Operation(NamedTuple):
+class TimedOperation(NamedTuple):
     """What is timed: its least traffic with memory (or with the host) in bytes, its flops, and a call of it."""
 
     name: str
@@ -80,7 +80,7 @@ def basis(length: int, slice_size: int) -> LayerBasis:
     return LayerBasis("layer", length, slice_size, mean, (Group("layer", 0, length, slice_size),), (one,))
 
 
-def operations(device: torch.device, length: int, square: int, ring: Ring) -> list[Operation]:
+def operations(device: torch.device, length: int, square: int, ring: Ring) -> list[TimedOperation]:
     """The two limits first."""
     gradient = torch.randn(length, device=device)
     out = torch.empty_like(gradient)
@@ -90,17 +90,17 @@ def operations(device: torch.device, length: int, square: int, ring: Ring) -> li
     half, whole = Half(), 4 * length
     halved = native.compress(half, gradient, DRAW)
     found = [
-        Operation("memory: copy", 2 * whole, 0, lambda: out.copy_(gradient)),
-        Operation("product", 0, 2 * square**3, lambda: torch.mm(left, right, out=product)),
-        Operation("to the host, pinned", whole, 0, mirror.to_host),
-        Operation("to the host, pageable", whole, 0, lambda: pageable.copy_(gradient)),
-        Operation("from the host, pinned", whole, 0, mirror.to_device),
-        Operation("from the host, pageable", whole, 0, lambda: out.copy_(pageable)),
-        Operation("half: compress", whole + whole // 2, 0, lambda: native.compress(half, gradient, DRAW)),
-        Operation("half: decompress", whole // 2 + whole, 0, lambda: native.decompress(half, halved, out, DRAW)),
+        TimedOperation("memory: copy", 2 * whole, 0, lambda: out.copy_(gradient)),
+        TimedOperation("product", 0, 2 * square**3, lambda: torch.mm(left, right, out=product)),
+        TimedOperation("to the host, pinned", whole, 0, mirror.to_host),
+        TimedOperation("to the host, pageable", whole, 0, lambda: pageable.copy_(gradient)),
+        TimedOperation("from the host, pinned", whole, 0, mirror.to_device),
+        TimedOperation("from the host, pageable", whole, 0, lambda: out.copy_(pageable)),
+        TimedOperation("half: compress", whole + whole // 2, 0, lambda: native.compress(half, gradient, DRAW)),
+        TimedOperation("half: decompress", whole // 2 + whole, 0, lambda: native.decompress(half, halved, out, DRAW)),
     ]
     plain = staged_plain(Mirror(length, device), length, CHUNK_BYTES)
-    found.append(Operation("exchange: plain", 2 * whole, 0, _exchange(plain, ring)))
+    found.append(TimedOperation("exchange: plain", 2 * whole, 0, _exchange(plain, ring)))
     if find_spec("triton") is not None:
         found += _quantisation(device, gradient, out, ring)
     for slice_size in SLICE_SIZES:
@@ -108,7 +108,9 @@ def operations(device: torch.device, length: int, square: int, ring: Ring) -> li
     return found
 
 
-def _quantisation(device: torch.device, gradient: torch.Tensor, out: torch.Tensor, ring: Ring) -> Iterator[Operation]:
+def _quantisation(
+    device: torch.device, gradient: torch.Tensor, out: torch.Tensor, ring: Ring
+) -> Iterator[TimedOperation]:
     """QSGD's kernels: a hop of the ring, and its end. Nothing where the host would do it."""
     from gradiveq.device_qsgd import StagedQSGD, pays
     from gradiveq.qsgd_triton import decode, recode
@@ -123,14 +125,14 @@ def _quantisation(device: torch.device, gradient: torch.Tensor, out: torch.Tenso
     recode(None, gradient, 0, codec, words)
     hop = whole + 2 * words.nbytes
     last = words.nbytes + whole
-    yield Operation("QSGD: decode, add, encode", hop, 0, lambda: recode(words, gradient, 0, codec, words))
-    yield Operation("QSGD: decode", last, 0, lambda: decode(words, codec, out, 1))
-    yield Operation("exchange: QSGD", whole + words.nbytes + last, 0, _exchange(staged, ring))
+    yield TimedOperation("QSGD: decode, add, encode", hop, 0, lambda: recode(words, gradient, 0, codec, words))
+    yield TimedOperation("QSGD: decode", last, 0, lambda: decode(words, codec, out, 1))
+    yield TimedOperation("exchange: QSGD", whole + words.nbytes + last, 0, _exchange(staged, ring))
 
 
 def _projection(
     device: torch.device, slice_size: int, gradient: torch.Tensor, out: torch.Tensor, ring: Ring
-) -> list[Operation]:
+) -> list[TimedOperation]:
     """GradiVeQ of the gradient as one layer."""
     length = len(gradient)
     bases = basis(length, slice_size)
@@ -145,9 +147,9 @@ def _projection(
     layers = StagedLayers(mirror, [Block("layer", 0, length, (length,), True)], {"layer": bases}, 0, CHUNK_BYTES, "")
     title = f"K = {slice_size}, d = {slice_size // RATIO}"
     return [
-        Operation(f"encode, {title}", encoded, flops, lambda: projection.encode(gradient, coded)),
-        Operation(f"decode, {title}", decoded, flops, lambda: projection.decode(coded, out)),
-        Operation(f"exchange, {title}", encoded + decoded, 2 * flops, _exchange(layers.staged, ring)),
+        TimedOperation(f"encode, {title}", encoded, flops, lambda: projection.encode(gradient, coded)),
+        TimedOperation(f"decode, {title}", decoded, flops, lambda: projection.decode(coded, out)),
+        TimedOperation(f"exchange, {title}", encoded + decoded, 2 * flops, _exchange(layers.staged, ring)),
     ]
 
 
@@ -155,10 +157,10 @@ def _exchange(staged: OnDevice, ring: Ring) -> Callable[[], object]:
     return lambda: staged.mean_over(ring, (), CHUNK_BYTES, Timeline())
 
 
-def seconds_of(found: Sequence[Operation], repeats: int, settle: Callable[[], None]) -> list[list[float]]:
+def seconds_of(found: Sequence[TimedOperation], repeats: int, settle: Callable[[], None]) -> list[list[float]]:
     """Seconds of a call, (operations, repeats). All operations follow each other in every repeat."""
 
-    def seconds(operation: Operation, calls: int) -> float:
+    def seconds(operation: TimedOperation, calls: int) -> float:
         settle()
         start = time.perf_counter()
         for _ in range(calls):
@@ -177,7 +179,7 @@ def seconds_of(found: Sequence[Operation], repeats: int, settle: Callable[[], No
     return rows
 
 
-def rows_of(found: Sequence[Operation], seconds: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+def rows_of(found: Sequence[TimedOperation], seconds: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
     """For the record: every operation beside the two limits, which are the first two."""
     table = np.array(seconds)
     memory, product = found[0].num_bytes / table[0], found[1].flops / table[1]  # bytes and flops a second, by repeat

@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import nn
 
-from bench.models.cifar_resnet import Block, ResNet, resnet32, resnet_cifar
+from bench.models.cifar_resnet import ResidualBlock, ResNet, resnet32, resnet_cifar
 from bench.models.dawnbench import alexnet, alexnet_fc, resnet9
 from bench.models.googlenet import googlenet
 from bench.models.language import LanguageModel, detached, lstm
@@ -40,10 +40,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 __all__ = [
     "MODELS",
-    "Block",
     "LanguageModel",
     "NeuMF",
     "ResNet",
+    "ResidualBlock",
     "alexnet",
     "alexnet_fc",
     "detached",

@@ -13,7 +13,7 @@ from bench.models.initial import build, check_classes
 WIDTHS = (16, 32, 64)
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (option A).
 
     Where the block halves the image and widens it, the shortcut takes every second pixel and appends channels of zeros.
@@ -57,8 +57,8 @@ class ResNet(nn.Module):
 
     @staticmethod
     def _stage(num_blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
-        first = Block(in_channels, channels, stride)
-        return nn.Sequential(first, *(Block(channels, channels, 1) for _ in range(num_blocks - 1)))
+        first = ResidualBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(ResidualBlock(channels, channels, 1) for _ in range(num_blocks - 1)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float32 images of shape (n, 3, 32, 32) to logits of shape (n, num_classes)."""

@@ -42,7 +42,7 @@ MOST_CALLS = 200
 PINGS = 200
 
 
-class Streams:
+class TcpStreams:
     """Plain TCP from every host to the next."""
 
     def __init__(self, comm: MPI.Intracomm, addresses: Sequence[str]) -> None:
@@ -135,7 +135,7 @@ def busbw(comm: MPI.Intracomm, ring: MPIRing, plan: dict[str, Any]) -> list[dict
         "MPI_Allreduce": lambda values: comm.Allreduce(MPI.IN_PLACE, values),
         "Gloo": gloo,
     }
-    streams = Streams(comm, plan["addresses"])
+    streams = TcpStreams(comm, plan["addresses"])
     single: list[float] = []
     together: list[float] = []
     share, drained = 2 * (comm.size - 1) / comm.size, DRAINED_BUCKETS * plan["burst_bytes"]

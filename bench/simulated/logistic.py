@@ -278,7 +278,7 @@ _gradients: Callable[..., float] = numba.njit(
 # --- exchanging ------------------------------------------------------------------------------------------------------
 
 
-class Sent(NamedTuple):
+class SentElements(NamedTuple):
     """Of one exchange, over all workers.
 
     Attributes:
@@ -296,7 +296,7 @@ class Sent(NamedTuple):
 class Exchange(Protocol):
     """The workers' side of an iteration: Algorithm 1 from the gradients to the mean of what was sent."""
 
-    def __call__(self, gradients: Float32, out: Float32, call: int, lr: float) -> Sent:
+    def __call__(self, gradients: Float32, out: Float32, call: int, lr: float) -> SentElements:
         """Compress what each worker has.
 
         Args:
@@ -305,7 +305,7 @@ class Exchange(Protocol):
         """
 
 
-class Workers:
+class CompressingWorkers:
     """`gradiveq.exchange.Worker`s with error feedback of the form "scaled"."""
 
     def __init__(self, compressor: Compressor, workers: int, length: int, seed: int = 0) -> None:
@@ -315,10 +315,10 @@ class Workers:
             Worker(parts, length, rank=rank, size=workers, seed=seed, feedback=feedback) for rank in range(workers)
         ]
 
-    def __call__(self, gradients: Float32, out: Float32, call: int, lr: float) -> Sent:
+    def __call__(self, gradients: Float32, out: Float32, call: int, lr: float) -> SentElements:
         exchange_here(self.workers, list(gradients), out, call, lr)
         said = [worker.measures for worker in self.workers if worker.measures is not None]
-        return Sent(
+        return SentElements(
             sum(one.num_sent for one in said),
             sum(one.payload_bytes for one in said),
             lr**2 * sum(one.norm for one in said) / len(said),
@@ -327,7 +327,7 @@ class Workers:
 
 
 class Crowd:
-    """All workers of a long run in one loop over arrays: the bits that `Workers` gives, at a tenth of the time or less.
+    """All workers of a long run in one loop over arrays: the bits of `CompressingWorkers`, in a tenth of the time or less.
 
     For runs of 10⁵ iterations with 100 workers, where calls would take hours. No payload is made: its bytes are those
     of a payload with as many elements. `train` does the first iterations of every run both ways and compares.
@@ -346,13 +346,13 @@ class Crowd:
         self.memory = np.zeros((workers, length), np.float32)
         self._counts = np.zeros(workers, np.int64)
 
-    def __call__(self, gradients: Float32, out: Float32, call: int, lr: float) -> Sent:
+    def __call__(self, gradients: Float32, out: Float32, call: int, lr: float) -> SentElements:
         corrected, error = _exchange(
             gradients, self.memory, np.float32(lr), self._keep, self._threshold, out, self._counts
         )
         num_bytes = sum(self._message_bytes(int(count)) for count in self._counts)
         workers = len(gradients)
-        return Sent(int(self._counts.sum()), num_bytes, lr**2 * corrected / workers, error / workers)
+        return SentElements(int(self._counts.sum()), num_bytes, lr**2 * corrected / workers, error / workers)
 
     def _message_bytes(self, count: int) -> int:
         if count not in self._bytes:
@@ -428,7 +428,7 @@ def _exchange(
 
 
 @dataclass(frozen=True)
-class Setting:
+class LogisticSetting:
     """What is run.
 
     Attributes:
@@ -462,14 +462,14 @@ class Setting:
 
 
 @dataclass
-class Trace:
+class ConvergenceTrace:
     """What a run did, at its start and after some iterations.
 
     Attributes:
         iteration, epoch: done.
         suboptimality: f(x) - f*.
         elements, num_bytes: sent until then, per worker.
-        corrected, error: of the last iteration, as in `Sent`; 0 before the first.
+        corrected, error: of the last iteration, as in `SentElements`; 0 before the first.
         silent: iterations until then in which no worker sent any element.
         total_error: the sum of `error` over all iterations (the objective of their Eq. 3, times γ²).
         step: γ.
@@ -490,7 +490,7 @@ class Trace:
         return asdict(self)
 
 
-def train(problem: Problem, best: Optimum, setting: Setting, points: int = 200) -> Trace:
+def train(problem: Problem, best: Optimum, setting: LogisticSetting, points: int = 200) -> ConvergenceTrace:
     """Run the setting.
 
     Args:
@@ -502,7 +502,7 @@ def train(problem: Problem, best: Optimum, setting: Setting, points: int = 200) 
     iterations = setting.iterations(problem.num_rows)
     compressor, lr = setting.make_compressor(), problem.step
     stochastic = setting.algorithm == "ef-sgd"
-    exchange: Exchange = Workers(compressor, setting.workers, problem.length, setting.seed)
+    exchange: Exchange = CompressingWorkers(compressor, setting.workers, problem.length, setting.seed)
     checked: Exchange | None = None
     if not stochastic:
         exchange, checked = Crowd(compressor, setting.workers, problem.length), exchange
@@ -514,10 +514,10 @@ def train(problem: Problem, best: Optimum, setting: Setting, points: int = 200) 
         shards.gradients(best.point, shifts)
     narrow = np.empty(gradients.shape, np.float32)
     mean, other = np.empty(problem.length, np.float32), np.empty(problem.length, np.float32)
-    trace = Trace(step=lr)
+    trace = ConvergenceTrace(step=lr)
     elements, num_bytes, silent = 0, 0, 0
     every = max(1, iterations // points)
-    sent = Sent(0, 0, 0.0, 0.0)
+    sent = SentElements(0, 0, 0.0, 0.0)
     for iteration in range(iterations + 1):
         if iteration % every == 0 or iteration == iterations:
             trace.iteration.append(iteration)
@@ -548,7 +548,7 @@ def train(problem: Problem, best: Optimum, setting: Setting, points: int = 200) 
     return trace
 
 
-def reached(trace: Trace, precision: float) -> int | None:
+def reached(trace: ConvergenceTrace, precision: float) -> int | None:
     """Index of the first point of the trace from which on f - f* stays at most `precision`; None if there is none."""
     above = [index for index, value in enumerate(trace.suboptimality) if not value <= precision]
     first = above[-1] + 1 if above else 0

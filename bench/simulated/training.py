@@ -51,7 +51,7 @@ RUNNING = ("total_error", *NOISE)
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
-class Task(ABC):
+class SimulatedTask(ABC):
     """A model, each worker's batches, and what to measure.
 
     Attributes:
@@ -82,7 +82,7 @@ class Task(ABC):
         """What `state_dict` returned."""
 
 
-class Images(Task):
+class Images(SimulatedTask):
     """Classification: cross entropy; "accuracy" (top 1) and "loss" on the test images.
 
     Args:
@@ -194,7 +194,7 @@ class ExactMean(Aggregation):
         return {"payload_bytes": float(out.nbytes), "density": 1.0}
 
 
-class Compressed(Aggregation):
+class CompressedMean(Aggregation):
     """With compressors, as a ring with the same parts would (`gradiveq.exchange`).
 
     Args:
@@ -271,7 +271,7 @@ class Observer(ABC):
 
 
 def simulate(
-    task: Task,
+    task: SimulatedTask,
     aggregation: Aggregation,
     optimiser: torch.optim.Optimizer,
     lr: Callable[[int], float],
@@ -337,7 +337,7 @@ class _Run:
 
     def __init__(
         self,
-        task: Task,
+        task: SimulatedTask,
         aggregation: Aggregation,
         optimiser: torch.optim.Optimizer,
         lr: Callable[[int], float],

@@ -36,7 +36,7 @@ class Load(NamedTuple):
     busy_s: float = 0.0
 
 
-class Round(NamedTuple):
+class BucketRound(NamedTuple):
     """Computing on backward's thread, and then the collectives that it issues, one after the other."""
 
     compute_s: float
@@ -54,7 +54,7 @@ class Bucket:
     """
 
     ready_s: float
-    rounds: tuple[Round, ...]
+    rounds: tuple[BucketRound, ...]
     decode_s: float = 0.0
 
 

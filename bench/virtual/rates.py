@@ -63,7 +63,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRates:
     """All that was timed on one rank, or on all.
 
     Attributes:
@@ -86,10 +86,10 @@ class Measured:
         return rates_of(self.qsgd) | rates_of(self.model)
 
 
-def measure_all(dataset: Dataset, model_name: str, batch_size: int, ratio: float, repeats: int) -> Measured:
+def measure_all(dataset: Dataset, model_name: str, batch_size: int, ratio: float, repeats: int) -> MeasuredRates:
     """Time everything on this rank. Cost: some 10 s."""
     layout, gradient, seconds = iterations(dataset, model_name, batch_size, repeats)
-    return Measured(
+    return MeasuredRates(
         seconds,
         list(qsgd_cases(gradient, repeats)),
         list(model_cases(layout, gradient, ratio, repeats)),
@@ -97,13 +97,13 @@ def measure_all(dataset: Dataset, model_name: str, batch_size: int, ratio: float
     )
 
 
-def merge(ranks: Sequence[Measured]) -> Measured:
+def merge(ranks: Sequence[MeasuredRates]) -> MeasuredRates:
     """The same with the samples of all ranks."""
 
     def together(cases: Sequence[Case]) -> Case:
         return replace(cases[0], seconds=[second for case in cases for second in case.seconds])
 
-    return Measured(
+    return MeasuredRates(
         {name: [second for rank in ranks for second in rank.iteration[name]] for name in ranks[0].iteration},
         *(
             [together(cases) for cases in zip(*(getattr(rank, part) for rank in ranks), strict=True)]
@@ -112,7 +112,7 @@ def merge(ranks: Sequence[Measured]) -> Measured:
     )
 
 
-def report(measured: Measured, rates: Mapping[str, float]) -> str:
+def report(measured: MeasuredRates, rates: Mapping[str, float]) -> str:
     """What was measured, and what the rates miss of it."""
     rows = []
     for name, samples in measured.iteration.items():

@@ -53,9 +53,9 @@ from bench.papers.hard_threshold.sizes import (
     SMALL,
     Benchmark,
     Given,
+    HardThresholdSize,
+    LogisticBenchmark,
     Part,
-    Problem,
-    Size,
     differences,
     specs,
 )
@@ -131,7 +131,7 @@ def _digest(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _size(options: argparse.Namespace) -> Size:
+def _size(options: argparse.Namespace) -> HardThresholdSize:
     """The preset, with what the options say otherwise."""
     size = PAPER if options.paper else SMALL
     benchmarks = list(size.benchmarks)
@@ -214,7 +214,7 @@ def caption(
     return sentences(parts) + ("" if paper or spec["part"] == "logistic" else f"\n{SMALL_IS}")
 
 
-def draw(runs: Runs, size: Size, about: Mapping[str, Any], *, paper: bool) -> Iterator[tuple[str, Figure]]:
+def draw(runs: Runs, size: HardThresholdSize, about: Mapping[str, Any], *, paper: bool) -> Iterator[tuple[str, Figure]]:
     """(name, figure) of every figure that the runs have."""
     for problem in size.problems:
         yield from _draw_logistic(runs, problem, about, paper=paper)
@@ -254,7 +254,7 @@ def draw(runs: Runs, size: Size, about: Mapping[str, Any], *, paper: bool) -> It
 
 
 def _draw_logistic(
-    runs: Runs, problem: Problem, about: Mapping[str, Any], *, paper: bool
+    runs: Runs, problem: LogisticBenchmark, about: Mapping[str, Any], *, paper: bool
 ) -> Iterator[tuple[str, Figure]]:
     for name in dict.fromkeys((problem.name, "generated" if problem.name == "madelon" else problem.name)):
         if not any(one["spec"].get("problem") == name for one in runs.values()):
@@ -334,7 +334,7 @@ def _draw_training(runs: Runs, benchmark: Benchmark, text: str) -> Iterator[tupl
 
 def report(
     runs: Runs,
-    size: Size,
+    size: HardThresholdSize,
     given: Mapping[str, Given],
     about: Mapping[str, Any],
     found: Sequence[Finding],

@@ -17,7 +17,7 @@ from tabulate import tabulate
 from bench.common.statistics import Difference, geometric_mean, holds, mean_and_spread, paired, spread_text
 from bench.experiments.findings import NO_RULE, Finding, select
 from bench.papers.hard_threshold.figures import by_fields, density, final
-from bench.papers.hard_threshold.sizes import FINE_PRECISION, Benchmark, Problem, Size
+from bench.papers.hard_threshold.sizes import FINE_PRECISION, Benchmark, HardThresholdSize, LogisticBenchmark
 
 Runs = Mapping[str, Mapping[str, Any]]
 Record = Mapping[str, Any]
@@ -62,7 +62,7 @@ def along(record: Record) -> float:
     return float(np.mean(np.log10(np.maximum(record["result"]["trace"]["suboptimality"], 1e-300))))
 
 
-def logistic(runs: Runs, problem: Problem) -> list[Finding]:
+def logistic(runs: Runs, problem: LogisticBenchmark) -> list[Finding]:
     """The statements of Fig. 1, 4, 7, 8 and 9 on one data set."""
     of_problem = {
         name: run for name, run in runs.items() if run["spec"].get("problem") in (problem.name, _stand_in(problem))
@@ -88,7 +88,7 @@ def logistic(runs: Runs, problem: Problem) -> list[Finding]:
     return found
 
 
-def _stand_in(problem: Problem) -> str:
+def _stand_in(problem: LogisticBenchmark) -> str:
     return "generated" if problem.name == "madelon" else problem.name
 
 
@@ -573,7 +573,7 @@ def missing(data: Container[str], runs: Runs) -> list[Finding]:
     return found
 
 
-def judge_all(runs: Runs, size: Size, data: Container[str]) -> list[Finding]:
+def judge_all(runs: Runs, size: HardThresholdSize, data: Container[str]) -> list[Finding]:
     """Every statement that the runs speak of, in the order of the paper's parts."""
     found = [finding for problem in size.problems for finding in logistic(runs, problem)]
     found += [finding for benchmark in size.benchmarks for finding in networks(runs, benchmark)]

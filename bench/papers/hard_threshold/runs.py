@@ -14,7 +14,7 @@ from torch import nn
 from bench.data.libsvm import load_libsvm
 from bench.papers.hard_threshold import tasks
 from bench.simulated import logistic
-from bench.simulated.training import Aggregation, Compressed, ExactMean, Observer, Step, simulate
+from bench.simulated.training import Aggregation, CompressedMean, ExactMean, Observer, Step, simulate
 from gradiveq.accordion import CriticalRegimes, Span
 from gradiveq.compressors import COMPRESSORS, Compressor
 from gradiveq.exchange import ErrorFeedback, Part
@@ -52,7 +52,7 @@ def _logistic(spec: Spec) -> dict[str, Any]:
     fields = dict(spec["fields"])
     if "precision" in fields:
         fields = {"value": problem.threshold(fields["precision"])}
-    setting = logistic.Setting(
+    setting = logistic.LogisticSetting(
         spec["algorithm"], spec["compressor"], fields, spec["workers"], spec["epochs"], spec["seed"], spec["start"]
     )
     trace = logistic.train(problem, best, setting)
@@ -103,7 +103,7 @@ def _network(spec: Spec, checkpoint: Path) -> dict[str, Any]:
         "iterations_per_epoch": per_epoch,
         "layers": len(layers),
         "average_density": sent / max(1, sum(counts)),
-        "detections": [observer.regimes.log for observer in observers if isinstance(observer, Accordion)],
+        "detections": [observer.regimes.log for observer in observers if isinstance(observer, AccordionObserver)],
     }
 
 
@@ -162,9 +162,9 @@ def _aggregation(
         feedback = ErrorFeedback(spec["feedback"], spec["momentum"] if spec["feedback"] == "update" else 0.0)
     if name == "accordion":
         low, high = (COMPRESSORS["topk"](ratio=fields[key]) for key in ("most", "least"))  # type: ignore[call-arg]
-        aggregation = Compressed(_parts(layers, [low] * len(layers)), workers, seed=spec["seed"], feedback=feedback)
+        aggregation = CompressedMean(_parts(layers, [low] * len(layers)), workers, seed=spec["seed"], feedback=feedback)
         interval = max(2, iterations // DETECTIONS)
-        return aggregation, [Accordion(aggregation, layers, low, high, rate, interval)]
+        return aggregation, [AccordionObserver(aggregation, layers, low, high, rate, interval)]
     if "least" in fields:
         fields = {"value": threshold_for(fields["least"], length)}
     compressor = COMPRESSORS[name](**fields)
@@ -172,7 +172,7 @@ def _aggregation(
         parts = [Part("model", 0, length, compressor)]
     else:
         parts = _parts(layers, [compressor] * len(layers))
-    return Compressed(parts, workers, seed=spec["seed"], feedback=feedback), []
+    return CompressedMean(parts, workers, seed=spec["seed"], feedback=feedback), []
 
 
 def threshold_for(least: float, length: int) -> float:
@@ -180,7 +180,7 @@ def threshold_for(least: float, length: int) -> float:
     return 1 / (2 * math.sqrt(least * length))
 
 
-class Accordion(Observer):
+class AccordionObserver(Observer):
     """Gives each layer the compressor that `gradiveq.accordion` chooses for its regime.
 
     Args:
@@ -193,7 +193,7 @@ class Accordion(Observer):
 
     def __init__(
         self,
-        aggregation: Compressed,
+        aggregation: CompressedMean,
         layers: Sequence[Part],
         low: Compressor,
         high: Compressor,

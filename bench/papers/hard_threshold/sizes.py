@@ -21,7 +21,7 @@ MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
-class Problem:
+class LogisticBenchmark:
     """A data set of the logistic regression and what the paper runs on it.
 
     Attributes:
@@ -45,9 +45,9 @@ class Problem:
 
 
 #: Fig. 7, 8 and 9.
-MADELON = Problem("madelon", 1, COARSE_PRECISION, 1e-4, gdstar=((20, 1, 70_000), (100, 5, 70_000)))
+MADELON = LogisticBenchmark("madelon", 1, COARSE_PRECISION, 1e-4, gdstar=((20, 1, 70_000), (100, 5, 70_000)))
 #: Fig. 1 and 4: k = 0.17 % of "6,000 parameters" is 10 of gisette's 5,000 (6,000 is its number of rows).
-GISETTE = Problem("gisette", 10, GISETTE_PRECISION, 5e-3)
+GISETTE = LogisticBenchmark("gisette", 10, GISETTE_PRECISION, 5e-3)
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ SMALL_RATINGS = Benchmark(
 
 
 @dataclass(frozen=True)
-class Size:
+class HardThresholdSize:
     """All that is run.
 
     Attributes:
@@ -219,15 +219,15 @@ class Size:
         evaluations: of a network's run.
     """
 
-    problems: tuple[Problem, ...]
+    problems: tuple[LogisticBenchmark, ...]
     benchmarks: tuple[Benchmark, ...]
     seeds: int
     accordion_seeds: int
     evaluations: int
 
 
-SMALL = Size((GISETTE, MADELON), (SMALL_IMAGES, SMALL_TEXT, SMALL_RATINGS), 3, 3, 6)
-PAPER = Size((GISETTE, MADELON), (RESNET18, LSTM, NCF), 3, 6, 100)
+SMALL = HardThresholdSize((GISETTE, MADELON), (SMALL_IMAGES, SMALL_TEXT, SMALL_RATINGS), 3, 3, 6)
+PAPER = HardThresholdSize((GISETTE, MADELON), (RESNET18, LSTM, NCF), 3, 6, 100)
 
 
 class Given(NamedTuple):
@@ -263,7 +263,7 @@ _OF_RATINGS = (
 )
 
 
-def differences(size: Size, given: Mapping[str, Given], parts: Sequence[Part]) -> list[str]:
+def differences(size: HardThresholdSize, given: Mapping[str, Given], parts: Sequence[Part]) -> list[str]:
     """How a run differs from the paper's experiments; a sentence each."""
     lines: list[str] = []
     if "logistic" in parts:
@@ -317,7 +317,7 @@ def _text(value: Any) -> str:
 # --- specs -----------------------------------------------------------------------------------------------------------
 
 
-def specs(size: Size, data: Mapping[str, Given], parts: Sequence[Part], device: str) -> dict[str, Spec]:
+def specs(size: HardThresholdSize, data: Mapping[str, Given], parts: Sequence[Part], device: str) -> dict[str, Spec]:
     """All runs by name.
 
     Args:
@@ -335,7 +335,7 @@ def specs(size: Size, data: Mapping[str, Given], parts: Sequence[Part], device: 
     return found
 
 
-def _logistic(problem: Problem, given: Given | None, seeds: int) -> Iterator[Spec]:
+def _logistic(problem: LogisticBenchmark, given: Given | None, seeds: int) -> Iterator[Spec]:
     base: Spec = {
         "part": "logistic",
         "problem": problem.name if given else "generated",
@@ -357,7 +357,7 @@ def _logistic(problem: Problem, given: Given | None, seeds: int) -> Iterator[Spe
             yield star | {"compressor": "threshold", "fields": {"precision": FINE_PRECISION}}
 
 
-def _networks(benchmark: Benchmark, size: Size, given: Given | None, device: str) -> Iterator[Spec]:
+def _networks(benchmark: Benchmark, size: HardThresholdSize, given: Given | None, device: str) -> Iterator[Spec]:
     base: Spec = {
         "part": "networks",
         "kind": benchmark.kind,

@@ -15,14 +15,14 @@ from bench.data import Dataset, load
 from bench.data.ratings import Interactions, Ratings, evaluation_rows, hits, load_ratings
 from bench.data.text import Corpus, Streams, evaluation_streams, load_text
 from bench.models import MODELS, LanguageModel, NeuMF, detached, lstm, ncf
-from bench.simulated.training import Images, Task
+from bench.simulated.training import Images, SimulatedTask
 
 #: Streams that a text is tested in, and users that are ranked at a time.
 TEST_STREAMS = 10
 TEST_USERS = 512
 
 
-class Language(Task):
+class Language(SimulatedTask):
     """A recurrent model of a text: cross entropy; "perplexity" of the test text and its logarithm, "loss".
 
     Each worker has streams of its own and carries the network's state along them, from zeros at each epoch.
@@ -73,7 +73,7 @@ class Language(Task):
         self._states = [tuple(part.to(self.device) for part in pair) for pair in state["states"]]
 
 
-class Recommendation(Task):
+class Recommendation(SimulatedTask):
     """Whether a user likes an item: binary cross entropy; "hit_rate" is Hit-Rate@10 on the items held out.
 
     Args:
@@ -124,7 +124,7 @@ def _ratings(path: str | None) -> Ratings:
     return load_ratings(path)
 
 
-def make(spec: Mapping[str, Any]) -> tuple[Task, str]:
+def make(spec: Mapping[str, Any]) -> tuple[SimulatedTask, str]:
     """The task of a spec, with initial weights by its seed, and what its data are."""
     workers, seed, device, options = spec["workers"], spec["seed"], spec["device"], dict(spec["options"])
     if spec["kind"] == "images":

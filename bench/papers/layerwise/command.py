@@ -40,7 +40,7 @@ from bench.experiments.grid import GridError, run_grid
 from bench.papers.layerwise import figures as layerwise_figures
 from bench.papers.layerwise.findings import Runs, accuracy_table, along, judge_all, theory_table
 from bench.papers.layerwise.runs import run
-from bench.papers.layerwise.sizes import METHODS, PAPER, SMALL, UNLIKE, Size, Where, differences, specs
+from bench.papers.layerwise.sizes import METHODS, PAPER, SMALL, UNLIKE, LayerwiseSize, Where, differences, specs
 from ring.machine import usable_cores
 
 OUT = Path("results/layerwise")
@@ -87,7 +87,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _size(options: argparse.Namespace) -> Size:
+def _size(options: argparse.Namespace) -> LayerwiseSize:
     """The preset, with what the options say otherwise."""
     size = PAPER if options.paper else SMALL
     if options.imagenet and not options.paper:
@@ -116,7 +116,7 @@ def _size(options: argparse.Namespace) -> Size:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def caption(runs: Runs, size: Size, about: dict[str, Any]) -> str:
+def caption(runs: Runs, size: LayerwiseSize, about: dict[str, Any]) -> str:
     """How the figures came about."""
     sources = dict.fromkeys(run["result"]["source"] for run in runs.values())
     each = "; ".join(
@@ -136,7 +136,7 @@ def caption(runs: Runs, size: Size, about: dict[str, Any]) -> str:
     return sentences(parts) + (f"\n{unlike}." if unlike else "")
 
 
-def report(runs: Runs, size: Size, about: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+def report(runs: Runs, size: LayerwiseSize, about: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     """table.md, and the findings as JSON."""
     findings = judge_all(runs, size.networks)
     parts = [

@@ -15,12 +15,12 @@ from bench.models import MODELS
 from bench.papers.layerwise.sizes import BASELINE, LAYER, MODEL
 from bench.simulated.training import (
     Aggregation,
-    Compressed,
+    CompressedMean,
     ExactMean,
     Images,
     Observer,
+    SimulatedTask,
     Step,
-    Task,
     make_optimiser,
     simulate,
 )
@@ -59,7 +59,7 @@ def run(spec: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     if spec["method"] != BASELINE:
         compressor = COMPRESSORS[spec["method"]](**spec["fields"])
         parts = {LAYER: layer_parts(blocks, compressor), MODEL: model_parts(blocks, compressor)}
-        aggregation = Compressed(parts[spec["granularity"]], spec["workers"], seed=spec["seed"])
+        aggregation = CompressedMean(parts[spec["granularity"]], spec["workers"], seed=spec["seed"])
         observers.append(BothGranularities(parts, every, spec["seed"]))
         constants = [compressor.constants(block.length) for block in blocks]
         if all(layer.omega is not None for layer in constants):
@@ -137,7 +137,7 @@ def _dataset(path: str | None, folder: bool) -> Dataset | ImageFiles:
     return load_folder(str(path)) if folder else load(path)
 
 
-def _task(spec: Mapping[str, Any]) -> tuple[Task, str, float]:
+def _task(spec: Mapping[str, Any]) -> tuple[SimulatedTask, str, float]:
     """With the network's initial weights and the order of the images by the seed; the data's source; guessing."""
     folder = spec["imagenet"]
     dataset = _dataset(spec["data"], folder)

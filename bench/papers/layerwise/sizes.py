@@ -90,7 +90,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Size:
+class LayerwiseSize:
     """A set of runs.
 
     Attributes:
@@ -126,14 +126,14 @@ class Size:
                     yield Setting(method, value, "nesterov")
 
 
-SMALL = Size(
+SMALL = LayerwiseSize(
     networks=(Network("alexnet", width=0.125, batch_size=64, epochs=4, long_epochs=4, nesterov=True),),
     ratios=(0.001, 0.01, 0.1, 0.5),
     thresholds=(3e-5, 1e-3, 3e-2),
     seeds=5,
     augment=False,
 )
-PAPER = Size(
+PAPER = LayerwiseSize(
     networks=(
         Network("alexnet"),
         Network("resnet9", nesterov=True),
@@ -161,7 +161,7 @@ UNLIKE = (
 )
 
 
-def differences(size: Size) -> str:
+def differences(size: LayerwiseSize) -> str:
     """How a size differs from the paper's, for its tables and figures; empty if it doesn't."""
     parts = []
     for network in size.networks:
@@ -198,7 +198,7 @@ class Where:
     device: str = "cpu"
 
 
-def specs(size: Size, methods: Sequence[str], where: Where) -> dict[str, Spec]:
+def specs(size: LayerwiseSize, methods: Sequence[str], where: Where) -> dict[str, Spec]:
     """The grid, by name: all seeds of a setting after one another, layer-wise before entire-model."""
     found: dict[str, Spec] = {}
     for network in size.networks:
@@ -211,7 +211,9 @@ def specs(size: Size, methods: Sequence[str], where: Where) -> dict[str, Spec]:
     return found
 
 
-def _spec(size: Size, network: Network, setting: Setting, granularity: str | None, seed: int, where: Where) -> Spec:
+def _spec(
+    size: LayerwiseSize, network: Network, setting: Setting, granularity: str | None, seed: int, where: Where
+) -> Spec:
     long = setting.method in ("randomk", "threshold", "adaptive")
     return {
         "network": network.name,
