@@ -46,11 +46,11 @@ import torch
 
 from bench.common.command_line import Parser, UsageError, description, methods_help, names, numbers
 from bench.common.environment import dataset_digest, environment
-from bench.common.files import file_name, plain, read_object, write_atomically, write_json, writing
+from bench.common.files import file_name, plain, read_object, write_json, writing
 from bench.common.launch import INTERRUPTED, for_ranks
 from bench.common.texts import commit_text, machine_text, sentences
 from bench.data import DataError, load
-from bench.drawing import page
+from bench.experiments.experiment import write_table_and_figures
 from bench.experiments.grid import GridError, run_grid
 from bench.hooks import figures as ddp_figures
 from bench.hooks.equal_bytes import PLAIN, TOLERANCE, Entry, Length, blocks_of, entries
@@ -412,11 +412,9 @@ def write(record: Mapping[str, Any], out: Path) -> list[Path]:
     found = [Entry(**entry) for entry in record["expected"]]
     words = caption(options, runs, about)
     text, _ = report(runs, found, options, words, record["notes"])
-    write_atomically(out / "table.md", text.encode())
-    with page.figure_style():
-        title = "PyTorch's communication hooks beside ours"
-        figure = ddp_figures.draw(rows(runs, found, options.nproc), title, words)
-        return [out / "table.md", page.write_figure(figure, out / "ddp.png")]
+    title = "PyTorch's communication hooks beside ours"
+    each = rows(runs, found, options.nproc)
+    return write_table_and_figures(out, text, lambda: iter([("ddp.png", ddp_figures.draw(each, title, words))]))
 
 
 def redraw(path: Path) -> list[Path]:

@@ -327,7 +327,7 @@ class CompressingWorkers:
 
 
 class Crowd:
-    """All workers of a long run in one loop over arrays: the bits of `CompressingWorkers`, in a tenth of the time or less.
+    """All workers of a long run in one loop over arrays: the bits of `CompressingWorkers`, within a tenth of the time.
 
     For runs of 10⁵ iterations with 100 workers, where calls would take hours. No payload is made: its bytes are those
     of a payload with as many elements. `train` does the first iterations of every run both ways and compares.

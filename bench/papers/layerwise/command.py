@@ -4,13 +4,7 @@ Six methods, each applied to every layer for itself (a layer is one parameter te
 as one vector, without error feedback, at the paper's ratios: test accuracy by epoch, over several seeds, and the
 compression error of the same gradients at both granularities.
 
-    --out folder (results/layerwise)
-        runs/<name>.json    each run (`bench.experiments.grid`); what `--resume` goes on with
-        layerwise.json      what was found, means along each run, and how it came about
-        runs.json.gz        what figures and tables need of the runs (`bench.experiments.condensed_runs`)
-        table.md            the paper's findings beside ours, judged by written rules; how the runs differ from the
-                            paper's; accuracies; the theory's terms
-        fig<n>-<method>.png
+--out is the folder for all that `bench.experiments.experiment` writes.
 
 Operators are those of the authors' code (github.com/sands-lab/layer-wise-aaai20), but for `layerwise_sizes.UNLIKE`.
 """
@@ -18,30 +12,24 @@ Operators are those of the authors' code (github.com/sands-lab/layer-wise-aaai20
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from matplotlib.figure import Figure
 
-from bench.common.command_line import Parser, UsageError, description, names, numbers, refused
-from bench.common.environment import dataset_digest, environment
-from bench.common.files import CannotWrite, plain, write_atomically, write_json, writing
+from bench.common.command_line import Parser, UsageError, description, names, numbers
+from bench.common.environment import dataset_digest
 from bench.common.texts import commit_text, machine_text, sentences
-from bench.data import DataError, load
+from bench.data import load
 from bench.data.folder import load_folder
-from bench.drawing import page
-from bench.experiments import condensed_runs as kept
-from bench.experiments.findings import table
-from bench.experiments.grid import GridError, run_grid
+from bench.experiments.experiment import Experiment, add_run_options, check_bounds, folder_for
+from bench.experiments.findings import Finding, table
 from bench.papers.layerwise import figures as layerwise_figures
 from bench.papers.layerwise.findings import Runs, accuracy_table, along, judge_all, theory_table
 from bench.papers.layerwise.runs import run
 from bench.papers.layerwise.sizes import METHODS, PAPER, SMALL, UNLIKE, LayerwiseSize, Where, differences, specs
-from ring.machine import usable_cores
 
 OUT = Path("results/layerwise")
 #: The column of what was found, in whose sign it is to the statement.
@@ -72,18 +60,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help=f"as for the training job (default: the shipped sample of Fashion-MNIST; with --paper {PAPER_DATA})",
     )
     parser.add_argument("--imagenet", help="folder of ImageNet, with --paper", metavar="PATH")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: 2)", metavar="N")
-    parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)", metavar="N")
-    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {OUT}; {OUT}-paper)", metavar="DIR")
-    parser.add_argument("--resume", action="store_true", help="go on with the runs in --out")
+    add_run_options(parser, OUT)
     options = parser.parse_args(arguments)
     unknown = [method for method in options.methods if method not in METHODS]
     if unknown:
         raise UsageError(f"--methods must be of {', '.join(METHODS)}, got {unknown[0]!r}")
     options.size = _size(options)
     options.where = Where(options.data or (PAPER_DATA if options.paper else None), options.imagenet, options.device)
-    options.out = options.out or (Path(f"{OUT}-paper") if options.paper else OUT)
+    options.out = folder_for(options, OUT)
     return options
 
 
@@ -99,12 +83,7 @@ def _size(options: argparse.Namespace) -> LayerwiseSize:
         if unknown:
             raise UsageError(f"--networks must be of {', '.join(known)} here, got {unknown[0]!r}")
         networks = [known[name] for name in options.networks]
-    bounds = {"seeds": 1, "batch_size": 1, "epochs": 0, "width": 0, "processes": 1, "threads": 1}
-    for option, bound in bounds.items():
-        value = getattr(options, option)
-        if value is not None and not value >= (bound or 1e-9):
-            least = f"at least {bound}" if bound else "positive"
-            raise UsageError(f"--{option.replace('_', '-')} must be {least}, got {value:g}")
+    check_bounds(options, {"seeds": 1, "batch_size": 1, "epochs": 0, "width": 0, "processes": 1, "threads": 1})
     changes: dict[str, Any] = {}
     if options.epochs is not None:
         changes |= {"epochs": options.epochs, "long_epochs": options.epochs}
@@ -116,7 +95,7 @@ def _size(options: argparse.Namespace) -> LayerwiseSize:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def caption(runs: Runs, size: LayerwiseSize, about: dict[str, Any]) -> str:
+def caption(runs: Runs, size: LayerwiseSize, about: Mapping[str, Any]) -> str:
     """How the figures came about."""
     sources = dict.fromkeys(run["result"]["source"] for run in runs.values())
     each = "; ".join(
@@ -136,13 +115,13 @@ def caption(runs: Runs, size: LayerwiseSize, about: dict[str, Any]) -> str:
     return sentences(parts) + (f"\n{unlike}." if unlike else "")
 
 
-def report(runs: Runs, size: LayerwiseSize, about: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """table.md, and the findings as JSON."""
-    findings = judge_all(runs, size.networks)
+def report(runs: Runs, found: Sequence[Finding], options: argparse.Namespace, about: Mapping[str, Any]) -> str:
+    """table.md."""
+    size: LayerwiseSize = options.size
     parts = [
         "# Layer-wise against entire-model compression (Dutta et al. 2020)",
         caption(runs, size, about),
-        table(findings, ours=OURS),
+        table(found, ours=OURS),
         "## Differences from the paper",
         "\n".join(f"* {line}" for line in (*filter(None, [differences(size)]), *UNLIKE)),
     ]
@@ -159,7 +138,7 @@ def report(runs: Runs, size: LayerwiseSize, about: dict[str, Any]) -> tuple[str,
                 "layer-wise runs, what Assumption 5 and Lemma 1 allow for E‖Q(g)‖² and what was measured.",
                 theory_table(runs, network),
             ]
-    return "\n\n".join(parts) + "\n", [finding.as_dict() for finding in findings]
+    return "\n\n".join(parts) + "\n"
 
 
 #: Of a run's steps, the columns that are drawn or in tables.
@@ -175,34 +154,31 @@ SHOWN = (
 )
 
 
-def part(result: Mapping[str, Any]) -> dict[str, Any]:
+def condense(result: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a run."""
     whole = ("source", "guessing", "evaluations", "diverged", "noise")
     steps = {name: result["steps"][name] for name in SHOWN if name in result["steps"]}
     return {"steps": steps, **{name: result[name] for name in whole if name in result}}
 
 
-def write(runs: Runs, options: argparse.Namespace, about: dict[str, Any], text: str, out: Path) -> list[Path]:
-    """table.md and all figures."""
-    written = [out / "table.md"]
-    write_atomically(written[0], text.encode())
+def draw(runs: Runs, options: argparse.Namespace, about: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """A figure for each method that was run."""
     words = caption(runs, options.size, about)
-    with page.figure_style():
-        for method in options.methods:
-            figure = layerwise_figures.draw(runs, options.size.networks, method, words)
-            if figure is not None:
-                written.append(page.write_figure(figure, out / layerwise_figures.name_of(method)))
-    return written
+    for method in options.methods:
+        figure = layerwise_figures.draw(runs, options.size.networks, method, words)
+        if figure is not None:
+            yield layerwise_figures.name_of(method), figure
 
 
-def redraw(path: Path) -> list[Path]:
-    """Figures and tables again, of the layerwise.json at `path` and the runs beside it.
-
-    Raises: as `kept.recorded`.
-    """
-    about, words, runs = kept.recorded(path)
-    options = parse(words)  # the size is what the options made of it
-    return write(runs, options, about, report(runs, options.size, about)[0], path.parent)
+def data_digest(options: argparse.Namespace) -> dict[str, Any]:
+    """The digest of the data; what is wrong with them is said once, before any run."""
+    digest = None
+    for imagenet in {network.imagenet for network in options.size.networks}:
+        if imagenet:
+            load_folder(options.imagenet)
+        else:
+            digest = dataset_digest(load(options.where.data))
+    return {"data_sha256": digest}
 
 
 def condensed(runs: Runs) -> dict[str, Any]:
@@ -220,54 +196,17 @@ def condensed(runs: Runs) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(["python -m bench.layerwise", *map(shlex.quote, words)])
-    try:
-        options = parse(words)
-        digest = None
-        for imagenet in {network.imagenet for network in options.size.networks}:  # what is wrong is said once
-            if imagenet:
-                load_folder(options.imagenet)
-            else:
-                digest = dataset_digest(load(options.where.data))
-        out: Path = options.out
-        out.mkdir(parents=True, exist_ok=True)
-        grid = specs(options.size, options.methods, options.where)
-        with tqdm(total=len(grid), desc="runs", unit="run", disable=None) as bar:
-
-            def show(line: str) -> None:
-                bar.update()
-                bar.write(line)
-
-            runs = run_grid(
-                run,
-                grid,
-                out / "runs",
-                processes=options.processes,
-                threads=options.threads,
-                resume=options.resume,
-                show=show,
-            )
-        about = environment() | {"command": command, "cores": usable_cores(), "data_sha256": digest}
-        with writing(out):
-            shown = kept.keep(out, runs, part)
-            text, findings = report(shown, options.size, about)
-            record = {
-                "environment": about,
-                "size": asdict(options.size),
-                "findings": findings,
-                "runs": condensed(runs),
-            }
-            write_json(out / "layerwise.json", plain(record))
-            write(shown, options, about, text, out)
-            print(text)
-    except (UsageError, DataError, GridError, CannotWrite, ValueError) as error:
-        return refused(error)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    return 0
+EXPERIMENT = Experiment(
+    name="layerwise",
+    record="layerwise.json",
+    parse=parse,
+    about=data_digest,
+    specs=lambda options: specs(options.size, options.methods, options.where),
+    run=run,
+    condense=condense,
+    judge=lambda runs, options: judge_all(runs, options.size.networks),
+    report=report,
+    draw=draw,
+    summary=lambda runs, options: {"size": asdict(options.size), "runs": condensed(runs)},
+)
+main, redraw = EXPERIMENT.main, EXPERIMENT.redraw
