@@ -21,7 +21,7 @@ from bench.papers.gradiveq import recorded_gradients as gradients
 
 #: Records that have a name of their own -> the module that draws them; imported where there is one.
 EXPERIMENTS = {
-    "ddp.json": "bench.hooks.command",
+    "ddp.json": "bench.hooks.report",
     "hard-threshold.json": "bench.papers.hard_threshold.command",
     "layerwise.json": "bench.papers.layerwise.command",
     "paper-timing.json": "bench.papers.gradiveq.timing",

@@ -20,7 +20,7 @@ from bench.common.command_line import UsageError
 from bench.data.ratings import Interactions, load_ratings
 from bench.drawing import page as figure_page
 from bench.experiments.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, Finding, table
-from bench.papers.hard_threshold import findings
+from bench.papers.hard_threshold import logistic_findings, network_findings
 from bench.papers.hard_threshold.command import PARTS, main, parse
 from bench.papers.hard_threshold.figures import by_fields, elements_per_iteration
 from bench.papers.hard_threshold.runs import AccordionObserver, optimiser, problem_of, run, schedule, threshold_for
@@ -423,7 +423,7 @@ def verdicts(found: list[Finding]) -> dict[str, str]:
 
 def test_rules_for_logistic_regression_confirm_and_refute() -> None:
     silent = [0, *(5 * n for n in range(1, 11))]
-    good = findings.logistic(
+    good = logistic_findings.logistic(
         logistic_runs(
             {"total_error": 0.5, "silent": silent},
             {"suboptimality": [10.0 ** (-n / 2) for n in range(11)]},
@@ -435,7 +435,7 @@ def test_rules_for_logistic_regression_confirm_and_refute() -> None:
     stated = [claim for claim in judged if "λ = 14881" in claim]
     assert judged.pop(stated[0]) == NOT_TESTABLE  # not madelon
     assert set(judged.values()) == {CONFIRMED}
-    bad = findings.logistic(
+    bad = logistic_findings.logistic(
         logistic_runs(
             {"total_error": 2.0, "suboptimality": [1.0] * 11, "error": [0.0, *[2.0] * 10]},
             {"error": [0.0, *(2.0**n for n in range(1, 11))]},
@@ -454,11 +454,11 @@ def test_lambda_is_compared_where_the_data_are_madelon() -> None:
         one["spec"]["problem"] = "madelon"
         one["result"]["source"] = "madelon (2,000 points)"
         one["result"]["fields"] = {"value": 14_900.0}
-    claim = next(finding for finding in findings.logistic(runs, MADELON) if "14881" in finding.claim)
+    claim = next(finding for finding in logistic_findings.logistic(runs, MADELON) if "14881" in finding.claim)
     assert claim.verdict == CONFIRMED
     for one in runs.values():
         one["result"]["fields"] = {"value": 15_100.0}
-    claim = next(finding for finding in findings.logistic(runs, MADELON) if "14881" in finding.claim)
+    claim = next(finding for finding in logistic_findings.logistic(runs, MADELON) if "14881" in finding.claim)
     assert claim.verdict == NOT_CONFIRMED
 
 
@@ -469,7 +469,7 @@ def test_ef_gdstar_is_judged_by_its_end(end: float, verdict: str) -> None:
         star = {**one, "spec": one["spec"] | {"algorithm": "ef-gdstar"}}
         star["result"] = {**one["result"], "trace": trace(suboptimality=[1.0] * 10 + [end], error=[0.0] * 11)}
         runs[f"star{len(runs)}"] = star
-    judged = verdicts(findings.logistic(runs, MADELON))
+    judged = verdicts(logistic_findings.logistic(runs, MADELON))
     assert judged["EF-GDstar with hard-threshold reaches f - f* <= 5e-12"] == verdict
     assert judged["its error stays below 5e-12"] == CONFIRMED
     assert judged["it sends 1.7x less data than top-k"] == NOT_CONFIRMED  # as many
@@ -521,7 +521,7 @@ def network_runs(hard: float, hard_error: float = 0.5) -> dict[str, Any]:
 @pytest.mark.parametrize(("hard", "verdict"), [(140.0, CONFIRMED), (210.0, NOT_CONFIRMED)])
 def test_metrics_are_compared_at_the_same_density(hard: float, verdict: str) -> None:
     """Lower perplexity is better."""
-    judged = verdicts(findings.networks(network_runs(hard), SMALL_TEXT))
+    judged = verdicts(network_findings.networks(network_runs(hard), SMALL_TEXT))
     assert judged["better than layer-wise top-k at the same average density"] == verdict
     assert judged["hard-threshold almost reaches what no compression does"] == NOT_CONFIRMED
     assert judged["smaller total error than top-k"] == CONFIRMED
@@ -529,16 +529,16 @@ def test_metrics_are_compared_at_the_same_density(hard: float, verdict: str) -> 
 
 def test_what_can_not_be_told_is_open() -> None:
     one_seed = {name: one for name, one in network_runs(140).items() if one["spec"]["seed"] == 0}
-    judged = verdicts(findings.networks(one_seed, SMALL_TEXT))
+    judged = verdicts(network_findings.networks(one_seed, SMALL_TEXT))
     assert judged["better than layer-wise top-k at the same average density"] == NOT_TESTABLE
     far = network_runs(140, hard_error=0.5)
     for one in far.values():
         if one["spec"]["compressor"] == "threshold":
             one["result"]["average_density"] *= 100
-    judged = verdicts(findings.networks(far, SMALL_TEXT))
+    judged = verdicts(network_findings.networks(far, SMALL_TEXT))
     assert judged["better than layer-wise top-k at the same average density"] == NOT_TESTABLE
     assert judged["smaller total error than top-k"] == NOT_TESTABLE  # smaller, but with more sent
-    assert findings.networks({}, SMALL_TEXT) == []
+    assert network_findings.networks({}, SMALL_TEXT) == []
 
 
 def test_between_densities_metrics_are_interpolated_by_their_logarithm() -> None:
@@ -547,10 +547,10 @@ def test_between_densities_metrics_are_interpolated_by_their_logarithm() -> None
     def value(record: Mapping[str, Any]) -> float:
         return float(record["result"]["evaluations"][-1]["perplexity"])
 
-    assert findings.at_density(records, value, 1e-2) == pytest.approx(150)
-    assert findings.at_density(records, value, 1e-1 * 1.4) == 100
-    assert findings.at_density(records, value, 1e-1 * 1.6) is None
-    assert findings.at_density(records, value, 1e-3 / 1.6) is None
+    assert network_findings.at_density(records, value, 1e-2) == pytest.approx(150)
+    assert network_findings.at_density(records, value, 1e-1 * 1.4) == 100
+    assert network_findings.at_density(records, value, 1e-1 * 1.6) is None
+    assert network_findings.at_density(records, value, 1e-3 / 1.6) is None
 
 
 def test_settings_and_elements() -> None:

@@ -13,11 +13,12 @@ from PIL import Image
 from redrawn import check_drawn_again
 
 from bench.common.command_line import UsageError
+from bench.common.learning_rate import rise_and_fall
 from bench.common.statistics import Difference, holds, paired
 from bench.drawing import page as figure_page
 from bench.papers.layerwise.command import main, parse
 from bench.papers.layerwise.findings import STATEMENTS, Statement, judge, judge_all
-from bench.papers.layerwise.runs import run, schedule
+from bench.papers.layerwise.runs import run
 from bench.papers.layerwise.sizes import (
     BASELINE,
     METHODS,
@@ -62,7 +63,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_schedule_is_the_papers():
     """0 to 0.4 in 5 of 24 epochs, then linearly to 0, at 10 steps an epoch."""
-    rate = schedule(0.4, 5 / 24, 240)
+    rate = rise_and_fall(0.4, 5 / 24, 240)
     assert rate(0) == pytest.approx(0.4 / 50)
     assert rate(24) == pytest.approx(0.2)
     assert rate(49) == pytest.approx(0.4)

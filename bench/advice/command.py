@@ -81,7 +81,7 @@ METHODS = (
 LEAST_GBPS, MOST_GBPS, PER_DECADE = 0.01, 100.0, 4
 #: Iterations of a probe that nobody asked for: 64 samples are what GradiVeQ needs at ratio 8 on the models of ours.
 PROBE = 80
-#: Of weights, inputs and what methods draw.
+#: The seed of weights, inputs and what methods draw.
 SEED = 0
 #: Examples of a batch of the probe, and of what proportions are measured with, at most if nothing else is said.
 PROBE_BATCH, PROFILE_BATCH = 32, 8
@@ -107,7 +107,7 @@ EXAMPLES = (
 
 
 def methods_of(options: argparse.Namespace) -> dict[str, Method]:
-    """By spec.
+    """The methods, by spec.
 
     Raises:
         ValueError: a spec is none.

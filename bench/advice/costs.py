@@ -41,13 +41,13 @@ from gradiveq.windows import basis_state
 
 #: How plain DDP is called among the methods.
 PLAIN = "plain DDP"
-#: Of which the first isn't counted.
+#: Repeats of a measurement, of which the first isn't counted.
 REPEATS = 4
 #: Compressors that read the gradient once, and do next to nothing with it.
 ONE_PASS = (Half, Identity, RandomK)
 #: Workers whose gathered payloads are decoded, to see what each adds.
 FEW, MORE = 2, 4
-#: Of the hook's State: from then on it compresses.
+#: The iteration from which on the hook's State compresses.
 START = 2
 
 

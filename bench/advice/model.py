@@ -48,7 +48,7 @@ class ModelError(ValueError):
 
 @contextmanager
 def others_code(title: str) -> Iterator[None]:
-    """Around what somebody else has written: whatever it raises, or that it leaves Python, is told in one line.
+    """Somebody else's code runs within: whatever it raises, or that it leaves Python, is told in one line.
 
     Raises:
         ModelError: begins with `title`.

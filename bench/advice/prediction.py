@@ -107,13 +107,13 @@ class Situation:
 
     @property
     def slowdown(self) -> float:
-        """Of the slowest node: all wait for it."""
+        """How many times as long the slowest node computes: all wait for it."""
         nodes = [self.cluster.node, *self.cluster.other_nodes.values()]
         return max(node.slowdown for node in nodes)
 
     @property
     def cores(self) -> float:
-        """Of one node."""
+        """The cores of one node."""
         shared = self.cluster.shared_cores
         return 1.0 if shared is None else shared / self.cluster.nodes
 
@@ -220,7 +220,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class Compared:
-    """At one bandwidth.
+    """The predictions at one bandwidth.
 
     Attributes:
         x: Gbit/s.

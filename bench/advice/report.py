@@ -107,7 +107,7 @@ def _where(found: Answer, method: str, stretched: Sequence[tuple[float | None, f
 
 
 def risk_text(found: Answer, method: str) -> str:
-    """For the table: what is known in few words."""
+    """What is known of the risk, in few words for the table."""
     seen = found.asked.probed.get(method)
     here = f"loss {seen.loss:.2g} at ratio {seen.ratio:.3g}" if seen is not None and seen.loss is not None else ""
     others = found.elsewhere[method][:1]
@@ -262,7 +262,7 @@ def _verdict(found: Answer, limit: float) -> str:
 
 
 def _paying_by_steps(found: Answer, paying: Sequence[str]) -> dict[str, float]:
-    """Of methods that pay, those that wouldn't if an all-gather had as many steps as an all-reduce: how fast they'd be.
+    """Speed-ups of those paying methods that wouldn't pay if an all-gather had as many steps as an all-reduce.
 
     Whatever saves bytes saves them in as many steps too, so these pay by nothing else.
     """
@@ -337,7 +337,7 @@ def redraw(path: Path) -> list[Path]:
 
 
 def record(found: Answer, lines: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
-    """For record.json."""
+    """What record.json holds."""
     asked, measured = found.asked, found.asked.measured
 
     def of(name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from gradiveq.methods import Compressed, GradiVeQ, Method
 from gradiveq.pca import DEFAULT_LOSS_THRESHOLD
 from gradiveq.powersgd import PowerSGD
 
-#: Of the probe's iterations, those that are measured after the others were sampled.
+#: The share of the probe's iterations that are measured, after the others were sampled.
 HELD_OUT = 0.2
 #: Files of recorded results, and what they are called.
 RUNS = ("cifar100-6x16", "cifar100-6x16-all-slices-ratio-8")
@@ -34,7 +34,7 @@ LAYERWISE, HARD_THRESHOLD, DDP = "layerwise/layerwise.json", "hard-threshold/tab
 
 
 class Probed(NamedTuple):
-    """Of all layers together: ‖ĝ - g‖²/‖g‖² on held-out gradients, and bytes over bytes; or why there is nothing."""
+    """‖ĝ - g‖²/‖g‖² on held-out gradients and bytes over bytes, of all layers together; or why there is nothing."""
 
     loss: float | None
     ratio: float | None
@@ -142,7 +142,7 @@ def recorded(results: Path) -> dict[str, list[Elsewhere]]:
 
 
 def closest(method: Method, spec: str, model: str, found: Mapping[str, list[Elsewhere]]) -> list[Elsewhere]:
-    """Of what was recorded of a method: with its own setting, or else without error feedback, or else all of it.
+    """What was recorded of a method with its own setting, or else without error feedback, or else all of it.
 
     What is of the same model comes first.
     """
@@ -179,7 +179,7 @@ def _training_runs(results: Path) -> list[tuple[str, Elsewhere]]:
 
 
 def _layerwise(results: Path) -> list[tuple[str, Elsewhere]]:
-    """Without error feedback."""
+    """Accuracies without error feedback."""
     runs = read_json(results / LAYERWISE)["runs"].values()
     accuracies: dict[tuple[str, Any, str], list[float]] = defaultdict(list)
     for run in runs:
@@ -198,7 +198,7 @@ def _layerwise(results: Path) -> list[tuple[str, Elsewhere]]:
 
 
 def _hard_threshold(results: Path) -> list[tuple[str, Elsewhere]]:
-    """With error feedback, layer by layer; from the tables "NETWORK, DATA: all settings"."""
+    """Accuracies with error feedback, layer by layer; from the tables "NETWORK, DATA: all settings"."""
     text = (results / HARD_THRESHOLD).read_text(encoding="utf-8")
     found = []
     for section in text.split("\n## ")[1:]:
@@ -222,7 +222,7 @@ def _hard_threshold(results: Path) -> list[tuple[str, Elsewhere]]:
 
 
 def _hooks(results: Path) -> list[tuple[str, Elsewhere]]:
-    """By the hook itself, as `bench.ddp` compares it with PyTorch's."""
+    """Accuracies by the hook itself, as `bench.ddp` compares it with PyTorch's."""
     record = read_json(results / DDP)
     accuracies = {row["method"]: row["accuracies"] for row in record["rows"] if row["accuracies"]}
     theirs, model = 100 * fmean(accuracies["torch:none"]), record["options"]["model"]

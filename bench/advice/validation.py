@@ -103,7 +103,7 @@ class ClusterFit:
         )
 
     def fit(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """To the collectives of all jobs.
+        """Fit to the collectives of all jobs.
 
         First the parameters to all-reduces: least mean |log(predicted / measured)| of time, and half of that of
         processor time. Then how much longer gathers take than that makes of them.

@@ -29,7 +29,7 @@ METHODS: dict[str, Method] = {
         holdout_every=0,
     ),
 }
-#: By name: how it is made, and examples per rank.
+#: Name -> how the model is made, and examples per rank.
 MODELS: dict[str, tuple[Callable[[], Task], int]] = {
     "resnet32": (lambda: tensor_task("resnet32", resnet32(100, seed=0), (3, 32, 32)), 8),
     "resnet18-narrow": (lambda: tensor_task("resnet18-narrow", resnet18(100, width=0.375, seed=0), (3, 32, 32)), 4),
@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[Callable[[], Task], int]] = {
 
 @dataclass
 class Found:
-    """By rank 0.
+    """What rank 0 has found.
 
     Attributes:
         collectives: (what, seconds per call by repeat, seconds of processor time per call).

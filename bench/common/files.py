@@ -56,7 +56,7 @@ class CannotWrite(OSError):
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Around what a command writes into a folder of its own: it is made before, and named on stdout when all is there.
+    """A folder that a command writes into: made before, and named on stdout when everything is there.
 
     Raises:
         CannotWrite: where anything raised OSError.
@@ -80,7 +80,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically, see `write_atomically`."""
+    """Write JSON atomically, see `write_atomically`."""
     write_atomically(path, (json.dumps(plain(value), indent=1, allow_nan=False) + "\n").encode())
 
 

@@ -37,7 +37,7 @@ def thread_variables(threads: int) -> dict[str, str]:
 
 
 def limit_threads(threads: int) -> None:
-    """For what is imported from now on."""
+    """Limit the threads of libraries that are imported from now on."""
     os.environ.update(thread_variables(threads))
 
 

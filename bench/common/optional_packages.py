@@ -33,7 +33,7 @@ def what_is_missing(error: BaseException | None) -> str | None:
 
 
 def say_what_is_missing() -> None:
-    """From now on, such an error that nobody catches is one line on stderr."""
+    """Show an error of a missing package that nobody catches as one line on stderr, from now on."""
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

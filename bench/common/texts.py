@@ -32,7 +32,7 @@ def commit_text(environment: Mapping[str, Any]) -> str:
 
 
 def bytes_text(num_bytes: float) -> str:
-    """In the largest binary unit that it reaches: "64 KiB"."""
+    """A number of bytes in the largest binary unit that it reaches: "64 KiB"."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if num_bytes >= size:
             return f"{num_bytes / size:g} {unit}"

@@ -130,7 +130,7 @@ class Processes(Workers):
 
 
 class Meeting:
-    """Where workers that are threads tell each other values. `barrier.abort()` sends everybody home."""
+    """A place where workers that are threads tell each other values. `barrier.abort()` sends everybody home."""
 
     def __init__(self, size: int) -> None:
         self.size = size

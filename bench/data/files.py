@@ -79,7 +79,7 @@ def check_md5(path: Path, md5s: Mapping[str, str]) -> str:
 
 
 def md5(path: Path) -> str:
-    """In hexadecimal digits."""
+    """The MD5 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 

@@ -26,7 +26,7 @@ Box = tuple[float, float, float, float]
 ENDINGS = (".jpeg", ".jpg", ".png")
 #: (training images, test images, classes) of ILSVRC 2012.
 IMAGENET = (1_281_167, 50_000, 1_000)
-#: Of ImageNet's channels, where 1 is white.
+#: Mean and deviation of ImageNet's channels, where 1 is white.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Share of the area and ratio of the sides of what is cut out in training (Szegedy et al. 2015).
 AREAS, RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)

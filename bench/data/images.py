@@ -340,7 +340,7 @@ def _dataset(
 
 
 def _mean_and_std(values: Bytes) -> tuple[float, float]:
-    """From the histogram, so exact whatever the number of images, and without a copy as floats."""
+    """Mean and deviation from the histogram: exact whatever the number of images, and without a copy as floats."""
     counts = torch.bincount(torch.from_numpy(values.flatten()), minlength=256).numpy()
     levels = np.arange(256) / 255
     mean = float(counts @ levels / values.size)

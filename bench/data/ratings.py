@@ -192,7 +192,7 @@ def _numbered(ids: Ids) -> tuple[Ids, int]:
 
 
 def _unrated(pairs: Ids, num_users: int, num_items: int, seed: int) -> Ids:
-    """For each user, items drawn uniformly without repetition from those that are in none of its pairs.
+    """Items for each user, drawn uniformly without repetition from those that are in none of its pairs.
 
     Drawn at random and again where that was rated or drawn before: each of the possible sets is as likely.
     """
@@ -293,7 +293,7 @@ def evaluation_rows(
 
 
 def hits(scores: torch.Tensor, k: int = 10) -> torch.Tensor:
-    """For whom the held-out item comes among the first k: Hit-Rate@k is the mean over all users.
+    """Whether each user's held-out item comes among the first k: Hit-Rate@k is the mean over all users.
 
     Args:
         scores: of shape (n, 101), of the items as `evaluation_rows` has them. An item with the same score as the

@@ -55,19 +55,19 @@ def new_figure(width: float, height: float, title: str, caption: str) -> Figure:
 
 @cache
 def _width(text: str, size: float, weight: str) -> float:
-    """Inches."""
+    """The width of a text, in inches."""
     renderer: Any = FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()  # type: ignore[no-untyped-call]
     width: float = renderer.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)[0]
     return width / DPI
 
 
 def longest(texts: Iterable[str], size: float) -> float:
-    """Inches of the longest line."""
+    """The width of the longest line, in inches."""
     return max((_width(line, size, "normal") for text in texts for line in text.split("\n")), default=0.0)
 
 
 def legend_width(labels: Iterable[str]) -> float:
-    """Inches that `add_legend` takes beside an axis."""
+    """The width that `add_legend` takes beside an axis, in inches."""
     return longest(labels, LEGEND_SIZE) + 0.6
 
 

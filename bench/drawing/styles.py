@@ -48,7 +48,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", 
 
 
 def _places(methods: Iterable[str]) -> dict[str, int]:
-    """Where in `OTHER_STYLES` each method is that has no style of its own; beyond the end it begins again."""
+    """The index in `OTHER_STYLES` of each method that has no style of its own; beyond the end it begins again."""
     places: dict[str, int] = {}
     for method in dict.fromkeys(methods):
         if method not in METHOD_COLORS:

@@ -145,7 +145,7 @@ def _do(run: Run, name: str, spec: Spec, folder: Path) -> dict[str, Any]:
 
 
 def _prepare(threads: int, told: connection.Connection) -> None:
-    """In a process of the pool: its threads, and its end when the one that started it has stopped, even if killed.
+    """Set up a process of the pool: its threads, and its end when its parent has stopped, even if that was killed.
 
     Args:
         told: a pipe whose other end that process closes if it doesn't want the results any more.

@@ -30,39 +30,32 @@ import argparse
 import math
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from bench.common.command_line import Parser, UsageError, description, methods_help, names, numbers
 from bench.common.environment import dataset_digest, environment
-from bench.common.files import file_name, plain, read_object, write_json, writing
-from bench.common.launch import INTERRUPTED, for_ranks
-from bench.common.texts import commit_text, machine_text, sentences
+from bench.common.files import file_name, plain, write_json, writing
+from bench.common.launch import INTERRUPTED
 from bench.data import DataError, load
-from bench.experiments.experiment import write_table_and_figures
 from bench.experiments.grid import GridError, run_grid
-from bench.hooks import figures as ddp_figures
-from bench.hooks.equal_bytes import PLAIN, TOLERANCE, Entry, Length, blocks_of, entries
-from bench.hooks.findings import Runs, extras_table, group_table, methods_table, reached_accuracy, rows, times_table
-from bench.hooks.runs import TIME, TRAIN, RunsPlan, several_by_default, work
+from bench.hooks.equal_bytes import PLAIN, Entry, Length, blocks_of, entries
+from bench.hooks.findings import reached_accuracy, rows
+from bench.hooks.ranks import RanksError, by_torchrun, on_hosts, stopped_by_sigterm
+from bench.hooks.report import write
+from bench.hooks.runs import LR_WARMUP, TIME, TRAIN, RunsPlan, several_by_default, work
 from bench.models import MODELS
 from bench.shaped.hosts import MOST_HOSTS, Hosts, HostsError, why_not
 from gradiveq.ddp.state import FIRST_START
 from ring.machine import usable_cores
 
 OUT = Path("results/ddp")
-#: Of GradiVeQ: one window for the run; then sampling and compressing in the paper's proportion; then few samples.
+#: GradiVeQ is there three times: one window for the run, the paper's proportion of sampling, and few samples.
 METHODS = (
     PLAIN,
     "rar",
@@ -87,15 +80,8 @@ RATIOS = (8.0, 25.0)
 RATES_MBPS = (100.0,)
 #: Models whose channels --width changes, and by how much unless it is said.
 WIDTHS = {"alexnet": 0.25, "alexnet-fc": 0.25, "resnet9": 0.25}
-#: Of the learning rate: the share of the run in which it rises, as in `bench.layerwise`.
-LR_WARMUP = 5 / 24
-PORT = 29_600
 #: What torchrun and others tell the processes that they start.
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class RanksError(RuntimeError):
-    """The ranks of a job have failed; one line."""
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -274,156 +260,7 @@ def _nothing(spec: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     raise AssertionError("it is recorded")
 
 
-def by_torchrun(plan: RunsPlan, options: argparse.Namespace) -> None:
-    """Start the ranks on this machine, and wait for them.
-
-    Raises:
-        RanksError: one of them failed.
-    """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.nproc)]
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
-        file = Path(folder) / "plan.json"
-        plan.write(file)
-        command = [*torchrun, "-m", "bench.hooks.runs", str(file)]
-        _wait_for([subprocess.Popen(command, stderr=said, env=os.environ | for_ranks(options.threads))], [said])
-
-
-def on_hosts(plan: RunsPlan, options: argparse.Namespace, hosts: Hosts) -> None:
-    """Start each rank on a host of its own, and wait for them. Raises as `by_torchrun`."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as files:
-        file = Path(folder) / "plan.json"
-        plan.write(file)
-        variables = os.environ | for_ranks(options.threads)
-        said = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(options.nproc)]
-        processes = []
-        for rank, errors in enumerate(said):
-            address = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(options.nproc),
-                "LOCAL_RANK": "0",
-                "MASTER_ADDR": hosts.addresses[0],
-                "MASTER_PORT": str(PORT),
-                # What Gloo would otherwise find out by looking up the host's name, which all hosts share.
-                "GLOO_SOCKET_IFNAME": "eth0",
-            }
-            command = [sys.executable, "-m", "bench.hooks.runs", str(file)]
-            processes.append(hosts.popen(rank, command, stderr=errors, env=variables | address))
-        _wait_for(processes, said)
-
-
-def _wait_for(processes: Sequence[subprocess.Popen[Any]], said: Sequence[IO[str]]) -> None:
-    """Until all have ended, or one has failed; then the others are ended.
-
-    Args:
-        said: what they wrote to their standard errors.
-    """
-    try:
-        while any(process.poll() is None for process in processes):
-            if any(process.returncode for process in processes):
-                break
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()  # torchrun ends its workers
-        for process in processes:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-    if any(process.returncode for process in processes):
-        lines = []
-        for file in said:
-            file.seek(0)
-            lines += file.read().splitlines()
-        errors = [line for line in lines if line.startswith("error: ")]
-        said_last = [line for line in lines if line.strip()][-1:]
-        raise RanksError((errors or said_last or ["the ranks ended"])[0].removeprefix("error: "))
-
-
-# --- results ---------------------------------------------------------------------------------------------------------
-
-
-def caption(options: argparse.Namespace, runs: Runs, about: Mapping[str, Any]) -> str:
-    """How the numbers came about."""
-    trained = next(run["result"] for run in runs.values() if run["spec"]["kind"] == TRAIN)
-    width = "" if options.width is None else f" (width {options.width:g})"
-    parts = [
-        f"Data: {trained['source']}",
-        f"{options.model}{width}, {trained['num_parameters']:,} parameters; {options.nproc} ranks x "
-        f"{options.batch_size} images over {options.backend}, {options.iterations} iterations, SGD with Nesterov "
-        f"momentum {options.momentum:g}, weight decay {options.weight_decay:g}, learning rate 0 to "
-        f"{options.lr:g} in {LR_WARMUP:.0%} of the run, then to 0",
-        f"the first {options.start} iterations go uncompressed with all methods; one bucket for all; GradiVeQ's times "
-        "are of compressed iterations",
-        f"seeds 0 to {options.seeds - 1}" if options.seeds > 1 else "seed 0",
-        f"on {machine_text(about, about)}, {options.threads} thread{'s' if options.threads > 1 else ''} a "
-        f"rank, torch {about['versions']['torch']}",
-        commit_text(about),
-        f"command: {about['command']}",
-    ]
-    return sentences(parts)
-
-
-def report(
-    runs: Runs, found: Sequence[Entry], options: argparse.Namespace, words: str, notes: Sequence[str]
-) -> tuple[str, list[dict[str, Any]]]:
-    """table.md, and its rows as JSON."""
-    each, goal = rows(runs, found, options.nproc), reached_accuracy(runs)
-    parts = [
-        "# PyTorch's communication hooks beside ours",
-        words,
-        "## All methods",
-        "Bytes are what one rank hands to the process group's collectives, counted there (of DDP without a hook: its "
-        "gradient), and what it then sends over the run, uncompressed iterations and bases included: 2(N-1)/N of what "
-        "is summed, N-1 times what is gathered. Accuracies are means ± standard deviations over the seeds. Times are "
-        "divided by plain DDP's of the same round: median (quartiles) of the rounds, compressed iterations only.",
-        methods_table(each, goal),
-    ]
-    for ratio in options.ratios:
-        if sum(row.ratio == ratio for row in each) > 1:
-            parts += [
-                f"## At equal bytes: 1/{ratio:g} of plain DDP's",
-                f"Within {TOLERANCE:.0%}, over the whole run.",
-                group_table(each, ratio),
-            ]
-    parts += ["## Times", times_table(runs)]
-    more = extras_table(each)
-    if more:
-        parts += [
-            "Times over those of plain DDP with one bucket, as above. Default buckets are timed where they are "
-            "several, of all methods but PyTorch's PowerSGD. The link's device is that of rank 0's host: what it has "
-            "sent per iteration, headers and acknowledgements included.",
-            more,
-        ]
-    parts += notes
-    if any(run["spec"].get("rate_mbps") for run in runs.values()):
-        parts.append(
-            "Shaped links let what they carry in a millisecond pass at once after a pause: an iteration there is too "
-            "short by at most that."
-        )
-    return "\n\n".join(parts) + "\n", [row.as_dict() for row in each]
-
-
-def write(record: Mapping[str, Any], out: Path) -> list[Path]:
-    """table.md and ddp.png, of what ddp.json holds."""
-    options, about, runs = argparse.Namespace(**record["options"]), record["environment"], record["runs"]
-    found = [Entry(**entry) for entry in record["expected"]]
-    words = caption(options, runs, about)
-    text, _ = report(runs, found, options, words, record["notes"])
-    title = "PyTorch's communication hooks beside ours"
-    each = rows(runs, found, options.nproc)
-    return write_table_and_figures(out, text, lambda: iter([("ddp.png", ddp_figures.draw(each, title, words))]))
-
-
-def redraw(path: Path) -> list[Path]:
-    """Figure and table again, of the ddp.json at `path`.
-
-    Raises:
-        LookupError, TypeError, ValueError: the record isn't as it should be.
-    """
-    return write(read_object(path), path.parent)
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -449,20 +286,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if lead:
             print(f"error: {error.filename or (options and options.out)}: {error.strerror or error}", file=sys.stderr)
         return 2
-
-
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM is an exception while this lasts, so that ranks are ended too."""
-    before = signal.signal(signal.SIGTERM, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _leave(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def run(options: argparse.Namespace, words: Sequence[str], launched: bool, lead: bool) -> int:

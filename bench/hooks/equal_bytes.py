@@ -44,7 +44,7 @@ TORCH_MIN_RATE = 2.0
 #: What a "?" may stand for: ranks of PowerSGD, ratios of GradiVeQ, and fractions of all others.
 MOST_RANK = 256
 RATIOS, FRACTIONS = (1.0, 1e4), (1e-5, 1.0)
-#: So many significant digits of what isn't a whole number.
+#: Significant digits of a setting that isn't a whole number.
 DIGITS = 3
 #: What is further than this from the bytes that are wanted is not compared at equal bytes.
 TOLERANCE = 0.12
@@ -71,7 +71,7 @@ class Handed(NamedTuple):
 
 @dataclass(frozen=True)
 class Length:
-    """Of a run.
+    """How long a run is, and on how many ranks.
 
     Attributes:
         iterations: of the run.

@@ -75,7 +75,7 @@ def reached_accuracy(runs: Runs) -> float:
 
 
 def rows(runs: Runs, entries: Sequence[Entry], ranks: int) -> list[Row]:
-    """In the order of what is sent, the most first."""
+    """A row for each method, in the order of what is sent, the most first."""
     goal = reached_accuracy(runs)
     plain = statistics.fmean(_sent(run, ranks) for run in select(runs, kind=TRAIN, method=PLAIN))
     return sorted((_row(runs, entry, ranks, goal, plain) for entry in entries), key=lambda row: -row.share)
@@ -131,7 +131,7 @@ def select_times(runs: Runs) -> list[Mapping[str, Any]]:
 
 
 def methods_table(found: Sequence[Row], goal: float, form: str = "github") -> str:
-    """All methods."""
+    """The table of all methods."""
     places = list(dict.fromkeys(where for row in found for where in row.times))
     head = ["method", "bytes handed over per compressed iteration", "bytes sent over the run, 1/x of plain's"]
     head += ["test accuracy (%)", f"MB until {100 * goal:.1f} %", *(f"time over plain DDP's, {p}" for p in places)]
@@ -152,7 +152,7 @@ def methods_table(found: Sequence[Row], goal: float, form: str = "github") -> st
 
 
 def group_table(found: Sequence[Row], ratio: float, form: str = "github") -> str:
-    """Those that are compared at equal bytes, the most accurate first."""
+    """The methods that are compared at equal bytes, the most accurate first."""
     group = [row for row in found if row.ratio == ratio]
     table = []
     for row in sorted(group, key=lambda row: -statistics.fmean(row.accuracies)):

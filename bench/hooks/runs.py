@@ -35,11 +35,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradiveq.ddp
 from bench.common.launch import INTERRUPTED
+from bench.common.learning_rate import rise_and_fall
 from bench.data import Batches, Dataset, evaluation_batches, load
 from bench.experiments.grid import GridError, run_grid
 from bench.hooks.equal_bytes import CASTS, PLAIN, TORCH_MIN_RATE, TORCH_POWERSGD, Handed, method_of
 from bench.models import MODELS
-from bench.papers.layerwise.runs import schedule
 from gradiveq.methods import GradiVeQ
 
 TRAIN, TIME = "train", "time"
@@ -60,6 +60,8 @@ GRADIENTS_ONLY: dict[str, Any] = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else {"broadcast_buffers": False}
 )
+#: The share of a run in which the learning rate rises, as in `bench.layerwise`.
+LR_WARMUP = 5 / 24
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
     dataset = _dataset(spec["data"])
     batches = Batches(dataset, spec["batch_size"], rank, size, seed=spec["seed"], device=spec["device"], augment=False)
     replica, counter = Replica(spec["method"], spec), Counter()
-    rate = schedule(spec["lr"], spec["warmup"], spec["iterations"])
+    rate = rise_and_fall(spec["lr"], spec["warmup"], spec["iterations"])
     due = {round(spec["iterations"] * (i + 1) / spec["evaluations"]) for i in range(spec["evaluations"])}
     each: list[Handed] = []
     compresses: list[bool] = []

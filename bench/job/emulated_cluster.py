@@ -9,9 +9,9 @@ from bench.clusters import load
 from bench.job.options import NO_CLUSTER
 from ring.cluster import Cluster, ClusterError, parse
 
-#: Where the GradiVeQ paper's Fig. 7 comes from.
+#: The cluster of the GradiVeQ paper's Fig. 7.
 DEFAULT = "gradiveq-cpu"
-#: So many workers train for real in one process, as each of them emulates all; larger clusters can be predicted without
+#: The most workers that train for real in one process, as each emulates all; larger clusters can be predicted without
 #: data (`ring.dry`).
 MOST_THREADS = 32
 

@@ -38,9 +38,9 @@ from bench.job.record import ENVIRONMENT, GROUPS, SUMMARY, metrics_name
 from bench.job.report import PHASES, Clock, clocks
 from gradiveq.pca import DEFAULT_LOSS_THRESHOLD
 
-#: Of methods that have no other.
+#: Phases of methods that have no other phase.
 ONLY_PHASES = ("plain", "qsgd", "compressed")
-#: The paper's Fig. 7b is for so many iterations, one window.
+#: The iterations, one window, that the paper's Fig. 7b is for.
 BREAKDOWN_ITERATIONS = 500
 #: Methods of which a figure shows the loss of every iteration; that of more hides the moving means.
 MOST_FAINT = 6
@@ -130,7 +130,7 @@ def redraw(path: Path) -> list[Path]:
 
 
 def _on(clock: Clock) -> str:
-    """For titles."""
+    """The clock in a title."""
     return "" if clock.key is None else f" on {clock.name}"
 
 

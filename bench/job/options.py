@@ -103,7 +103,7 @@ def reuse(text: str) -> int | str:
 
 
 def make_parser() -> Parser:
-    """Without defaults, so that what was given can be told from what was not."""
+    """The parser, without defaults, so that what was given can be told from what was not."""
     parser = Parser(
         prog=program("bench.resnet32_cifar100"),
         closing=lambda: methods_help(

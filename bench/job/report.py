@@ -19,7 +19,7 @@ from bench.job.record import GROUPS, SUMMARY
 #: Shown in seconds; measuring held-out losses is no part of training and is told in a line of its own.
 SHOWN = tuple(group for group in GROUPS if group != "measure")
 HEADINGS = {"exposed communication": "exposed\ncommunication"}
-#: In the order in which a method may have them.
+#: The phases, in the order in which a method may have them.
 PHASES = ("plain", "qsgd", "warm-up", "sample", "compress", "compressed")
 #: What a compressor sends and leaves out, in the mean.
 COMPRESSION = {"density": "density", "relative_error": "relative\nerror"}
@@ -34,7 +34,7 @@ def title(summary: Mapping[str, Any]) -> str:
 
 
 class Clock(NamedTuple):
-    """By which seconds are counted: this machine's clock, or that of an emulated cluster.
+    """The clock by which seconds are counted: this machine's, or that of an emulated cluster.
 
     Attributes:
         name: for tables and figures.
@@ -53,7 +53,7 @@ class Clock(NamedTuple):
 
 
 def clocks(summary: Mapping[str, Any]) -> list[Clock]:
-    """Those that say something: this machine's not where all ranks were threads of one process."""
+    """The clocks that say something; this machine's doesn't where all ranks were threads of one process."""
     found = [] if summary.get("one_process") else [Clock("this machine")]
     cluster = summary.get("cluster")
     if cluster:
@@ -168,7 +168,7 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
 
 
 def threshold_text(entry: Mapping[str, Any]) -> str:
-    """Of hard-threshold's threshold that followed from a formula."""
+    """A line about hard-threshold's threshold, where it followed from a formula."""
     text = f"threshold {entry['threshold']:.3g} for {entry['num_kept']:,} elements"
     estimate = entry["estimate"]
     if estimate is None:

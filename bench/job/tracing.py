@@ -14,7 +14,7 @@ from ring.trace import Trace, critical_path, records
 
 
 def trace_name(method: str, clock: Clock) -> str:
-    """Of a method's trace by one clock."""
+    """The file's name of a method's trace by one clock."""
     return f"trace-{file_name(method)}{clock.suffix}.perfetto.json.gz"
 
 

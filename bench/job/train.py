@@ -117,7 +117,7 @@ def learning_rate(iteration: int, settings: Settings) -> float:
 
 
 class Stopwatch:
-    """Where one iteration's seconds went, by one clock."""
+    """Tells where one iteration's seconds went, by one clock."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
@@ -134,7 +134,7 @@ class Stopwatch:
 
 
 def training_s(seconds: Mapping[str, float]) -> float:
-    """Of an iteration's seconds, those that training takes: measuring (held-out losses, noise) is no part of it."""
+    """The seconds of an iteration that training takes; measuring (held-out losses, noise) is no part of it."""
     return sum(seconds.values()) - seconds.get("measure", 0.0)
 
 
@@ -160,7 +160,7 @@ class Totals:
 
 
 def optimizer_momentum(method: Method, settings: Settings) -> float:
-    """Of SGD. With update compression it is in what each worker sends (`gradiveq.exchange`), and not there again."""
+    """SGD's momentum: 0 with update compression, where it is in what each worker sends (`gradiveq.exchange`)."""
     compressing = applied(method)
     feedback = None if compressing is None else compressing.feedback
     return 0.0 if feedback is not None and feedback.form == "update" else settings.momentum
@@ -171,7 +171,7 @@ SUMMED = ("density", "relative_error", "compression_error", "error", "payload_by
 
 
 def measured(measures: Measures) -> dict[str, Any]:
-    """For a line of the metrics."""
+    """What a line of the metrics has of the measures."""
     return {**dataclasses.asdict(measures), "relative_error": measures.relative_error}
 
 
@@ -394,7 +394,7 @@ class Trainer:
         return nullcontext() if self.virtual is None else self.virtual.taking(0.0)
 
     def _times(self) -> dict[str, float]:
-        """For a line of the metrics: training until now."""
+        """The seconds of training until now, as a line of the metrics has them."""
         return {"time_s": self.time_s} | ({} if self.virtual is None else {"virtual_s": self.virtual_s})
 
     def new_windows(self) -> list[dict[str, Any]]:

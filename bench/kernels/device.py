@@ -71,7 +71,7 @@ class TimedOperation(NamedTuple):
 
 
 def basis(length: int, slice_size: int) -> LayerBasis:
-    """Of a layer of random gradients: orthonormal, K / d = RATIO. What it holds doesn't matter for the time."""
+    """An orthonormal basis of a layer, K / d = RATIO; its numbers are random, as they don't matter for the time."""
     generator = np.random.default_rng(0)
     d = slice_size // RATIO
     components = np.linalg.qr(generator.standard_normal((slice_size, d)))[0].T.astype(np.float32)
@@ -180,7 +180,7 @@ def seconds_of(found: Sequence[TimedOperation], repeats: int, settle: Callable[[
 
 
 def rows_of(found: Sequence[TimedOperation], seconds: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """For the record: every operation beside the two limits, which are the first two."""
+    """The record's rows: every operation beside the two limits, which are the first two."""
     table = np.array(seconds)
     memory, product = found[0].num_bytes / table[0], found[1].flops / table[1]  # bytes and flops a second, by repeat
     rows = []

@@ -22,7 +22,7 @@ from bench.models.ncf import NeuMF, ncf
 from bench.models.resnet import resnet18, resnet50
 from bench.models.senet import senet18
 
-#: For images: name -> builder(num_classes, seed=…), from float32 (n, 3, 32, 32) to logits (n, num_classes).
+#: Models of images: name -> builder(num_classes, seed=…), from float32 (n, 3, 32, 32) to logits (n, num_classes).
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": partial(resnet_cifar, 20),
     "resnet32": resnet32,

@@ -56,7 +56,7 @@ def build_classifier(
 
 
 def pytorch_default(module: nn.Module, generator: torch.Generator) -> None:
-    """As the layers' own constructors would: what the papers' released code had for its image models.
+    """Draw weights as the layers' own constructors do: what the papers' released code had for its image models.
 
     Weights and biases of convolutions and linear layers are uniform in ±1/√fan-in, those of an LSTM in
     ±1/√(hidden size); batch norm begins as the identity.

@@ -86,7 +86,7 @@ def line_s(num_bytes: float, hosts: int, rate_mbps: float) -> float:
 
 
 def sizes(options: argparse.Namespace, hosts: int, rate_mbps: float) -> list[int]:
-    """From the smallest to the largest vector, each four times the one before, as far as MOST_LINE_S allows."""
+    """The sizes of vectors, each four times the one before, up to the largest that MOST_LINE_S allows."""
     found: list[int] = []
     size = options.min_bytes
     while size <= options.max_bytes and (not found or line_s(size, hosts, rate_mbps) <= MOST_LINE_S):

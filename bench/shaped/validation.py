@@ -61,7 +61,7 @@ HOSTS = (2, 3, 4, 6)
 CALIBRATION_SIZES, CALIBRATION_RATES, CALIBRATION_HOSTS = (SIZES[0], SIZES[2], SIZES[4]), (100, 1000), (2, 6)
 #: Calls whose virtual time is averaged, after one that empties the buckets.
 EMULATED_CALLS = 3
-#: So many sets of parameters are tried.
+#: The sets of parameters that are tried at most.
 MOST_FITS = 700
 WANTED_MEAN_ERROR, WANTED_ERROR = 0.05, 0.15
 #: Seconds that all ranks of a set of hosts may take.
@@ -140,7 +140,7 @@ class Model:
         )
 
     def time_s(self, cell: Cell) -> float:
-        """Of a call among others: the mean of some, after a first one."""
+        """The seconds of a call: the mean of several, after a first one."""
         programs = self._program(cell)
         emulator = Emulator(self.cluster(cell.hosts, cell.rate_mbps))
         clocks_s = [0.0] * cell.hosts

@@ -115,7 +115,7 @@ class Problem:
         return (self._slopes(point) @ self.features) / self.num_rows + self.mu * point
 
     def _slopes(self, point: Float64) -> Float64:
-        """Of each row's loss: -y·σ(-y·aᵀx)."""
+        """The slope of each row's loss: -y·σ(-y·aᵀx)."""
         return -self.labels * _sigmoid(-self.labels * (self.features @ point))
 
     def hessian(self, point: Float64) -> Float64:
@@ -221,7 +221,7 @@ class Shards:
         return np.random.default_rng([seed, 1]).integers(0, sizes, (iterations, self.workers)) + self.bounds[:-1]
 
     def row_gradients(self, point: Float64, rows: Int64, out: Float64) -> None:
-        """Of one row of each worker, weighed so that its mean over a worker's rows is ∇f_w, into `out`."""
+        """Gradients of one row of each worker, weighed so that their mean over its rows is ∇f_w, into `out`."""
         features, labels = self.features[rows], self.labels[rows]
         weights = np.diff(self.bounds) * (self.workers / len(self.labels))
         slopes = -labels * weights * _sigmoid(-labels * (features @ point))
@@ -269,7 +269,7 @@ def _all_gradients(features: Any, labels: Any, bounds: Any, mu: float, point: An
     return float(losses / num_rows + mu / 2 * squares)
 
 
-#: With sums in vector registers; infinities and NaN as they are.
+#: Compiled with sums in vector registers; infinities and NaN stay as they are.
 _gradients: Callable[..., float] = numba.njit(
     fastmath={"reassoc", "contract", "nsz"}, nogil=True, error_model="numpy", cache=True
 )(_all_gradients)
@@ -279,7 +279,7 @@ _gradients: Callable[..., float] = numba.njit(
 
 
 class SentElements(NamedTuple):
-    """Of one exchange, over all workers.
+    """What one exchange sends, over all workers.
 
     Attributes:
         elements, num_bytes: that were sent, summed.
@@ -370,7 +370,7 @@ def message_bytes(compressor: Compressor, length: int, count: int) -> int:
 
 
 def _num_sent(compressor: Compressor, length: int) -> int:
-    """Of a vector whose elements all count."""
+    """How many elements are sent of a vector whose elements all differ."""
     payload = compressor.compress(np.arange(1, length + 1, dtype=np.float32), Draw(0, 0, 0, 0))
     return compressor.num_sent(payload, length)
 

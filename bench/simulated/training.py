@@ -44,7 +44,7 @@ from gradiveq.running_noise import RunningNoise, estimate_here
 EVALUATION_BATCH = 250
 #: Of `gradiveq.noise.NoiseEstimate`, what the threshold's formula needs: M, ζ² and σ².
 NOISE = ("multiple", "heterogeneity", "noise")
-#: Of these columns a record has the last step's value, of all others the mean over its steps.
+#: Columns of which a record has the last step's value; of all others it has the mean over its steps.
 RUNNING = ("total_error", *NOISE)
 
 
@@ -184,7 +184,7 @@ class Aggregation(ABC):
 
 
 class ExactMean(Aggregation):
-    """Without compression: the sum in the order of the ranks, over their number."""
+    """The mean without compression: the sum in the order of the ranks, over their number."""
 
     def aggregate(self, gradients: Sequence[Float32], out: Float32, call: int, lr: float) -> dict[str, float]:
         np.copyto(out, gradients[0])
@@ -195,7 +195,7 @@ class ExactMean(Aggregation):
 
 
 class CompressedMean(Aggregation):
-    """With compressors, as a ring with the same parts would (`gradiveq.exchange`).
+    """The mean that a ring with the same compressors of the same parts would give (`gradiveq.exchange`).
 
     Args:
         parts: that cover the vector.

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-#: Less than this is nothing: rounding of sums of seconds.
+#: Seconds below this are rounding of sums, and count as nothing.
 TINY_S = 1e-12
 
 
@@ -76,14 +76,14 @@ class Iteration:
 
 
 class _Step(NamedTuple):
-    """Of the main thread: compute, then issue these collectives as round `number` of `bucket`; or wait for a round."""
+    """A step of the main thread: compute, then issue a bucket's round, or wait for one; rounds are (bucket, number)."""
 
     compute_s: float = 0.0
     issue: tuple[int, int] | None = None
     wait: tuple[int, int] | None = None
 
 
-#: In the place of a round: a bucket's decoding.
+#: Stands for a bucket's decoding, in the place of a round.
 DECODED = -1
 
 
@@ -185,7 +185,7 @@ class _Clock:
             self._callbacks.append((index, self._buckets[index].decode_s))
 
     def _go_on(self, computing_s: float | None) -> tuple[float, float]:
-        """Until something ends: (seconds that pass, seconds of the main thread's computing that they do)."""
+        """Go on until something ends: (seconds that pass, seconds of the main thread's computing done meanwhile)."""
         wanted = [0.0 if computing_s is None else 1.0]
         wanted.append(self._network[0][2] if self._network else 0.0)
         wanted.append(1.0 if self._callbacks else 0.0)

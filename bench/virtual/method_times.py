@@ -65,7 +65,7 @@ class Gradient:
         return quantised, CHUNK_BYTES if self.qsgd.pipelined else sys.maxsize
 
     def payload_bytes(self, phase: str) -> int:
-        """Of the whole vector; times 2(N-1)/N is what each rank sends."""
+        """The payload of the whole vector, in bytes; each rank sends 2(N-1)/N times as much."""
         return sum(region.num_bytes for region in self.codec(phase)[0].regions(self.length, FLOAT32))
 
     @property

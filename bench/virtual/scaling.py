@@ -48,7 +48,7 @@ LEAST_GBPS, MOST_GBPS = 0.01, 400.0
 PER_DECADE = 8
 #: Compression pays where an iteration is at least so many times as fast as with plain ring all-reduce.
 PAYS = 1.05
-#: To how many digits a crossing is found.
+#: The relative precision to which a crossing is found.
 PRECISION = 1e-3
 SHOWN_NODES = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16_384, 100_000)
 SHOWN_GBPS = (0.01, 0.1, 1, 10, 100, 400)
@@ -147,7 +147,7 @@ def _spaced(least: float, most: float) -> list[float]:
 def stretches(
     points: Sequence[P], sweep: Swept[P], holds: Callable[[P], bool]
 ) -> list[tuple[float | None, float | None]]:
-    """Where something holds: first and last x, None where it does so to the end of the sweep.
+    """The stretches in which something holds: first and last x, None where it does so to the end of the sweep.
 
     Between neighbouring points of which it holds at one only, the place where it changes is found by bisection.
     """
@@ -172,7 +172,7 @@ def stretches(
 
 
 def crossings(points: Sequence[Point], sweep: Sweep) -> dict[str, Any]:
-    """By method: where it pays, where it is slower than plain ring all-reduce, and where it gains most."""
+    """Where each method pays, where it is slower than plain ring all-reduce, and where it gains most."""
 
     def of(method: str) -> dict[str, Any]:
         best = max(points, key=lambda point: point.speedup(method))

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FIGURE = "2"
 #: Files for Perfetto above this size are compressed.
 LARGE_BYTES = 200_000
-#: Of each all-reduce: calls before it is timed.
+#: Calls of each all-reduce before it is timed.
 WARM_CALLS = 2
 
 
@@ -294,7 +294,7 @@ def write_all(record: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
 
 
 def report(panel: Mapping[str, Any]) -> str:
-    """Of one all-reduce: exposed and hidden communication of each rank, its link, and the critical path in words."""
+    """Exposed and hidden communication of each rank in one all-reduce, its link, and the critical path in words."""
     from tabulate import tabulate
 
     from bench.drawing.styles import METHOD_LABELS

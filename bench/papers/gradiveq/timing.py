@@ -64,7 +64,7 @@ PART_LABELS = {"encode": "encode and recode", "exposed communication": "exposed 
 
 
 def gradient() -> Gradient:
-    """Of the paper's model, QSGD as in its Fig. 2a: nothing of a segment moves while it is quantised."""
+    """The gradient of the paper's model. QSGD is its Fig. 2a's: nothing of a segment moves while it is quantised."""
     return Gradient.of(resnet32(100), qsgd=QSGDRing(pipelined=False))
 
 
@@ -109,7 +109,7 @@ def fit(cluster: Cluster, paper: Paper, vector: Gradient) -> Fitted:
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function of a positive number is 0, to 10 digits."""
+    """The positive number at which a function is 0, to 10 digits."""
     return float(math.exp(brentq(lambda x: function(math.exp(x)), math.log(low), math.log(high), xtol=1e-10)))
 
 
@@ -200,7 +200,7 @@ def compare(vector: Gradient) -> dict[str, Any]:
             )
         for method in METHODS:
             value_s, stated_s = ours["methods"][method]["total_s"], paper.totals_s[method]
-            #: Without GradiVeQ's there is nothing in a total that the fit hasn't seen.
+            # A total without GradiVeQ has nothing that the fit hasn't seen.
             how = "predicted" if method == "gradiveq" else "of fitted cells"
             cells.append(
                 {

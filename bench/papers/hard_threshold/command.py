@@ -29,7 +29,9 @@ from bench.common.texts import machine_text, sentences, short_commit
 from bench.experiments.experiment import Experiment, add_run_options, check_bounds, folder_for
 from bench.experiments.findings import Finding, table
 from bench.papers.hard_threshold.figure_set import INTROSPECTED, SMALL_IS, draw
-from bench.papers.hard_threshold.findings import Runs, accordion_table, judge_all, metric_table
+from bench.papers.hard_threshold.findings import judge_all
+from bench.papers.hard_threshold.network_findings import accordion_table, metric_table
+from bench.papers.hard_threshold.rules import Runs
 from bench.papers.hard_threshold.runs import run
 from bench.papers.hard_threshold.sizes import (
     CIFAR100_MOST,
@@ -136,7 +138,7 @@ def _size(options: argparse.Namespace) -> HardThresholdSize:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-#: Of a network's run, the columns of its steps that are drawn.
+#: Columns of the steps of a network's run that are drawn.
 DRAWN = ("iteration", "error", "density")
 
 
@@ -179,7 +181,7 @@ def report(runs: Runs, found: Sequence[Finding], options: argparse.Namespace, ab
 
 
 def parts_of(runs: Runs) -> list[Part]:
-    """Those that were run."""
+    """The parts that were run."""
     found = {one["spec"]["part"] for one in runs.values()}
     return [part for part in PARTS if part in found]
 

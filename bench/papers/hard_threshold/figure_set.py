@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from bench.common.texts import commit_text, machine_text, sentences
 from bench.drawing.styles import PURPLE
 from bench.papers.hard_threshold import figures as drawing
-from bench.papers.hard_threshold.findings import Runs
+from bench.papers.hard_threshold.rules import Runs
 from bench.papers.hard_threshold.sizes import Benchmark, HardThresholdSize, LogisticBenchmark
 
 SMALL_IS = (

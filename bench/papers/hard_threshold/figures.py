@@ -32,7 +32,7 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 ORDER = tuple(STYLES)
 BITS_OF_A_FLOAT = 32
-#: So that 0 (nothing sent yet, no error yet) can be drawn on a logarithmic axis.
+#: Stands for 0 (nothing sent yet, no error yet) on a logarithmic axis.
 LEAST = 1e-300
 #: Columns of a network's steps, with their labels.
 ERROR_AND_DENSITY = (("error", "error ‖e‖², mean of the workers"), ("density", "density"))
@@ -55,7 +55,7 @@ def _traces(records: Records, key: str) -> Floats:
 
 
 def elements_per_iteration(trace: Mapping[str, Any]) -> Floats:
-    """Of a worker, mean over the iterations between two points of the trace."""
+    """Elements that a worker sends, as the mean over the iterations between two points of the trace."""
     elements, iterations = np.asarray(trace["elements"], np.float64), np.asarray(trace["iteration"], np.float64)
     return np.diff(elements) / np.diff(iterations)
 
@@ -231,12 +231,12 @@ def along_training(
 
 
 def final(record: Mapping[str, Any], metric: str) -> float:
-    """Of a run, the test metric at its end (where it has diverged: there)."""
+    """The test metric at the end of a run (where it has diverged: there)."""
     return float(record["result"]["evaluations"][-1][metric])
 
 
 def density(record: Mapping[str, Any]) -> float:
-    """Of a run, the share of the elements sent, averaged over its steps: the paper's measure of data volume."""
+    """The share of the elements sent, as the mean over a run's steps: the paper's measure of data volume."""
     return float(record["result"]["average_density"])
 
 

@@ -121,7 +121,7 @@ def schedule(spec: Spec, iterations_per_epoch: int) -> Callable[[int], float]:
 
 
 def optimiser(model: nn.Module, spec: Spec) -> torch.optim.Optimizer:
-    """As the paper's code has it: no weight decay of batch norm; with update compression, momentum is the workers'.
+    """The paper's code's: no weight decay of batch norm; with update compression, momentum is the workers'.
 
     Then the decay doesn't pass through the momentum, and is larger by the factor that this would make, 1/(1 - λ).
     """

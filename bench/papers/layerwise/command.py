@@ -141,7 +141,7 @@ def report(runs: Runs, found: Sequence[Finding], options: argparse.Namespace, ab
     return "\n\n".join(parts) + "\n"
 
 
-#: Of a run's steps, the columns that are drawn or in tables.
+#: Columns of a run's steps that are drawn or in tables.
 SHOWN = (
     "iteration",
     "density",
@@ -182,7 +182,7 @@ def data_digest(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def condensed(runs: Runs) -> dict[str, Any]:
-    """Of each run what it was, its evaluations, and means along it."""
+    """What each run was, its evaluations, and means along it."""
     return {
         name: {
             "spec": run["spec"],

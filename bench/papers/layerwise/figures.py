@@ -109,7 +109,7 @@ def _accuracy(axis: Axes, these: Records, network: Network, style: Mapping[str, 
 
 
 def _column(these: Records, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """By seed; NaN where nothing was measured, or the run had ended."""
+    """A column of all runs, by seed; NaN where nothing was measured, or the run had ended."""
     columns = [run["result"]["steps"].get(name, []) for run in these]
     lines = np.full((len(columns), len(these[0]["result"]["steps"]["iteration"])), np.nan)
     for line, column in zip(lines, columns, strict=True):

@@ -126,7 +126,7 @@ STATEMENTS = (
 
 
 def settings_of(runs: Runs, network: Network) -> list[Setting]:
-    """Of a network, in the order of the runs."""
+    """The settings that a network was run with, in the order of the runs."""
     found = [
         Setting(run["spec"]["method"], run["spec"]["value"], run["spec"]["optimiser"])
         for run in runs.values()
@@ -136,7 +136,7 @@ def settings_of(runs: Runs, network: Network) -> list[Setting]:
 
 
 def runs_of(runs: Runs, network: Network, setting: Setting, granularity: str | None) -> list[Mapping[str, Any]]:
-    """By seed."""
+    """The runs of a setting, by seed."""
     return select(
         runs,
         network=network.name,
@@ -153,7 +153,7 @@ def metric_of(network: Network) -> str:
 
 
 def accuracies(these: Sequence[Mapping[str, Any]], network: Network) -> list[float]:
-    """At the end of each run, in percent."""
+    """Accuracies at the end of each run, in percent."""
     return [100 * run["result"]["evaluations"][-1][metric_of(network)] for run in these]
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from bench.common.learning_rate import rise_and_fall
 from bench.data import Dataset, load
 from bench.data.folder import ImageFiles, load_folder
 from bench.models import MODELS
@@ -71,7 +70,7 @@ def run(spec: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
         task,
         aggregation,
         optimiser,
-        schedule(spec["lr"], spec["warmup"], iterations),
+        rise_and_fall(spec["lr"], spec["warmup"], iterations),
         workers=spec["workers"],
         iterations=iterations,
         seed=spec["seed"],
@@ -81,19 +80,6 @@ def run(spec: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
         checkpoint_every=max(1, iterations // CHECKPOINTS),
     )
     return {**about, **result}
-
-
-def schedule(lr: float, warmup: float, iterations: int) -> Callable[[int], float]:
-    """From 0 to lr in the share `warmup` of the run, then linearly to 0 (section 5.2).
-
-    As in the authors' code, the first step is 1 / iterations up the slope, not at 0.
-    """
-    knots = [0, warmup * iterations, iterations]
-
-    def rate(iteration: int) -> float:
-        return float(np.interp(iteration + 1, knots, [0, lr, 0]))
-
-    return rate
 
 
 class BothGranularities(Observer):
@@ -138,7 +124,7 @@ def _dataset(path: str | None, folder: bool) -> Dataset | ImageFiles:
 
 
 def _task(spec: Mapping[str, Any]) -> tuple[SimulatedTask, str, float]:
-    """With the network's initial weights and the order of the images by the seed; the data's source; guessing."""
+    """The task, with initial weights and the order of the images by the seed; the data's source; guessing."""
     folder = spec["imagenet"]
     dataset = _dataset(spec["data"], folder)
     options = {"imagenet": True} if folder else {}

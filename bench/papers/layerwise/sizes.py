@@ -13,7 +13,7 @@ from typing import Any
 
 Spec = dict[str, Any]
 
-#: In the order of the paper's figures 2 to 8.
+#: The methods in the order of the paper's figures 2 to 8.
 METHODS = ("randomk", "terngrad", "qsgd-gather", "adaptive", "threshold", "topk")
 BASELINE = "none"
 LAYER, MODEL = "layer", "model"
@@ -45,14 +45,14 @@ class Setting:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Of the compressor."""
+        """The compressor's fields."""
         if self.value is None:
             return FIELDS.get(self.method, {})
         return {"value" if self.method == "threshold" else "ratio": self.value}
 
     @property
     def label(self) -> str:
-        """For tables and figures."""
+        """The name in tables and figures."""
         if self.value is None:
             return ""
         return f"{self.value:g}" if self.method == "threshold" else f"{100 * self.value:g} %"
@@ -85,7 +85,7 @@ class Network:
 
     @property
     def label(self) -> str:
-        """For tables and figures."""
+        """The name in tables and figures."""
         return self.name if self.width == 1 else f"{self.name} (width {self.width:g})"
 
 
@@ -112,7 +112,7 @@ class LayerwiseSize:
     augment: bool = True
 
     def settings(self, network: Network, methods: Sequence[str]) -> Iterator[Setting]:
-        """In the order of the paper's figures, after the runs without compression."""
+        """The settings in the order of the paper's figures, after the runs without compression."""
         wanted = [method for method in methods if method in network.methods]
         yield Setting(BASELINE)
         if network.nesterov and "topk" in wanted:
@@ -185,7 +185,7 @@ def differences(size: LayerwiseSize) -> str:
 
 @dataclass(frozen=True)
 class Where:
-    """Where a run finds its data and is computed.
+    """The data of a run, and the device that computes it.
 
     Attributes:
         data: for `bench.data.load`; None for the shipped sample.
