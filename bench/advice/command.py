@@ -420,7 +420,7 @@ def advise(options: argparse.Namespace, command: str, asked: Asked | None = None
     """Answer one question: print it and write it.
 
     Args:
-        asked: of the same model and methods, if it is known already.
+        asked: what was asked of the same model and methods, if it is known already.
     Raises:
         UsageError, ModelError, DataError, ClusterError, ValueError: an option can't be used.
         OSError: the folder can't be written.

@@ -73,7 +73,7 @@ class BucketCost:
         decode_s: with `FEW` workers.
         decode_each_s: more for each further worker, whose payload is gathered.
         length: elements.
-        multiplications: of GradiVeQ, to encode it; as many to decode it.
+        multiplications: what GradiVeQ needs to encode it, and as many to decode it.
     """
 
     rounds: tuple[RoundCost, ...]
@@ -93,7 +93,7 @@ class MethodCost:
     Attributes:
         memory_bytes: that one worker keeps from iteration to iteration beside what plain DDP does.
         sampling_bytes, samples_bytes: of GradiVeQ, what each worker keeps while sampling instead, and what all share.
-        fit_bytes: of GradiVeQ, of all bases, which are gathered once per window.
+        fit_bytes: what GradiVeQ gathers once per window, all bases.
         by_rates: whether a cluster's own rates can say what encoding and decoding take on its devices: products with
             bases, or a single pass over the gradient. Others may stay on a GPU as well, but what they take there was
             not measured.
@@ -159,9 +159,9 @@ class MeasuredCosts:
     """What was measured of a model here, and of methods on it.
 
     Attributes:
-        lengths: of each bucket, elements; ready_s: when each is ready, in the profile's seconds.
-        copies_s: of each bucket, for DDP to copy gradients into it, and back.
-        costs: by method, PLAIN among them.
+        lengths: elements of each bucket; ready_s: when each is ready, in the profile's seconds.
+        copies_s: seconds in which DDP copies gradients into each bucket, and back.
+        costs: costs by method, PLAIN among them.
         refused: why other methods are not.
     """
 

@@ -69,8 +69,8 @@ class Profile:
     Attributes:
         forward_s, backward_s, update_s: medians.
         ready_s: by index of the parameters that require a gradient: when in backward it is there.
-        flops: of forward and backward, as `torch.utils.flop_counter` counts them.
-        batch_size: of what was timed.
+        flops: operations of forward and backward, as `torch.utils.flop_counter` counts them.
+        batch_size: examples of the batch that was timed.
     """
 
     forward_s: float
@@ -103,7 +103,7 @@ class Task:
     Attributes:
         name: as it was asked for, fit for a file.
         model: in training mode.
-        loss: of a model and a number of examples, which are made of random numbers.
+        loss: gives the loss of a model on a number of examples, which are made of random numbers.
         images: whether it takes 3x32x32 images, and classifies them.
     """
 
@@ -117,7 +117,7 @@ def build(name: str, input_shape: Sequence[int] | None = None, vocabulary: int |
     """One of `bench.models`, or what `package.module:function` returns when it is called without arguments.
 
     Args:
-        input_shape: of one example, without the batch.
+        input_shape: shape of one example, without the batch.
         vocabulary: the example consists of whole numbers below this; None for normally distributed float32.
     Raises:
         ModelError: there is no such model, or it is no module.
@@ -290,7 +290,7 @@ def assign_buckets(model: nn.Module, ready_s: Sequence[float], bucket_mb: float 
     before the one in front of it.
 
     Args:
-        ready_s: of each parameter that requires a gradient.
+        ready_s: when in backward each gradient is ready, for the parameters that require one.
         bucket_mb: DDP's `bucket_cap_mb`; None for its default.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -70,9 +70,9 @@ class Prediction:
     """One method's iteration.
 
     Attributes:
-        time_s: of GradiVeQ the mean over a window.
+        time_s: seconds of an iteration; of GradiVeQ, the mean over a window.
         compressed: an iteration that is compressed, in detail.
-        bytes_sent: by each rank, likewise a mean.
+        bytes_sent: bytes that each rank sends, likewise a mean.
     """
 
     time_s: float
@@ -86,10 +86,10 @@ class Situation:
 
     Attributes:
         profile: seconds of an iteration's computing on a node that isn't slowed down.
-        ready_s: of each bucket, in that profile.
-        copies_s: of each bucket, for DDP to copy gradients into it, and back.
-        costs: by method, PLAIN among them.
-        windows: of the methods that have them.
+        ready_s: when each bucket is ready, in that profile.
+        copies_s: seconds in which DDP copies gradients into each bucket, and back.
+        costs: costs by method, PLAIN among them.
+        windows: windows of the methods that have them.
         rated: whether the cluster's own rates say what PCA and copying take; otherwise what was measured here does.
         gather_factor, even_steps: of `FittedNetwork`.
     """
@@ -138,7 +138,7 @@ class Situation:
         """A method's iteration.
 
         Args:
-            gbps: of the links, instead of the cluster's own bandwidth.
+            gbps: bandwidth of the links, instead of the cluster's own bandwidth.
         Raises:
             ClusterError: the cluster has no rate for something.
         """

@@ -32,7 +32,7 @@ class Asked:
     """What is known of a model whatever the cluster.
 
     Attributes:
-        probed: by method.
+        probed: what the probe found, by method.
         probe: what was probed, or why nothing was.
     """
 
@@ -49,10 +49,10 @@ class Answer:
     Attributes:
         ratio: K/d of GradiVeQ.
         computing: where the seconds of computing come from.
-        predictions: by method, PLAIN first.
-        gains: by method, the bandwidths at which it is faster than plain DDP; pays: by PAYS or more.
-        sweep: by method, over the bandwidths.
-        elsewhere: by method.
+        predictions: predictions by method, PLAIN first.
+        gains: bandwidths at which a method is faster than plain DDP; pays: by PAYS or more.
+        sweep: predictions by method, over the bandwidths.
+        elsewhere: what was recorded of other models, by method.
         also: what GradiVeQ compresses besides convolutions.
         searched: the folder in which there are no recorded results; "" if there are some.
     """

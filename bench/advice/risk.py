@@ -45,7 +45,7 @@ class Elsewhere(NamedTuple):
     """What a method did to another model.
 
     Attributes:
-        setting: of the method.
+        setting: the setting of the method.
         result: for people, beside what plain training had.
         source: the folder in results/.
         model: that was trained.

@@ -80,7 +80,7 @@ class ClusterFit:
 
     Attributes:
         parameters: share of the rate, call_us, copy_us_per_mib.
-        gather_factors: by number of hosts.
+        gather_factors: gather factors by number of hosts.
     """
 
     NAMES = ("share of the rate", "call_us", "copy_us_per_mib")

@@ -43,8 +43,8 @@ class Found:
 
     Attributes:
         collectives: (what, seconds per call by repeat, seconds of processor time per call).
-        times_s: by model and method, per iteration by repeat.
-        cpu_s: likewise, processor time of one rank per iteration, the mean over ranks and repeats.
+        times_s: seconds by model and method, per iteration by repeat.
+        cpu_s: processor time of one rank per iteration, the mean over ranks and repeats.
     """
 
     models: dict[str, MeasuredCosts] = field(default_factory=dict)

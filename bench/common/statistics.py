@@ -76,8 +76,8 @@ class Difference(NamedTuple):
     """The mean difference of pairs, and its confidence interval.
 
     Attributes:
-        mean: of the differences.
-        half_width: of the interval; infinite below `LEAST_PAIRS` pairs.
+        mean: the mean of the differences.
+        half_width: half the width of the interval; infinite below `LEAST_PAIRS` pairs.
     """
 
     mean: float

@@ -53,7 +53,7 @@ def reading_member(path: Path, md5s: Mapping[str, str], member: str) -> Iterator
     """Open a file in a published .zip archive.
 
     Args:
-        path: of the archive.
+        path: the path of the archive.
         md5s: MD5 -> name of each archive that is expected.
         member: the file's path in it.
     Raises:

@@ -28,7 +28,7 @@ def keep(folder: Path, runs: Mapping[str, Mapping[str, Any]], part: Callable[[Ma
     """Write what is kept of the runs, and return it.
 
     Args:
-        runs: of `bench.experiments.grid`.
+        runs: the records of `bench.experiments.grid`.
         part: what is kept of a run's result.
     """
     kept = {

@@ -44,7 +44,7 @@ class Experiment:
     """What one experiment is; `main` and `redraw` do the rest.
 
     Attributes:
-        name: of its command (`python -m bench.NAME`).
+        name: name of its command (`python -m bench.NAME`).
         record: name of the JSON file, by which `python -m bench.figures` knows it.
         parse: the options from the words of a command line, those of `add_run_options` among them. Raises UsageError.
         about: what the environment has beside the machine. Raises DataError, before any run, for unusable data.

@@ -47,11 +47,11 @@ def run_grid(
     """Do the runs that are not done yet. A run that fails doesn't keep the others from ending.
 
     Args:
-        run: of one spec; a module's function, as spawned processes have to find it.
-        specs: by name, which is also a file's: letters, digits, and "_+-.=".
+        run: does the run of one spec; a module's function, as spawned processes have to find it.
+        specs: the specs by name, which is also a file's: letters, digits, and "_+-.=".
         folder: for their records; made if it isn't there.
         processes: at a time; with 1 they run in this process.
-        threads: of each.
+        threads: threads of each run.
         resume: whether to take the runs that are recorded as done; otherwise there may be none.
         show: called with a line whenever a run ends.
     Returns:

@@ -74,8 +74,8 @@ class Length:
     """How long a run is, and on how many ranks.
 
     Attributes:
-        iterations: of the run.
-        start: of these, those at the beginning that no method compresses.
+        iterations: iterations of the run.
+        start: iterations at the beginning that no method compresses.
         ranks: how many.
     """
 
@@ -264,7 +264,7 @@ class Entry:
 
     Attributes:
         text: without a "?".
-        ratio: of the group that it is compared in at equal bytes: 8 for an eighth of plain DDP's. None for none.
+        ratio: ratio of the group that it is compared in at equal bytes: 8 for an eighth of plain DDP's. None for none.
         expected: its bytes sent over the run, as a multiple of those that the group has; of plain DDP's without one.
     """
 

@@ -26,18 +26,18 @@ class Row:
 
     Attributes:
         method: as a text.
-        ratio: of the group in which it is compared at equal bytes, or None.
+        ratio: ratio of the group in which it is compared at equal bytes, or None.
         bytes_per_iteration: handed to the process group in a compressed iteration, in the mean over the seeds.
         sent_per_iteration: that a rank sends in the mean over the run's iterations, uncompressed ones included.
-        share: of plain DDP's, likewise.
+        share: `sent_per_iteration` over plain DDP's.
         off: how much more of it than the group has; None without a group.
         accuracies: at the end, by seed; fractions.
         diverged: seeds of which the loss at the end wasn't finite.
         reached_bytes: handed over until the accuracy is reached that the table names, by seed; None where it isn't.
         times: seconds per iteration over plain DDP's of the same round, by where; of GradiVeQ of compressed ones.
-        sampling: likewise of iterations in which GradiVeQ samples; else empty.
-        defaults: likewise with DDP's default buckets, over plain DDP's with one; empty if these are one as well.
-        wire_bytes: by the network device's own count, per iteration, by where.
+        sampling: the same of iterations in which GradiVeQ samples; else empty.
+        defaults: the same with DDP's default buckets, over plain DDP's with one; empty if these are one as well.
+        wire_bytes: bytes per iteration by the network device's own count, by where.
     """
 
     method: str

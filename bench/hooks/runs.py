@@ -72,9 +72,9 @@ class RunsPlan:
         runs: specs by name; see `train` and `time_in_turn`.
         folder: for records.
         resume: whether there may be some already.
-        backend: of the process group.
+        backend: backend of the process group.
         device: "cpu" or "cuda".
-        threads: of each rank.
+        threads: threads of each rank.
         timeout_s: after which an exchange has failed.
         links: what is between the ranks, for the record; None for this machine's loopback.
     """

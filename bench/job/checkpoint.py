@@ -45,7 +45,7 @@ class Checkpoints:
     """The checkpoints of one run, as one rank sees them. `save` and `finish` are collective.
 
     Args:
-        run_folder: of the run; its `checkpoint` folder is made when it is needed.
+        run_folder: the folder of the run; its `checkpoint` folder is made when it is needed.
         ring: all ranks of the run.
 
     Attributes:

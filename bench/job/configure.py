@@ -39,7 +39,7 @@ class Configuration(NamedTuple):
     """What is to be run.
 
     Attributes:
-        methods: by name, in the order in which they run.
+        methods: methods by name, in the order in which they run.
         scaled: how the paper's schedule was shortened, for people; empty if it wasn't.
     """
 

@@ -20,7 +20,7 @@ def choose(name: str | None, recorded: Mapping[str, Any], ranks: int | None) -> 
     """The cluster to emulate, with a node for each rank.
 
     Args:
-        name: of a preset or of a TOML file, or "none"; None for the default.
+        name: the name of a preset or of a TOML file, or "none"; None for the default.
         recorded: what the run that is resumed recorded, its cluster among it; empty if none is.
         ranks: how many there are; None if there will be as many as the cluster has nodes.
     Raises:

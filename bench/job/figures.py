@@ -51,7 +51,7 @@ class RecordedRun:
 
     Attributes:
         summary, environment: as recorded.
-        lines: of each finished method's metrics, by type.
+        lines: the lines of each finished method's metrics, by type.
     """
 
     def __init__(self, folder: Path) -> None:

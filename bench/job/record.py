@@ -151,7 +151,7 @@ class Metrics:
     """A metrics file that is appended to, from a known position on.
 
     Args:
-        path: of the file; made if it is not there.
+        path: the path of the file; made if it is not there.
         position: bytes to keep; what lies behind them was written after the checkpoint and is cut off.
     """
 

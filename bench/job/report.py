@@ -39,7 +39,7 @@ class Clock(NamedTuple):
     Attributes:
         name: for tables and figures.
         key: in a summary, where each method and phase has this clock's seconds; None for the entry itself.
-        suffix: of the names of files that show them.
+        suffix: what is appended to the names of files that show them.
     """
 
     name: str

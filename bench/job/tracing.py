@@ -27,7 +27,7 @@ def write(folder: Path, method: str, clocks: Sequence[Clock], said: Sequence[Map
     """Write a file for each clock.
 
     Args:
-        said: by rank, what `rows` says there.
+        said: what `rows` says on each rank.
     Returns:
         Lines for people: what held each iteration up, and where it is written.
     Raises:

@@ -80,7 +80,7 @@ class Settings:
         lr: the learning rate; divided by 10 after half and again after three quarters of the run.
         lr_warmup: iterations in which it first rises linearly to `lr`.
         momentum, weight_decay: of SGD.
-        seed: of initial weights, data order, augmentation and quantisation.
+        seed: the seed of initial weights, data order, augmentation and quantisation.
     """
 
     iterations: int
@@ -179,7 +179,7 @@ class Trainer:
     """One rank's side of a run with one method. All ranks call `step`, `evaluate` and `result` together.
 
     Args:
-        ring: of all ranks.
+        ring: the ring of all ranks.
         model: with the same weights on every rank; trained in place.
         dataset: the same on every rank.
         method: how gradients are aggregated.

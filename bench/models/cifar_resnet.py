@@ -19,9 +19,9 @@ class ResidualBlock(nn.Module):
     Where the block halves the image and widens it, the shortcut takes every second pixel and appends channels of zeros.
 
     Args:
-        in_channels: of the input, of shape (n, in_channels, height, width).
-        channels: of the output, of shape (n, channels, ceil(height / stride), ceil(width / stride)).
-        stride: of the first convolution and the shortcut.
+        in_channels: channels of the input, of shape (n, in_channels, height, width).
+        channels: channels of the output, of shape (n, channels, ceil(height / stride), ceil(width / stride)).
+        stride: stride of the first convolution and the shortcut.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -77,7 +77,7 @@ def resnet_cifar(depth: int, num_classes: int, *, seed: int = 0) -> ResNet:
     Args:
         depth: 6n + 2 for n >= 1, such as 20, 32, 44, 56 or 110.
         num_classes: at least 1.
-        seed: of the initial weights.
+        seed: the seed of the initial weights.
     Raises:
         ValueError: if depth or num_classes is outside its bounds.
     """

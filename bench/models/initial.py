@@ -19,7 +19,7 @@ def build(make: Callable[[], Model], initialise: Callable[[nn.Module, torch.Gene
     Args:
         make: constructs the model. Its layers draw nothing: they are made where there is no memory.
         initialise: called with each module of the model, in order; has to fill what the module itself holds.
-        seed: of the generator that it is given.
+        seed: the seed of its generator.
     """
     with torch.device("meta"):
         model = make()
@@ -47,7 +47,7 @@ def build_classifier(
         make: constructs it from the next two.
         num_classes: at least 1.
         width: factor of all channels, for small runs.
-        seed: of the initial weights, which are as PyTorch's constructors draw them, or as `initialise` does.
+        seed: the seed of the initial weights, which are as PyTorch's constructors draw them, or as `initialise` does.
     Raises:
         ValueError: num_classes or width is outside its bounds.
     """

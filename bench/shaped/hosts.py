@@ -209,16 +209,16 @@ class Hosts:
 
     Args:
         number: 2 to 6.
-        rate_mbps: of each link, in each direction, in 10^6 bit/s.
+        rate_mbps: rate of each link, in each direction, in 10^6 bit/s.
         burst_bytes: of the token bucket; by default what the rate carries in BURST_MS, at least LEAST_BURST_BYTES.
         queue_ms: how much traffic each port's queue holds, in time at its rate.
-        congestion_control: of TCP, on every host.
+        congestion_control: congestion control of TCP, on every host.
     Raises:
         ValueError: an argument is out of its bounds.
         HostsError: the machine refuses; `why_not` says so beforehand.
 
     Attributes:
-        addresses: of the hosts.
+        addresses: the addresses of the hosts.
         remote_shell: a program that stands for ssh: it is called with options, an address, and words for a shell there.
     """
 

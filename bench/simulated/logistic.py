@@ -190,7 +190,7 @@ class Shards:
     """The rows of each worker, one behind another.
 
     Args:
-        seed: of the order in which rows are dealt out; worker w gets rows bounds[w] ... bounds[w + 1] of it.
+        seed: the seed of the order in which rows are dealt out; worker w gets rows bounds[w] ... bounds[w + 1] of it.
 
     Attributes:
         features: shape (N, d), float32 if that holds every feature exactly (raw features often are integers).
@@ -300,8 +300,8 @@ class Exchange(Protocol):
         """Compress what each worker has.
 
         Args:
-            gradients: of shape (workers, d). Not modified.
-            out: of shape (d,); overwritten with the mean of the workers' C(g + e/γ).
+            gradients: gradients of shape (workers, d). Not modified.
+            out: array of shape (d,); overwritten with the mean of the workers' C(g + e/γ).
         """
 
 
@@ -432,7 +432,7 @@ class LogisticSetting:
     """What is run.
 
     Attributes:
-        algorithm: of `ALGORITHMS`.
+        algorithm: one of `ALGORITHMS`.
         compressor: its name in the registry; `fields` are its hyper-parameters.
         epochs: passes over the rows (see the module).
         seed: of the rows' division among the workers, of the rows drawn and of the compressor's random numbers.

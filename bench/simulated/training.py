@@ -90,7 +90,7 @@ class Images(SimulatedTask):
         dataset: images in memory, or files that are decoded when they are needed.
         batch_size: images per worker and iteration.
         workers: how many share a global batch.
-        seed: of the order and the augmentation.
+        seed: the seed of the order and the augmentation.
         augment: whether images in memory are cropped and mirrored at random; files always are.
         device: where the model is.
         top: also report "top<k>_accuracy", for k above 1; of fewer classes than k it is 1.
@@ -168,8 +168,8 @@ class Aggregation(ABC):
         """One aggregation.
 
         Args:
-            gradients: by rank, finite float32 of shape (length,). Not modified.
-            out: likewise; overwritten.
+            gradients: gradients by rank, finite float32 of shape (length,). Not modified.
+            out: array of shape (length,); overwritten with the mean.
             call: from 0 on.
             lr: the learning rate of the step that follows.
         Returns:
@@ -200,11 +200,11 @@ class CompressedMean(Aggregation):
     Args:
         parts: that cover the vector.
         size: number of workers.
-        seed: of the compressors' random numbers.
+        seed: the seed of the compressors' random numbers.
         feedback: error feedback of each worker, or None.
 
     Attributes:
-        workers: by rank. Their `parts` may be replaced between calls by others with the same boundaries.
+        workers: workers by rank. Their `parts` may be replaced between calls by others with the same boundaries.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class Step:
         epoch: iteration over iterations_per_epoch.
         lr: learning rate.
         loss: mean over the workers.
-        gradients: by rank. Not to be modified.
+        gradients: gradients by rank. Not to be modified.
         mean: what every worker got. Not to be modified.
         aggregation: may be changed for the next call (ACCORDION).
     """
@@ -294,7 +294,7 @@ def simulate(
         lr: learning rate of an iteration, counted from 0; set in all of the optimiser's groups.
         workers: how many.
         iterations: steps in all.
-        seed: of dropout.
+        seed: the seed of dropout.
         evaluate_every: steps; None for an epoch. The run's end is evaluated in any case.
         record_every: steps that one record is the mean of.
         observers: called at every step, in this order.

@@ -63,7 +63,7 @@ class Iteration:
     """What came of it.
 
     Attributes:
-        time_s: of the iteration.
+        time_s: seconds of the iteration.
         exposed_s: for how long nothing was computed on the main thread: it waited for the network or for decoding.
         network_s: for how long the network was busy.
         exchanges: begin and end of every collective, in order.
@@ -101,7 +101,7 @@ def iteration(
     Args:
         forward_s, backward_s, update_s: seconds on a node that has a core for them.
         buckets: in the order in which they are ready.
-        cores: of one node, for its backward thread, its callbacks and its network code; at most one each.
+        cores: the cores of one node, for its backward thread, its callbacks and its network code; at most one each.
         overlap_slowdown: computing takes so many times as long while the network is busy.
     Raises:
         ValueError: buckets are not in order, or cores are none.

@@ -34,7 +34,7 @@ class Gradient:
     """A model's gradient as an `Aggregator` sends it.
 
     Attributes:
-        blocks: of its layout.
+        blocks: blocks of the model's layout.
         ratio: K/d of GradiVeQ's compressed iterations.
         sample, compress: Lt and Lc.
         qsgd: how QSGD, and GradiVeQ while sampling, send it.

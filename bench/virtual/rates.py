@@ -43,7 +43,7 @@ class Case:
 
     Attributes:
         label: its row in the report.
-        amounts: by rate, as `Codec.amounts` has them.
+        amounts: the amounts by rate, as `Codec.amounts` has them.
         seconds: CPU time of each repeat.
     """
 

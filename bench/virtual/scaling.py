@@ -80,8 +80,8 @@ class Point:
 
     Attributes:
         x: number of nodes, or Gbit/s.
-        iteration_s: of each method, computing included.
-        compressed_s: of GradiVeQ's compressed iterations alone.
+        iteration_s: seconds of an iteration by each method, computing included.
+        compressed_s: seconds of GradiVeQ's compressed iterations alone.
     """
 
     x: float
@@ -100,7 +100,7 @@ class Sweep:
         what: "nodes" or "bandwidth".
         base: the cluster as it is described.
         gradient: what is aggregated.
-        computing_s: of an iteration on `base`.
+        computing_s: seconds that an iteration computes on `base`.
     """
 
     what: str

@@ -187,7 +187,7 @@ def adjacent(recording: Recording, layer: str, samples: int = SAMPLES, first: in
     """The numbers of Fig. 4: 3 adjacent gradients of a layer over the iterations, and their principal axes.
 
     Args:
-        layer: by name.
+        layer: name of the layer.
         samples: the iterations on which the held-out loss's axes are fitted; the others are what they are tried on.
         first: the first of the 3 gradients.
     Returns:
@@ -257,7 +257,7 @@ def sweep_sizes(length: int, collocated: int) -> list[int]:
     """Fig. 5's slice sizes for a layer: from 16 to half of it, most of them no multiples of F or F·D.
 
     Args:
-        length: of the layer, H·W·D·F.
+        length: length of the layer, H·W·D·F.
         collocated: F·D.
     """
     half = length // 2

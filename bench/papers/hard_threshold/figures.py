@@ -95,8 +95,8 @@ def logistic(runs: Runs, wanted: Mapping[str, Any], panels: Sequence[str], title
     """Panels beside one another, a line for each method.
 
     Args:
-        wanted: of the specs.
-        panels: of `PANELS`.
+        wanted: conditions on the specs.
+        panels: some of `PANELS`.
     """
     figure = page.new_figure(4.1 * len(panels) + 1.6, 3.5, title, caption)
     axes = np.atleast_1d(figure.subplots(1, len(panels)))

@@ -26,12 +26,12 @@ class LogisticBenchmark:
 
     Attributes:
         name: also the `--data` kind; "generated" needs none.
-        figures: of EF-SGD with so many workers.
+        figures: the paper's figures of EF-SGD with so many workers.
         count: k of top-k.
         precision: ε of λ.
         start: s, where the runs begin.
         gdstar: (workers, k, epochs) of each comparison by EF-GDstar.
-        gdstar_seeds: of these; nothing but the rows' division among the workers depends on it.
+        gdstar_seeds: seeds of the runs of EF-GDstar; nothing but the rows' division among the workers depends on it.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Benchmark:
     Attributes:
         kind: what is trained, also the `--data` kind: "images", "text", "ratings".
         network: which of that kind.
-        batch_size: of each of the 8 workers.
+        batch_size: examples of each of the 8 workers.
         lr, lr_start, warmup_epochs: the rate rises linearly from lr_start to lr.
         milestones: epochs at which it is divided by 10.
         ratios, thresholds: of top-k and of hard-threshold, in pairs that send about as much.
         introspected: which pair Fig. 3, 5 and 6 show.
-        metric: of the evaluations; `higher` is better.
+        metric: a column of the evaluations; `higher` is better.
         no_feedback: k and λ of Fig. 12, without error feedback.
         update: k of Fig. 13, gradient against update compression.
         accordion: (network, k_max, k_min) of Tables 1 and 7.
-        options: of the network or the data at this size.
+        options: the options of the network or the data at this size.
     """
 
     kind: Literal["images", "text", "ratings"]
@@ -213,10 +213,10 @@ class HardThresholdSize:
     """All that is run.
 
     Attributes:
-        problems: of the logistic regression; those without data are left out, madelon is then "generated".
+        problems: problems of the logistic regression; those without data are left out, madelon is then "generated".
         benchmarks: networks.
         seeds, accordion_seeds: runs of each setting; ACCORDION's tables have more in the paper.
-        evaluations: of a network's run.
+        evaluations: evaluations of a network's run.
     """
 
     problems: tuple[LogisticBenchmark, ...]
@@ -321,7 +321,7 @@ def specs(size: HardThresholdSize, data: Mapping[str, Given], parts: Sequence[Pa
     """All runs by name.
 
     Args:
-        data: by kind, of what was given.
+        data: the data that were given, by kind.
     """
     found: dict[str, Spec] = {}
     if "logistic" in parts:

@@ -78,7 +78,7 @@ class Recommendation(SimulatedTask):
 
     Args:
         batch_size: examples of each worker and iteration, of which four in five are random items.
-        seed: of the order and of the random items.
+        seed: the seed of the order and of the random items.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ class Statement:
         where: figure or section of the paper.
         claim: in words.
         method, optimiser, least, most: which settings; least and most bound the ratio or threshold, both included.
-        relation: of `first` to `second`.
+        relation: the relation of `first` to `second`.
         first, second: granularities, or `BASELINE`.
         error: whether it is about the relative compression error, of which less is better, and not about accuracy.
         imagenet: whether it is about ResNet-50 on ImageNet.

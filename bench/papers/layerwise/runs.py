@@ -90,9 +90,9 @@ class BothGranularities(Observer):
     (1 + Ω)‖g‖² of the model.
 
     Args:
-        parts: by granularity.
+        parts: parts by granularity.
         every: iterations.
-        seed: of random compressors.
+        seed: the seed of random compressors.
     """
 
     def __init__(self, parts: Mapping[str, Sequence[Part]], every: int, seed: int) -> None:

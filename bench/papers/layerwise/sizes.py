@@ -34,7 +34,7 @@ class Setting:
     """A method with its parameters and an optimiser; run at both granularities.
 
     Attributes:
-        method: of `gradiveq.compressors.COMPRESSORS`, or `BASELINE`.
+        method: one of `gradiveq.compressors.COMPRESSORS`, or `BASELINE`.
         value: what is varied: a ratio or a threshold; None where nothing is.
         optimiser: "sgd", or "nesterov" (Fig. 7c).
     """
@@ -63,12 +63,12 @@ class Network:
     """A model, the data it is trained on, and which methods it is tried with.
 
     Attributes:
-        name: of `bench.models.MODELS`.
+        name: one of `bench.models.MODELS`.
         width: factor of its channels.
         imagenet: trained on the ImageNet folder, and judged by top-5 accuracy; otherwise on `--data`, by top-1.
         batch_size: images of a worker.
         workers: how many.
-        epochs: of most methods; `long_epochs` of random k, threshold v and adaptive.
+        epochs: epochs of most methods; `long_epochs` of random k, threshold v and adaptive.
         methods: those that the paper shows of it.
         nesterov: whether top k is also run with Nesterov momentum.
     """
