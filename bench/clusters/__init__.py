@@ -32,7 +32,7 @@ THIS_MACHINE = Path("results/this-machine.toml")
 
 
 def names() -> list[str]:
-    """Of the presets, sorted."""
+    """The names of the presets, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 

@@ -53,7 +53,7 @@ def reading_member(path: Path, md5s: Mapping[str, str], member: str) -> Iterator
     """Open a file in a published .zip archive.
 
     Args:
-        path: of the archive.
+        path: the path of the archive.
         md5s: MD5 -> name of each archive that is expected.
         member: the file's path in it.
     Raises:
@@ -79,7 +79,7 @@ def check_md5(path: Path, md5s: Mapping[str, str]) -> str:
 
 
 def md5(path: Path) -> str:
-    """In hexadecimal digits."""
+    """The MD5 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 

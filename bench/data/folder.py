@@ -26,7 +26,7 @@ Box = tuple[float, float, float, float]
 ENDINGS = (".jpeg", ".jpg", ".png")
 #: (training images, test images, classes) of ILSVRC 2012.
 IMAGENET = (1_281_167, 50_000, 1_000)
-#: Of ImageNet's channels, where 1 is white.
+#: Mean and deviation of ImageNet's channels, where 1 is white.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Share of the area and ratio of the sides of what is cut out in training (Szegedy et al. 2015).
 AREAS, RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -40,12 +40,12 @@ class ImageFiles:
     """Files of labelled images.
 
     Attributes:
-        name: of the data set.
+        name: the name of the data set.
         source: what exactly was used, for people to read beside the results.
         classes: the folders' names, by label.
         train_files: in the order of classes and names.
         train_labels: int64 of shape (num_train,).
-        test_files: likewise.
+        test_files: the test files, in the same form.
         test_labels: int64 of shape (num_test,).
     """
 
@@ -110,7 +110,7 @@ class FolderBatches(Shares):
     Args:
         files: whose training images are used.
         batch_size: images per rank and iteration.
-        rank: of the caller, 0 … size - 1.
+        rank: the rank of the caller, 0 … size - 1.
         size: number of ranks.
         side: pixels of a side of what the model sees, at least 1.
         seed: 0 … 2**63 - 1; the same on all ranks.
@@ -194,12 +194,12 @@ def random_box(width: int, height: int, tries: npt.NDArray[np.float64], left: fl
     """What is cut out of an image in training.
 
     Args:
-        width: of the image, in pixels.
-        height: likewise.
+        width: width of the image, in pixels.
+        height: height of the image, in pixels.
         tries: numbers in [0, 1) of shape (n, 2). The first row whose area and ratio fit into the image is taken; if
             none does, the middle, as large as the ratios' bounds allow.
         left: in [0, 1), where the box begins among the possible columns.
-        top: likewise, among the rows.
+        top: in [0, 1), where the box begins among the possible rows.
     Returns:
         Left, top, right and bottom, in pixels.
     """

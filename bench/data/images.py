@@ -42,7 +42,7 @@ class Dataset:
     """Labelled images, ready to be cut into batches.
 
     Attributes:
-        name: of the data set, such as 'CIFAR-100'.
+        name: the name of the data set, such as 'CIFAR-100'.
         source: what exactly was used, for people to read beside the results.
         train_images: uint8 of shape (num_train, 3, 32, 32).
         train_labels: int64 of shape (num_train,).
@@ -50,7 +50,7 @@ class Dataset:
         test_labels: int64 of shape (num_test,).
         num_classes: labels are 0 … num_classes - 1.
         mean: per channel, of the training images, where 1 is white.
-        std: likewise; 1 for a channel that is constant.
+        std: deviations of the channels; 1 for a channel that is constant.
     """
 
     name: str
@@ -69,13 +69,13 @@ class CifarLayout:
     """CIFAR's official binary form: per image its label bytes, the fine label last, then 3x32x32 bytes.
 
     Attributes:
-        name: of the data set; in lower case also the `spec` that downloads it.
-        url: of the archive.
-        md5: of the archive.
+        name: the name of the data set; in lower case also the `spec` that downloads it.
+        url: address of the archive.
+        md5: MD5 of the archive.
         folder: the files' folder in the archive.
         label_limits: one past the largest value of each label byte.
         train_files: each of `train_records` images.
-        test_file: of `test_records` images.
+        test_file: the file of `test_records` images.
     """
 
     name: str
@@ -283,7 +283,7 @@ def read_idx(path: Path) -> Bytes:
     """Read an array of bytes in IDX form: 0, 0, 8 (uint8), ndim, then the shape as big-endian int32, then the data.
 
     Args:
-        path: of the file, gzipped if it begins as such.
+        path: the path of the file, gzipped if it begins as such.
     Returns:
         uint8 of the shape in the header, read-only.
     Raises:
@@ -340,7 +340,7 @@ def _dataset(
 
 
 def _mean_and_std(values: Bytes) -> tuple[float, float]:
-    """From the histogram, so exact whatever the number of images, and without a copy as floats."""
+    """Mean and deviation from the histogram: exact whatever the number of images, and without a copy as floats."""
     counts = torch.bincount(torch.from_numpy(values.flatten()), minlength=256).numpy()
     levels = np.arange(256) / 255
     mean = float(counts @ levels / values.size)
@@ -394,7 +394,7 @@ class Batches(Shares):
     Args:
         dataset: whose training images are used.
         batch_size: images per rank and iteration.
-        rank: of the caller, 0 … size - 1.
+        rank: the rank of the caller, 0 … size - 1.
         size: number of ranks.
         seed: 0 … 2**63 - 1; the same on all ranks.
         device: where the batches are put.

@@ -42,7 +42,7 @@ def load_libsvm(path: str | os.PathLike[str] | None = None, name: str = "madelon
     Args:
         path: of a LIBSVM file, "label index:value …" with indices from 1 on; compressed if it ends in .gz, .bz2 or
             .xz. None for points that are made here, which only "madelon" has.
-        name: of the data set; "madelon" and "gisette" have a known number of features.
+        name: the name of the data set; "madelon" and "gisette" have a known number of features.
     Returns:
         Features, float64 of shape (N, d), as they are in the file; labels, float64 of shape (N,), -1 or 1; and what
         exactly they are, for people.

@@ -41,7 +41,7 @@ class Ratings:
     """Which user likes which item; both are numbered from 0 in the order of the file.
 
     Attributes:
-        name: of the data set, such as 'MovieLens-20M'.
+        name: the name of the data set, such as 'MovieLens-20M'.
         source: what exactly was used, for people to read beside the results.
         num_users: each has at least one item to train on.
         num_items: including those that are only held out.
@@ -66,7 +66,7 @@ def load_ratings(spec: str | os.PathLike[str] | None = None, *, seed: int = 0) -
         spec: None for made-up ratings (`made_ratings`); otherwise the path of the published ml-20m.zip or ml-100k.zip,
             of a file like their ratings.csv or u.data (with a header line or without, commas or tabs between user,
             item, rating and time), or of a folder with one of these; .gz, .bz2 or .xz where the name ends so.
-        seed: of the items that each held-out one is ranked among.
+        seed: the seed of the items that each held-out one is ranked among.
     Raises:
         DataError: if the file is missing or damaged, or has too few ratings or items.
     """
@@ -100,7 +100,7 @@ def made_ratings(num_users: int = 600, num_items: int = 800, rank: int = 6, *, s
     Args:
         num_users: at least 1.
         num_items: at least 160; those that nobody comes to rate are left out.
-        rank: of the preferences, at least 1.
+        rank: the rank of the preferences, at least 1.
         seed: 0 … 2**63 - 1.
     Raises:
         DataError: if too few users make too few items known, so that not 100 remain that one of them didn't rate.
@@ -192,7 +192,7 @@ def _numbered(ids: Ids) -> tuple[Ids, int]:
 
 
 def _unrated(pairs: Ids, num_users: int, num_items: int, seed: int) -> Ids:
-    """For each user, items drawn uniformly without repetition from those that are in none of its pairs.
+    """Items for each user, drawn uniformly without repetition from those that are in none of its pairs.
 
     Drawn at random and again where that was rated or drawn before: each of the possible sets is as likely.
     """
@@ -225,7 +225,7 @@ class Interactions(Shares):
     Args:
         ratings: whose training pairs are used.
         batch_size: examples per rank and iteration.
-        rank: of the caller, 0 … size - 1.
+        rank: the rank of the caller, 0 … size - 1.
         size: number of ranks.
         negatives: random items per liked one, at least 0.
         seed: 0 … 2**63 - 1; the same on all ranks.
@@ -293,10 +293,10 @@ def evaluation_rows(
 
 
 def hits(scores: torch.Tensor, k: int = 10) -> torch.Tensor:
-    """For whom the held-out item comes among the first k: Hit-Rate@k is the mean over all users.
+    """Whether each user's held-out item comes among the first k: Hit-Rate@k is the mean over all users.
 
     Args:
-        scores: of shape (n, 101), of the items as `evaluation_rows` has them. An item with the same score as the
+        scores: scores of shape (n, 101), of the items as `evaluation_rows` has them. An item with the same score as the
             held-out one comes before it, so that a model that can't tell them apart has no hits.
         k: at least 1.
     Returns:

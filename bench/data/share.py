@@ -18,13 +18,13 @@ class Shares:
     ranks share it.
 
     Args:
-        num_items: of the data set.
+        num_items: how many items the data set has.
         batch_size: items per rank and iteration.
-        rank: of the caller, 0 … size - 1.
+        rank: the rank of the caller, 0 … size - 1.
         size: number of ranks.
         seed: 0 … 2**63 - 1; the same on all ranks.
         items: what they are, for the error's text.
-        source: of the data set, likewise.
+        source: source of the data set, for messages.
     Raises:
         DataError: if a global batch has more items than there are.
         ValueError: if another argument is outside its bounds.

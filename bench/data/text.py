@@ -47,11 +47,11 @@ class Corpus:
     """A text to train on and one to test on.
 
     Attributes:
-        name: of the data set, such as 'WikiText-2'.
+        name: the name of the data set, such as 'WikiText-2'.
         source: what exactly was used, for people to read beside the results.
         vocabulary: the words by number.
         train: numbers of the words, int64 of shape (num_train,).
-        test: likewise.
+        test: the test text, in the same form.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Streams:
     Args:
         corpus: whose training text is read.
         batch_size: streams per rank.
-        rank: of the caller, 0 … size - 1.
+        rank: the rank of the caller, 0 … size - 1.
         size: number of ranks.
         length: words of each stream in an iteration, which gradients flow back through. What is left at the end of an
             epoch, less than that, is dropped.

@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import nn
 
-from bench.models.cifar_resnet import Block, ResNet, resnet32, resnet_cifar
+from bench.models.cifar_resnet import ResidualBlock, ResNet, resnet32, resnet_cifar
 from bench.models.dawnbench import alexnet, alexnet_fc, resnet9
 from bench.models.googlenet import googlenet
 from bench.models.language import LanguageModel, detached, lstm
@@ -22,7 +22,7 @@ from bench.models.ncf import NeuMF, ncf
 from bench.models.resnet import resnet18, resnet50
 from bench.models.senet import senet18
 
-#: For images: name -> builder(num_classes, seed=…), from float32 (n, 3, 32, 32) to logits (n, num_classes).
+#: Models of images: name -> builder(num_classes, seed=…), from float32 (n, 3, 32, 32) to logits (n, num_classes).
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": partial(resnet_cifar, 20),
     "resnet32": resnet32,
@@ -40,10 +40,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 __all__ = [
     "MODELS",
-    "Block",
     "LanguageModel",
     "NeuMF",
     "ResNet",
+    "ResidualBlock",
     "alexnet",
     "alexnet_fc",
     "detached",

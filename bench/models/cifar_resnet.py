@@ -13,15 +13,15 @@ from bench.models.initial import build, check_classes
 WIDTHS = (16, 32, 64)
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (option A).
 
     Where the block halves the image and widens it, the shortcut takes every second pixel and appends channels of zeros.
 
     Args:
-        in_channels: of the input, of shape (n, in_channels, height, width).
-        channels: of the output, of shape (n, channels, ceil(height / stride), ceil(width / stride)).
-        stride: of the first convolution and the shortcut.
+        in_channels: channels of the input, of shape (n, in_channels, height, width).
+        channels: channels of the output, of shape (n, channels, ceil(height / stride), ceil(width / stride)).
+        stride: stride of the first convolution and the shortcut.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -57,8 +57,8 @@ class ResNet(nn.Module):
 
     @staticmethod
     def _stage(num_blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
-        first = Block(in_channels, channels, stride)
-        return nn.Sequential(first, *(Block(channels, channels, 1) for _ in range(num_blocks - 1)))
+        first = ResidualBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(ResidualBlock(channels, channels, 1) for _ in range(num_blocks - 1)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float32 images of shape (n, 3, 32, 32) to logits of shape (n, num_classes)."""
@@ -77,7 +77,7 @@ def resnet_cifar(depth: int, num_classes: int, *, seed: int = 0) -> ResNet:
     Args:
         depth: 6n + 2 for n >= 1, such as 20, 32, 44, 56 or 110.
         num_classes: at least 1.
-        seed: of the initial weights.
+        seed: the seed of the initial weights.
     Raises:
         ValueError: if depth or num_classes is outside its bounds.
     """

@@ -19,7 +19,7 @@ def build(make: Callable[[], Model], initialise: Callable[[nn.Module, torch.Gene
     Args:
         make: constructs the model. Its layers draw nothing: they are made where there is no memory.
         initialise: called with each module of the model, in order; has to fill what the module itself holds.
-        seed: of the generator that it is given.
+        seed: the seed of its generator.
     """
     with torch.device("meta"):
         model = make()
@@ -47,7 +47,7 @@ def build_classifier(
         make: constructs it from the next two.
         num_classes: at least 1.
         width: factor of all channels, for small runs.
-        seed: of the initial weights, which are as PyTorch's constructors draw them, or as `initialise` does.
+        seed: the seed of the initial weights, which are as PyTorch's constructors draw them, or as `initialise` does.
     Raises:
         ValueError: num_classes or width is outside its bounds.
     """
@@ -56,7 +56,7 @@ def build_classifier(
 
 
 def pytorch_default(module: nn.Module, generator: torch.Generator) -> None:
-    """As the layers' own constructors would: what the papers' released code had for its image models.
+    """Draw weights as the layers' own constructors do: what the papers' released code had for its image models.
 
     Weights and biases of convolutions and linear layers are uniform in ±1/√fan-in, those of an LSTM in
     ±1/√(hidden size); batch norm begins as the identity.

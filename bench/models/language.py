@@ -64,10 +64,10 @@ def lstm(
 
     Args:
         vocabulary_size: number of words, at least 1.
-        units: of the embedding and of each layer, at least 1.
-        num_layers: of the LSTM, at least 1.
+        units: units of the embedding and of each layer, at least 1.
+        num_layers: layers of the LSTM, at least 1.
         dropout: probability, from 0 to below 1.
-        seed: of the initial weights.
+        seed: the seed of the initial weights.
     Raises:
         ValueError: if an argument is outside its bounds.
     """

@@ -62,7 +62,7 @@ def ncf(
         factors: dimensions of the embeddings whose product is taken.
         layers: sizes of the perceptron's input, which is even (two embeddings), and of its layers.
         dropout: probability after each of its layers, from 0 to below 1.
-        seed: of the initial weights.
+        seed: the seed of the initial weights.
     Raises:
         ValueError: if an argument is outside its bounds.
     """

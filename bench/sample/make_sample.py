@@ -59,7 +59,9 @@ def make_sample(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the shipped sample of Fashion-MNIST.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sample.make_sample", description="Make the shipped sample of Fashion-MNIST."
+    )
     parser.add_argument("folder", type=Path, help="of the four published .gz files")
     parser.add_argument("--out", type=Path, default=SAMPLE, help="where to write (default: where it is shipped)")
     arguments = parser.parse_args()

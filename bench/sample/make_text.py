@@ -91,7 +91,7 @@ def make_text(source: Path, out: Path, title: str = TITLE, train_chapters: int =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the shipped text.")
+    parser = argparse.ArgumentParser(prog="python -m bench.sample.make_text", description="Make the shipped text.")
     parser.add_argument("file", type=Path, help="Rdata.rdb of the package janeaustenr")
     parser.add_argument("--out", type=Path, default=SAMPLE_TEXT, help="where to write (default: where it is shipped)")
     arguments = parser.parse_args()

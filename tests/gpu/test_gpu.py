@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import device as bench_device
+from bench.kernels import device as bench_device
 from bench.models import resnet32
 from gradiveq import Aggregator, GradiVeQ, Plain, QSGDRing
 from gradiveq.powersgd import PowerSGD

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import device as bench_device
-from bench.options import UsageError
-from bench.options import parse as parse_options
+from bench.common.command_line import UsageError
+from bench.job.options import parse as parse_options
+from bench.kernels import device as bench_device
 from gradiveq import Aggregator, NonFiniteGradient, Plain, QSGDRing
 from gradiveq.powersgd import PowerSGD
 from gradiveq.running_noise import RunningNoise
@@ -229,7 +229,7 @@ def test_over_mpi(mpirun: Launch) -> None:
     program = """
     import pytest
     from tests.support.on_devices import compare_over_mpi
-    from bench.resnet32_cifar100 import check_gpu_aware
+    from bench.job.command import check_gpu_aware
 
     compare_over_mpi("cpu", direct=True)
     with pytest.raises(ValueError, match="--gpu-aware: this MPI says that it isn't"):  # that of the tests does

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import device as bench_device
+from bench.kernels import device as bench_device
 from gradiveq import QSGDRing
 from gradiveq.device import Lane
 from gradiveq.qsgd import QSGD

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from bench.checkpoint import restored, storable
+from bench.job.checkpoint import restored, storable
 from gradiveq.noise import NoiseEstimate, NoiseWindow
 from gradiveq.running_noise import BLOCKS, WIDTH, RunningNoise, estimate_here
 from tests.support.noisy_workers import SIGMAS, Synthetic, assert_mean_is

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from bench.checkpoint import restored, storable
-from bench.report import threshold_text
+from bench.job.checkpoint import restored, storable
+from bench.job.report import threshold_text
 from gradiveq import Aggregator, NonFiniteGradient, Report
 from gradiveq.accordion import CriticalRegimes, Span
 from gradiveq.compressors import COMPRESSORS

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.missing import EXTRAS, what_is_missing
+from bench.common.optional_packages import EXTRAS, what_is_missing
 from tests.support.installed import FRESH, Installed
 from tests.support.processes import ROOT
 
@@ -26,7 +26,7 @@ NAMES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 LOOK = """
     import importlib, json, pkgutil, sys
     import bench, gradiveq, ring
-    from bench.missing import what_is_missing
+    from bench.common.optional_packages import what_is_missing
     out = {"where": [package.__file__ for package in (bench, gradiveq, ring)], "imported": [], "missing": {}}
     for package in (ring, gradiveq, bench):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
@@ -38,7 +38,7 @@ LOOK = """
                 out["imported"].append(module.name)
     from bench import clusters
     from bench.data import load
-    from bench.missing import EXTRAS
+    from bench.common.optional_packages import EXTRAS
     out["extras"] = sorted(EXTRAS.keys() & sys.modules.keys())
     out["images"] = len(load().train_images)
     out["nodes"] = clusters.load("gradiveq-cpu").nodes
@@ -89,8 +89,9 @@ def test_all_can_be_imported_that_needs_no_extra(installed: Installed, tmp_path:
         expected = "triton" if name in triton else r"pip install 'gradiveq\[\w+\]'"
         assert re.search(expected, said), (name, said)
     # What trains, predicts and advises.
-    job = {"bench.resnet32_cifar100", "bench.train", "bench.configure", "bench.report", "bench.predict", "bench.rates"}
-    assert job <= set(out["imported"])
+    job = {f"bench.{name}" for name in ("resnet32_cifar100", "job.command", "job.train", "job.configure", "job.report")}
+    predictions = {"bench.virtual.method_times", "bench.virtual.rates"}
+    assert job | predictions <= set(out["imported"])
     assert (out["images"], out["nodes"]) == (6000, 6)
 
 

@@ -37,7 +37,7 @@ def test_ranks_that_are_bound_to_a_core_each(mpirun: Launch) -> None:
         from mpi4py import MPI
         comm = MPI.COMM_WORLD
         os.sched_setaffinity(0, {{{cores}[comm.rank]}})
-        from bench.workers import Processes
+        from bench.common.workers import Processes
         workers = Processes(comm)
         assert "numpy" not in sys.modules
         from ring.machine import core_quota
@@ -55,7 +55,8 @@ def test_ranks_that_are_bound_to_a_core_each(mpirun: Launch) -> None:
 def test_cores_are_counted_without_numpy() -> None:
     """Importing it fixes how many threads its libraries start, which is to follow from the cores."""
     program = (
-        "import sys, bench.launch, ring.machine; ring.machine.usable_cores(); assert 'numpy' not in sys.modules; "
+        "import sys, bench.common.launch, ring.machine; ring.machine.usable_cores(); "
+        "assert 'numpy' not in sys.modules; "
         "from ring import Codec, Region, Ring, RingTimeout, Stats, Timeline"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=dict(os.environ), capture_output=True)

@@ -1,4 +1,4 @@
-"""Runs for `bench.grid`; processes that it spawns find them here, and import nothing else for them."""
+"""Runs for `bench.experiments.grid`; processes that it spawns find them here, and import nothing else for them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.launch import launched
+from bench.common.launch import launched
 
 
 def call(main: Any, arguments: list[str]) -> tuple[int, str, str]:

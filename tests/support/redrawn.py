@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench import redraw
+from bench import figures
 
 
 def check_drawn_again(out: Path) -> None:
@@ -11,5 +11,5 @@ def check_drawn_again(out: Path) -> None:
     for path in before:
         if path.suffix == ".png":
             path.unlink()
-    assert redraw.main([str(out)]) == 0
+    assert figures.main([str(out)]) == 0
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

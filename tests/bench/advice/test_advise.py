@@ -14,16 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bench import advise, advise_validation
-from bench.advise_costs import FEW, PLAIN, BucketCost, Measured, MethodCost, RoundCost, Sent, cost_of, measure
-from bench.advise_model import Profile, Task, assign_buckets, build, profile, tensor_task
-from bench.advise_plan import Found
-from bench.advise_predict import Against, Situation, Window
-from bench.advise_report import Answer, Asked, table, words
-from bench.advise_risk import Elsewhere, Probed, closest, recorded
-from bench.advise_validation import Fit, Job, compare, judge
-from bench.overlap import Bucket, Iteration, Load, Round, iteration, shares
-from bench.scaling import stretches
+from bench.advice import command as advise
+from bench.advice import validation as advise_validation
+from bench.advice.costs import FEW, PLAIN, BucketCost, MeasuredCosts, MethodCost, RoundCost, SentBytes, cost_of, measure
+from bench.advice.model import Profile, Task, assign_buckets, build, profile, tensor_task
+from bench.advice.prediction import Against, Situation, Window
+from bench.advice.report import Answer, Asked, table, words
+from bench.advice.risk import Elsewhere, Probed, closest, recorded
+from bench.advice.validation import ClusterFit, Job, compare, judge
+from bench.advice.validation_plan import Found
+from bench.virtual.ddp_iteration import Bucket, BucketRound, Iteration, Load, iteration, shares
+from bench.virtual.scaling import stretches
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.methods import GradiVeQ, Method, Plain
 from gradiveq.specs import parse
@@ -36,7 +37,7 @@ from tests.support.redrawn import check_drawn_again
 def bucket(
     ready_s: float, network_s: float, encode_s: float = 0.0, decode_s: float = 0.0, busy_s: float = 0.0
 ) -> Bucket:
-    return Bucket(ready_s, (Round(encode_s, (Load(network_s, busy_s),)),), decode_s)
+    return Bucket(ready_s, (BucketRound(encode_s, (Load(network_s, busy_s),)),), decode_s)
 
 
 def overlapped(buckets: list[Bucket], **how: Any) -> Iteration:
@@ -75,8 +76,8 @@ def test_encoding_delays_backward_and_decoding_runs_beside_the_next_exchange() -
 
 def test_two_rounds_wait_for_the_next_bucket_and_block_backward() -> None:
     two = [
-        Bucket(1.0, (Round(0.0, (Load(3.0),)), Round(0.5, (Load(1.0),)))),
-        Bucket(2.0, (Round(0.0, (Load(1.0),)), Round(0.0, (Load(1.0),)))),
+        Bucket(1.0, (BucketRound(0.0, (Load(3.0),)), BucketRound(0.5, (Load(1.0),)))),
+        Bucket(2.0, (BucketRound(0.0, (Load(1.0),)), BucketRound(0.0, (Load(1.0),)))),
     ]
     found = overlapped(two)
     # The second bucket's hook begins its first round at 3, waits for the first's until 5, computes 0.5, begins round 2
@@ -113,7 +114,7 @@ CLUSTER = Cluster("four", "made up", nodes=4, link=Link(bandwidth_gbps=1.0), rat
 
 def made_cost(payload: int, encode_s: float = 0.0, decode_s: float = 0.0, what: str = "all_reduce") -> MethodCost:
     """One bucket."""
-    rounds = (RoundCost(encode_s, (Sent(what, payload),)),)
+    rounds = (RoundCost(encode_s, (SentBytes(what, payload),)),)
     return MethodCost((BucketCost(rounds, decode_s, 0.0, ELEMENTS),), memory_bytes=4 * ELEMENTS)
 
 
@@ -251,23 +252,23 @@ def test_the_hooks_own_code_says_what_is_sent(tiny: Task) -> None:
     vectors = sum(p.numel() for p in tiny.model.parameters() if p.dim() == 1)
     codes = FEW  # one digit of a code for each worker
 
-    def payloads(method: Method) -> list[list[Sent]]:
+    def payloads(method: Method) -> list[list[SentBytes]]:
         (only,) = cost(tiny, method).buckets
         assert only.length == elements
         return [list(one.sent) for one in only.rounds]
 
-    assert payloads(Plain()) == [[Sent("all_reduce", 4 * (elements + codes))]]
-    assert payloads(parse("half")) == [[Sent("all_reduce", 2 * (elements + codes))]]
+    assert payloads(Plain()) == [[SentBytes("all_reduce", 4 * (elements + codes))]]
+    assert payloads(parse("half")) == [[SentBytes("all_reduce", 2 * (elements + codes))]]
     (((natural,),)) = payloads(parse("natural"))
     assert natural.collective == "all_gather"
     sizes = [p.numel() for p in tiny.model.parameters()]
     assert natural.num_bytes == 8 + sum(map(COMPRESSORS["natural"]().payload_bytes, sizes))
     first, second = payloads(parse("powersgd:1"))
     matrices = [(16, 27), (16, 144), (10, 1024)]
-    assert first == [Sent("all_reduce", 4 * (vectors + sum(n for n, _ in matrices) + codes))]
-    assert second == [Sent("all_reduce", 4 * sum(m for _, m in matrices))]
+    assert first == [SentBytes("all_reduce", 4 * (vectors + sum(n for n, _ in matrices) + codes))]
+    assert second == [SentBytes("all_reduce", 4 * sum(m for _, m in matrices))]
     lengths, threshold = payloads(parse("threshold:0.001"))
-    assert lengths == [Sent("all_gather", 16)]
+    assert lengths == [SentBytes("all_gather", 16)]
     assert 0 < threshold[0].num_bytes < 4 * elements
 
 
@@ -286,7 +287,7 @@ def test_gradiveqs_bases_and_what_methods_keep(tiny: Task) -> None:
     assert only.multiplications == sum(9 * k * d for k, d in shapes)
     compressed = sum(9 * d for _, d in shapes)
     rest = 16 + 16 + 10 + 10_240
-    assert only.rounds[0].sent == (Sent("all_reduce", 4 * (compressed + rest + FEW)),)
+    assert only.rounds[0].sent == (SentBytes("all_reduce", 4 * (compressed + rest + FEW)),)
     assert found.fit_bytes == sum(4 * (k * d + d) for k, d in shapes)
     assert found.memory_bytes == found.fit_bytes + 4 * (9 * 48 + 9 * 256) + 4 * compressed
     elements = 9 * 48 + 9 * 256
@@ -310,7 +311,9 @@ def test_what_the_hook_cant_carry_is_refused_with_the_reason() -> None:
     also = measure(task, {"half": parse("half"), "gradiveq": replace(window, slice_size=16)}, 2, also=("*.weight",))
     assert not also.refused
     # d = 2 of K = 16, and the biases.
-    assert also.costs["gradiveq"].buckets[0].rounds[0].sent == (Sent("all_reduce", 4 * (192 * 10 // 8 + 10 + FEW)),)
+    assert also.costs["gradiveq"].buckets[0].rounds[0].sent == (
+        SentBytes("all_reduce", 4 * (192 * 10 // 8 + 10 + FEW)),
+    )
 
 
 # --- risk ------------------------------------------------------------------------------------------------------------
@@ -356,7 +359,7 @@ def made_answer(gbps: float, probed: dict[str, Probed] | None = None, situation:
     situation.cluster = replace(situation.cluster, link=link)
     asked = Asked(
         "mymodel",
-        Measured(situation.profile, (ELEMENTS,), (0.02,), (0.0,), situation.costs, {"qsgd": "per hop"}),
+        MeasuredCosts(situation.profile, (ELEMENTS,), (0.02,), (0.0,), situation.costs, {"qsgd": "per hop"}),
         probed or {},
         "not made",
     )
@@ -638,7 +641,7 @@ def test_a_model_whose_module_fails_is_one_line(
 
 def test_a_validation_of_what_the_model_says_has_no_error() -> None:
     """Times that are as predicted: the fit finds the links, every verdict agrees."""
-    truth = Fit({"add": 1e10}, 2)
+    truth = ClusterFit({"add": 1e10}, 2)
     truth.parameters = (0.9, 500.0, 800.0)
     jobs = []
     for hosts, rate_mbps in ((2, 100), (4, 1000)):
@@ -646,15 +649,15 @@ def test_a_validation_of_what_the_model_says_has_no_error() -> None:
         situation.cluster = truth.cluster(hosts, rate_mbps)
         found = Found()
         network = situation.network(situation.cluster.link.bandwidth_gbps)
-        for sent in (Sent("all_reduce", 262_144), Sent("all_gather", 131_072)):
+        for sent in (SentBytes("all_reduce", 262_144), SentBytes("all_gather", 131_072)):
             load = network.load(sent)
             found.collectives.append((sent, [load.seconds] * 3, load.busy_s))
-        measured = Measured(situation.profile, (ELEMENTS,), (0.02,), (0.0,), situation.costs, {})
+        measured = MeasuredCosts(situation.profile, (ELEMENTS,), (0.02,), (0.0,), situation.costs, {})
         found.models["made"] = measured
         found.cpu_s["made"] = {name: situation.processor_s(name) for name in situation.costs}
         found.times_s["made"] = {name: [situation.predict(name).time_s] * 3 for name in situation.costs}
         jobs.append(Job(hosts, rate_mbps, found))
-    fit = Fit({"add": 1e10}, 2)
+    fit = ClusterFit({"add": 1e10}, 2)
     fit.fit(jobs)
     assert fit.parameters[0] == pytest.approx(0.9, rel=0.05)
     rows = compare(jobs, fit)

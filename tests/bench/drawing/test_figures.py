@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bench import figures, gradients, redraw
-from bench.record import GROUPS, KINDS, grouped, metrics_name
+from bench import figures
+from bench.drawing import bandwidth as bandwidth_figure
+from bench.drawing import page as figure_page
+from bench.drawing import styles as method_styles
+from bench.job import figures as run_figures
+from bench.job.record import GROUPS, KINDS, grouped, metrics_name
+from bench.papers.gradiveq import gradient_figures
+from bench.papers.gradiveq import recorded_gradients as gradients
 
 SOURCE = "Fashion-MNIST sample (6,000 + 2,000 of 70,000 images), not CIFAR"
-SHARP = figures.DPI
+SHARP = figure_page.DPI
 LAYERS = ("conv1.weight", "layer1.0.conv1.weight", "layer3.4.conv2.weight")
 
 
@@ -231,7 +237,7 @@ def make_recording(path: Path, count: int = 30) -> Path:
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer pixels, in less time."""
-    monkeypatch.setattr(figures, "DPI", 30)
+    monkeypatch.setattr(figure_page, "DPI", 30)
 
 
 @pytest.fixture
@@ -245,13 +251,13 @@ def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 def pages(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are made."""
     made: list[Figure] = []
-    page = figures.new_figure
+    page = figure_page.new_figure
 
     def remember(*arguments: Any) -> Figure:
         made.append(page(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(figures, "new_figure", remember)
+    monkeypatch.setattr(figure_page, "new_figure", remember)
     return made
 
 
@@ -269,8 +275,8 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def test_a_run(tmp_path, pages, monkeypatch):
-    monkeypatch.setattr(figures, "DPI", SHARP)
-    written = figures.draw(make_run(tmp_path / "run"))
+    monkeypatch.setattr(figure_page, "DPI", SHARP)
+    written = run_figures.draw(make_run(tmp_path / "run"))
     assert [path.name for path in written] == ["accuracy.png", "breakdown.png", "loss.png", "compression.png"]
     for path in written:
         width, height = png_size(path)
@@ -293,7 +299,7 @@ def test_a_run(tmp_path, pages, monkeypatch):
 
 
 def test_what_the_run_figures_show(tmp_path, pages):
-    figures.draw(make_run(tmp_path / "run"))
+    run_figures.draw(make_run(tmp_path / "run"))
     accuracy, breakdown, loss, compression = pages
     assert [line.get_xdata()[-1] for line in accuracy.axes[1].lines] == [40, 40, 40]
     assert accuracy.axes[0].lines[0].get_ydata()[-1] == pytest.approx(49)
@@ -321,7 +327,7 @@ def test_what_the_run_figures_show(tmp_path, pages):
 
 @pytest.mark.parametrize("one_process", [False, True])
 def test_the_clusters_clock(tmp_path, pages, one_process):
-    written = figures.draw(add_cluster(make_run(tmp_path / "run"), one_process=one_process))
+    written = run_figures.draw(add_cluster(make_run(tmp_path / "run"), one_process=one_process))
     there, common = ["accuracy-far-away.png", "breakdown-far-away.png"], ["loss.png", "compression.png"]
     here = [] if one_process else ["accuracy.png", "breakdown.png"]
     assert [path.name for path in written] == [*here, *there, *common]
@@ -346,15 +352,15 @@ def test_long_runs_are_shown_per_500_iterations(tmp_path, pages):
     rar["iterations"] = 2000
     rar["groups"] = {group: 2000.0 if group == "compute" else 0.0 for group in GROUPS}
     (folder / "summary.json").write_text(json.dumps(summary))
-    figures.draw(folder)
+    run_figures.draw(folder)
     left = next(page for page in pages if "Time for 500 iterations" in texts(page)).axes[0]
     assert left.get_xlabel() == "seconds per 500 iterations"
     assert left.containers[0][0].get_width() == pytest.approx(500)
 
 
 def test_a_method_has_one_color(tmp_path, pages):
-    figures.draw(make_run(tmp_path / "run", ("other", "gradiveq")))
-    wanted = [figures.method_color("other"), figures.method_color("gradiveq")]
+    run_figures.draw(make_run(tmp_path / "run", ("other", "gradiveq")))
+    wanted = [method_styles.method_color("other"), method_styles.method_color("gradiveq")]
     assert len(set(wanted)) == 2
     assert [line.get_color() for line in pages[0].axes[0].lines] == wanted
     assert [line.get_color() for line in pages[2].axes[0].lines if line.get_alpha() is None][:2] == wanted
@@ -379,7 +385,7 @@ MANY = (
 
 
 def test_many_methods_are_told_apart(tmp_path, pages):
-    written = figures.draw(make_run(tmp_path / "run", MANY))
+    written = run_figures.draw(make_run(tmp_path / "run", MANY))
     assert {path.name for path in written} == {"accuracy.png", "breakdown.png", "loss.png"}
     lines = pages[0].axes[1].lines
     assert len(lines) == len(MANY)
@@ -400,7 +406,7 @@ def test_many_methods_are_told_apart(tmp_path, pages):
 def test_long_names_leave_the_plots_room(tmp_path, pages):
     names = ("rar", "gradiveq", "accordion:interval=20:topk:0.1@model|topk:0.01@model+ef-scaled", "sign")
     folder = add_cluster(make_run(tmp_path / "run", names), one_process=True)
-    figures.draw(folder)
+    run_figures.draw(folder)
     assert len(pages) == 4
     for page in pages:
         width = page.get_size_inches()[0]
@@ -410,26 +416,26 @@ def test_long_names_leave_the_plots_room(tmp_path, pages):
 
 def test_styles_are_distinct_however_many():
     names = [f"method {index}" for index in range(40)]
-    styles = [figures.method_style(name, names) for name in names]
+    styles = [method_styles.method_style(name, names) for name in names]
     assert len({(style["color"], style["linestyle"]) for style in styles}) == 40
-    alone = figures.method_color("method 7")
-    assert figures.method_color("method 7", ["rar", "method 7"]) == alone
-    for name, color in figures.METHOD_COLORS.items():
-        assert figures.method_color(name, [*names, name]) == color
+    alone = method_styles.method_color("method 7")
+    assert method_styles.method_color("method 7", ["rar", "method 7"]) == alone
+    for name, color in method_styles.METHOD_COLORS.items():
+        assert method_styles.method_color(name, [*names, name]) == color
         assert color not in {style["color"] for style in styles}
 
 
 def test_a_timing_run_has_no_accuracy(tmp_path):
-    written = figures.draw(make_run(tmp_path / "run", ("rar", "qsgd"), evaluations=False))
+    written = run_figures.draw(make_run(tmp_path / "run", ("rar", "qsgd"), evaluations=False))
     assert [path.name for path in written] == ["breakdown.png", "loss.png"]
 
 
 def test_nothing_finished_draws_nothing(tmp_path):
-    assert figures.draw(make_run(tmp_path / "run", ())) == []
+    assert run_figures.draw(make_run(tmp_path / "run", ())) == []
 
 
 def test_bandwidth(tmp_path, pages):
-    (written,) = figures.draw_bandwidth(make_bandwidth(tmp_path / "busbw-6.json", 6))
+    (written,) = bandwidth_figure.redraw(make_bandwidth(tmp_path / "busbw-6.json", 6))
     assert written == tmp_path / "busbw-6.png"
     png_size(written)
     assert "6 ranks" in pages[0].texts[0].get_text()
@@ -450,12 +456,12 @@ def test_wrong_results_are_not_hidden(tmp_path, pages):
     record = json.loads(path.read_text())
     record["rows"][0]["wrong"] = 5
     path.write_text(json.dumps(record))
-    figures.draw_bandwidth(path)
+    bandwidth_figure.redraw(path)
     assert "SOME RESULTS WERE WRONG" in texts(pages[0])
 
 
 def test_gradients(tmp_path, pages, few_sizes):
-    written = figures.draw_gradients(make_recording(tmp_path / "gradients.npz"))
+    written = gradient_figures.redraw(make_recording(tmp_path / "gradients.npz"))
     assert [path.name for path in written] == ["fig4.json", "fig5.json", "fig4.png", "fig5.png"]
     for path in written[2:]:
         png_size(path)
@@ -465,9 +471,9 @@ def test_gradients(tmp_path, pages, few_sizes):
     assert "of variance" in pages[0].axes[1].get_xlabel()
     fig5 = json.loads(written[1].read_text())
     assert fig5["dips"]["median_left"] < 0.1
-    assert "dips at multiples of F*D = 256 seen" in " ".join(figures.findings(written[1]))
+    assert "dips at multiples of F*D = 256 seen" in " ".join(gradient_figures.findings(written[1]))
     assert "dips at multiples of F*D = 256 seen" in texts(pages[1])
-    assert "2 of 3 axes (ratio 1.5) lose" in " ".join(figures.findings(written[0]))
+    assert "2 of 3 axes (ratio 1.5) lose" in " ".join(gradient_figures.findings(written[0]))
 
 
 def test_everything_under_a_folder(tmp_path, few_sizes, capsys):
@@ -478,7 +484,7 @@ def test_everything_under_a_folder(tmp_path, few_sizes, capsys):
     np.savez(tmp_path / "foreign.npz", a=np.zeros(3))
     (tmp_path / "runs" / "a" / "checkpoint").mkdir()
     (tmp_path / "runs" / "a" / "checkpoint" / "x.json").write_text("half a fi")
-    assert redraw.main([str(tmp_path)]) == 0
+    assert figures.main([str(tmp_path)]) == 0
     output = capsys.readouterr()
     assert output.err == ""
     drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
@@ -495,7 +501,7 @@ def test_everything_under_a_folder(tmp_path, few_sizes, capsys):
     assert "Fig. 5, same iterations: dips" in output.out
     # the same record, the same bytes; and what was drawn is no record
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.*")) if path.is_file()}
-    assert redraw.main([str(tmp_path)]) == 0
+    assert figures.main([str(tmp_path)]) == 0
     assert before == {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.*")) if path.is_file()}
 
 
@@ -503,20 +509,20 @@ def test_settings_of_the_user_change_nothing(tmp_path):
     import matplotlib
 
     first, second = (make_run(tmp_path / name, ("rar",)) for name in "ab")
-    figures.draw(first)
+    run_figures.draw(first)
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
-        figures.draw(second)
+        run_figures.draw(second)
     assert (first / "loss.png").read_bytes() == (second / "loss.png").read_bytes()
 
 
 def test_missing_folder(tmp_path, capsys):
-    assert redraw.main([str(tmp_path / "nowhere")]) == 2
+    assert figures.main([str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
     assert error == f"error: there is no folder {tmp_path / 'nowhere'}\n"
 
 
 def test_empty_folder(tmp_path, capsys):
-    assert redraw.main([str(tmp_path)]) == 0
+    assert figures.main([str(tmp_path)]) == 0
     assert "nothing recorded" in capsys.readouterr().out
 
 
@@ -538,12 +544,12 @@ DAMAGE = {
 
 def test_captions_are_broken_into_lines():
     text = "one two three " * 20 + "x" * 300 + " end"
-    lines = figures._wrap(text, 3, 7.5)
+    lines = figure_page._wrap(text, 3, 7.5)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    widths = [figures._width(line, 7.5, "normal") for line in lines]
+    widths = [figure_page._width(line, 7.5, "normal") for line in lines]
     assert max(widths) <= 3.05
     assert min(widths[:-1]) > 2
-    assert figures._wrap("", 3, 7.5) == []
+    assert figure_page._wrap("", 3, 7.5) == []
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, all_ in DAMAGE.items() for text in all_])
@@ -557,7 +563,7 @@ def test_damaged_records(tmp_path, capsys, monkeypatch, name, text):
         path.unlink()
     else:
         path.write_text(text)
-    assert redraw.main([str(tmp_path)]) == 2
+    assert figures.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -570,4 +576,4 @@ def test_damaged_records(tmp_path, capsys, monkeypatch, name, text):
 
 def test_bandwidth_between_hosts_is_no_figure_of_the_ring_alone(tmp_path) -> None:
     (tmp_path / "busbw.json").write_text(json.dumps({"rows": [{"implementation": "ring", "hosts": 2}]}))
-    assert redraw.draw_all(tmp_path) == ([], [])
+    assert figures.draw_all(tmp_path) == ([], [])

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from bench import figures, kept, redraw
+from bench import figures
+from bench.drawing import page as figure_page
+from bench.experiments import condensed_runs as kept
 from tests.support.processes import ROOT
 
 RESULTS = ROOT / "results"
@@ -27,7 +29,7 @@ def copied(folder: Path, *names: str) -> Path:
 def test_what_is_drawn_looks_as_it_does_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By pixels: the last digit of a coordinate may be another on another machine. A caption that changes is seen."""
     names = ("paper-timing", "busbw", "advise/resnet32-v100-10gbe-4")
-    assert redraw.main([str(copied(tmp_path, *names))]) == 0, capsys.readouterr().err
+    assert figures.main([str(copied(tmp_path, *names))]) == 0, capsys.readouterr().err
     for name in names:
         committed = sorted(path.name for path in (RESULTS / name).glob("*.png"))
         assert sorted(path.name for path in (tmp_path / name).glob("*.png")) == committed
@@ -41,9 +43,9 @@ def test_every_figure_has_a_record_that_is_drawn(tmp_path: Path, monkeypatch: py
     """All figures of results/, without their pixels; and the tables that are made with them, to the letter."""
     folders = [path.name for path in RESULTS.iterdir() if path.is_dir() and not path.name.startswith("20")]
     copied(tmp_path, *folders)
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, file, **options: file.write(b"quickly"))
+    monkeypatch.setattr(figure_page.Figure, "savefig", lambda self, file, **options: file.write(b"quickly"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    written, errors = redraw.draw_all(tmp_path)
+    written, errors = figures.draw_all(tmp_path)
     assert errors == []
     assert {path.relative_to(tmp_path) for path in written if path.suffix == ".png"} == {
         path.relative_to(RESULTS) for folder in folders for path in (RESULTS / folder).rglob("*.png")
@@ -80,20 +82,20 @@ def test_without_its_runs_an_experiment_says_so(
     (tmp_path / "hard-threshold.json").write_text(json.dumps({"environment": {"command": command}}))
     if content is not None:
         (tmp_path / kept.FILE).write_bytes(content)
-    assert redraw.main([str(tmp_path)]) == 2
+    assert figures.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / kept.FILE} is ")
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", [*redraw.EXPERIMENTS, "record.json", "x.json"])
+@pytest.mark.parametrize("name", [*figures.EXPERIMENTS, "record.json", "x.json"])
 @pytest.mark.parametrize("record", [{}, {"environment": 3}, {"words": [], "panels": []}, {"cells": [1], "panels": [1]}])
 def test_damaged_records_of_experiments(
     name: str, record: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / name).write_text(json.dumps(record))
-    known = name in redraw.EXPERIMENTS or (name == "record.json" and "environment" not in record and record != {})
-    assert redraw.main([str(tmp_path)]) == (2 if known or "panels" in record else 0)
+    known = name in figures.EXPERIMENTS or (name == "record.json" and "environment" not in record and record != {})
+    assert figures.main([str(tmp_path)]) == (2 if known or "panels" in record else 0)
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path}/") == bool(error)
     assert error.count("\n") == (known or "panels" in record)

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
-from bench import ddp
-from bench.ddp import METHODS, RATIOS, main, parse, skipped
-from bench.ddp_figures import family
-from bench.ddp_findings import BELOW_PLAIN, Row, Spread, extras_table, group_table, methods_table, rows
-from bench.ddp_runs import SAMPLING, TIME, TRAIN, wire_bytes
-from bench.ddp_sizes import (
+from bench.common.statistics import Quartiles
+from bench.hooks import command as ddp
+from bench.hooks.command import METHODS, RATIOS, main, parse, skipped
+from bench.hooks.equal_bytes import (
     PLAIN,
     TOLERANCE,
     Entry,
@@ -28,6 +26,9 @@ from bench.ddp_sizes import (
     method_of,
     run_bytes,
 )
+from bench.hooks.figures import family
+from bench.hooks.findings import BELOW_PLAIN, Row, extras_table, group_table, methods_table, rows
+from bench.hooks.runs import SAMPLING, TIME, TRAIN, wire_bytes
 from bench.models import MODELS
 from gradiveq.compressors.topk import TopK
 from tests.support.images import write_images
@@ -172,9 +173,9 @@ def test_rows_and_tables() -> None:
     assert (plain.share, topk.share, pca.share) == (1, 0.115, 0.11)
     assert pca.off == pytest.approx(0.11 * 9 - 1)
     assert (pca.bytes_per_iteration, pca.sent_per_iteration) == (120, 110)
-    assert plain.times == {"loopback": Spread(1, 1, 1), "100 Mbit/s": Spread(1, 1, 1)}
-    assert pca.times == {"loopback": Spread(2, 1.5, 2.5), "100 Mbit/s": Spread(0.25, 0.25, 0.375)}
-    assert pca.sampling == {"loopback": Spread(2, 2, 2)}
+    assert plain.times == {"loopback": Quartiles(1, 1, 1), "100 Mbit/s": Quartiles(1, 1, 1)}
+    assert pca.times == {"loopback": Quartiles(2, 1.5, 2.5), "100 Mbit/s": Quartiles(0.25, 0.25, 0.375)}
+    assert pca.sampling == {"loopback": Quartiles(2, 2, 2)}
     assert plain.wire_bytes == {"100 Mbit/s": 1100.0}
     goal = 0.85 - BELOW_PLAIN
     assert pca.reached_bytes == (120 * 100, 120 * 50)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-import bench.checkpoint
-from bench.checkpoint import VERSION, CheckpointError, Checkpoints, read_manifest
-from bench.record import Metrics, write_atomically
+import bench.job.checkpoint
+from bench.common.files import write_atomically
+from bench.job.checkpoint import VERSION, CheckpointError, Checkpoints, read_manifest
+from bench.job.record import Metrics
 from ring.handle import Ring
 from ring.lockstep import run
 
@@ -82,8 +83,8 @@ def test_killed_after_any_number_of_parts(tmp_path: Path, monkeypatch: pytest.Mo
         write_atomically(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.checkpoint, "write_atomically", write)
-        patch.setattr(bench.checkpoint, "write_json", lambda path, value: write(path, json.dumps(value).encode()))
+        patch.setattr(bench.job.checkpoint, "write_atomically", write)
+        patch.setattr(bench.job.checkpoint, "write_json", lambda path, value: write(path, json.dumps(value).encode()))
         with pytest.raises(Killed):
             save(tmp_path, 10)
     check(tmp_path, 5)
@@ -120,7 +121,7 @@ def test_a_rank_that_cannot_write_is_named_on_all_ranks(tmp_path: Path, monkeypa
         return str(caught.value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.checkpoint, "write_atomically", write)
+        patch.setattr(bench.job.checkpoint, "write_atomically", write)
         messages = run(SIZE, work)
     assert len(set(messages)) == 1
     assert "rank 1 could not write its part" in messages[0]
@@ -143,7 +144,7 @@ def test_a_manifest_that_cannot_be_written_is_told_on_all_ranks(
             Checkpoints(tmp_path, ring).save("rar", 10, state(ring.rank, 10), {})
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.checkpoint, "write_json", write)
+        patch.setattr(bench.job.checkpoint, "write_json", write)
         run(SIZE, work)
     check(tmp_path, 5)
 

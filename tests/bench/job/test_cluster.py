@@ -35,6 +35,11 @@ from tests.support.jobs import (
     write_idx,
 )
 
+from bench.clusters import names
+from bench.drawing import page as figure_page
+from bench.job import figures as run_figures
+from bench.job.emulated_cluster import MOST_THREADS, choose, note
+from bench.job.report import text
 pytestmark = pytest.mark.slow
 
 #: Processor time that isn't in the table counts for almost nothing, so that seconds are the same in every run.
@@ -148,8 +153,8 @@ def test_tables_name_the_clock(folder: Path, runs: dict[str, Any]) -> None:
 
 
 def test_figures_by_the_clusters_clock(folder: Path, runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "DPI", 30)
-    drawn = {run: [path.name for path in figures.draw(folder / run)] for run in runs}
+    monkeypatch.setattr(figure_page, "DPI", 30)
+    drawn = {run: [path.name for path in run_figures.draw(folder / run)] for run in runs}
     common = ["loss.png", "compression.png"]
     there = ["accuracy-two-racks-of-one.png", "breakdown-two-racks-of-one.png"]
     assert drawn["threads"] == [*there, *common]
@@ -201,7 +206,7 @@ def test_one_thread_that_fails_ends_all(folder: Path) -> None:
 
 PROGRAM = """\
 import sys, time
-from bench.launch import run_as_threads
+from bench.common.launch import run_as_threads
 def main(workers, ring, stop):
     workers.gather(workers.rank)
     print("here", flush=True)
@@ -246,8 +251,8 @@ def test_how_threads_end(tmp_path: Path, how: str, status: int, message: str) ->
 
 ALIKE = """\
 import sys
-from bench.launch import run_as_threads
-from bench.workers import Failure
+from bench.common.launch import run_as_threads
+from bench.common.workers import Failure
 def main(workers, ring, stop):
     workers.gather(None)
     sys.stdout.write(f"{workers.rank}\\n")

@@ -17,9 +17,11 @@ import numpy as np
 import psutil
 import pytest
 
-from bench.options import DEFAULTS, PAPER, UsageError, make_parser, parse
-from bench.record import KINDS, file_name
-from bench.report import text
+from bench.common.command_line import UsageError
+from bench.common.files import file_name
+from bench.job.options import DEFAULTS, PAPER, make_parser, parse
+from bench.job.record import KINDS
+from bench.job.report import text
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.specs import parse as parse_method
 from tests.support.jobs import (

@@ -17,20 +17,20 @@ import torch
 from torch import nn
 
 from bench.data import Dataset
-from bench.models import resnet_cifar
-from bench.record import GROUPS, KINDS, grouped
-from bench.train import (
+from bench.job.record import GROUPS, KINDS, grouped
+from bench.job.train import (
     LEAST,
     PAPER_ITERATIONS,
     Settings,
     Trainer,
-    Windows,
+    WindowLengths,
     average_statistics,
     learning_rate,
     scaled_schedule,
     train,
     weights_digest,
 )
+from bench.models import resnet_cifar
 from gradiveq.aggregator import NonFiniteGradient
 from gradiveq.methods import GradiVeQ, Method, Plain, QSGDRing
 from gradiveq.running_noise import RunningNoise, estimate_here
@@ -216,7 +216,7 @@ class Processor:
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> Processor:
     processor = Processor()
-    monkeypatch.setattr("bench.train.VirtualRing", functools.partial(VirtualRing, processor_time=processor))
+    monkeypatch.setattr("bench.job.train.VirtualRing", functools.partial(VirtualRing, processor_time=processor))
     return processor
 
 
@@ -561,9 +561,9 @@ def test_learning_rate() -> None:
 
 
 def test_the_schedule_is_the_papers_and_shrinks_with_the_run() -> None:
-    assert scaled_schedule(PAPER_ITERATIONS) == scaled_schedule(100_000) == Windows(2_500, 100, 400)
-    assert scaled_schedule(PAPER_ITERATIONS // 2) == Windows(1_250, 50, 200)
-    assert scaled_schedule(900) == Windows(50, LEAST, 4 * LEAST)
+    assert scaled_schedule(PAPER_ITERATIONS) == scaled_schedule(100_000) == WindowLengths(2_500, 100, 400)
+    assert scaled_schedule(PAPER_ITERATIONS // 2) == WindowLengths(1_250, 50, 200)
+    assert scaled_schedule(900) == WindowLengths(50, LEAST, 4 * LEAST)
     for iterations in (1, 5, 20, 57, 100, 200, 600, 9_999):
         windows = scaled_schedule(iterations)
         assert windows.sample >= 2  # PCA needs two

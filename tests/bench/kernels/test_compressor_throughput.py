@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bench import compressor_throughput
+from bench.kernels import compressor_throughput
 from gradiveq.compressors import COMPRESSORS
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.models import MODELS, Block, resnet32, resnet_cifar
+from bench.models import MODELS, ResidualBlock, resnet32, resnet_cifar
 
 
 def count(model: nn.Module) -> int:
@@ -57,7 +57,7 @@ def test_stages_halve_the_image_and_double_the_width() -> None:
 
 def test_shortcut_takes_every_second_pixel_and_appends_zeros() -> None:
     x = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).reshape(2, 3, 6, 6)
-    block = Block(3, 8, stride=2)
+    block = ResidualBlock(3, 8, stride=2)
     shortcut = block.shortcut(x)
     assert shortcut.shape == (2, 8, 3, 3)
     for n in range(2):
@@ -66,12 +66,12 @@ def test_shortcut_takes_every_second_pixel_and_appends_zeros() -> None:
                 for column in range(3):
                     expected = x[n, channel, 2 * row, 2 * column] if channel < 3 else 0
                     assert shortcut[n, channel, row, column] == expected
-    assert Block(3, 3, stride=1).shortcut(x) is x
+    assert ResidualBlock(3, 3, stride=1).shortcut(x) is x
 
 
 def test_block_adds_the_shortcut_before_the_last_relu() -> None:
     x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    block = Block(4, 8, stride=2)
+    block = ResidualBlock(4, 8, stride=2)
     nn.init.zeros_(block.bn2.weight)  # leaves the shortcut alone
     assert torch.equal(block(x), torch.relu(block.shortcut(x)))
 

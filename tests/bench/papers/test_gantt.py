@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from bench import figures, gantt, gantt_figure
+from bench.drawing import page as figure_page
+from bench.papers.gradiveq import gantt, gantt_figure
 from ring import Codec, Timeline, perfetto
 from ring.cluster import Cluster, Link
 from ring.lockstep import LockstepRing, run
@@ -87,17 +88,17 @@ def test_a_picture_is_drawn_from_a_record_and_again_with_the_same_bytes(
     virtual: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     captions: list[str] = []
-    page = figures.new_figure
+    page = figure_page.new_figure
 
     def watched(width: float, height: float, title: str, caption: str):
         captions.append(f"{title}\n{caption}")
         return page(width, height, title, caption)
 
-    monkeypatch.setattr(figures, "new_figure", watched)
+    monkeypatch.setattr(figure_page, "new_figure", watched)
     written = gantt.write_all(record(virtual), tmp_path, "x")
     assert [path.name for path in written] == ["x.json", "x.png", "x-qsgd.perfetto.json", "x-gradiveq.perfetto.json"]
     pixels = image.imread(tmp_path / "x.png")
-    assert pixels.shape[1] == 12.5 * figures.DPI
+    assert pixels.shape[1] == 12.5 * figure_page.DPI
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
     for path in written[2:]:
         perfetto.check(json.loads(path.read_text()))

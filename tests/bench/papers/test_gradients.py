@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gradients
-from bench.gradients import GradientRecorder, Recording
 from bench.models import resnet_cifar
+from bench.papers.gradiveq import recorded_gradients as gradients
+from bench.papers.gradiveq.recorded_gradients import GradientRecorder, Recording
 from gradiveq.flatten import Layout
 
 ABOUT: dict[str, Any] = {

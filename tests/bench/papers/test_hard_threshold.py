@@ -14,14 +14,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bench import figures
-from bench import hard_threshold_findings as findings
+from bench.common.command_line import UsageError
 from bench.data.ratings import Interactions, load_ratings
-from bench.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, Finding, table
-from bench.hard_threshold import PARTS, main, parse
-from bench.hard_threshold_figures import by_fields, elements_per_iteration
-from bench.hard_threshold_runs import Accordion, optimiser, problem_of, run, schedule, threshold_for
-from bench.hard_threshold_sizes import (
+from bench.drawing import page as figure_page
+from bench.experiments.findings import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, Finding, table
+from bench.papers.hard_threshold import logistic_findings, network_findings
+from bench.papers.hard_threshold.command import PARTS, main, parse
+from bench.papers.hard_threshold.figures import by_fields, elements_per_iteration
+from bench.papers.hard_threshold.runs import AccordionObserver, optimiser, problem_of, run, schedule, threshold_for
+from bench.papers.hard_threshold.sizes import (
     MADELON,
     PAPER,
     RESNET18,
@@ -30,13 +31,12 @@ from bench.hard_threshold_sizes import (
     SMALL_RATINGS,
     SMALL_TEXT,
     Given,
-    Size,
+    HardThresholdSize,
     differences,
     specs,
 )
-from bench.hard_threshold_tasks import make
-from bench.options import UsageError
-from bench.simulate import Compressed, Step, Task, simulate
+from bench.papers.hard_threshold.tasks import make
+from bench.simulated.training import CompressedMean, SimulatedTask, Step, simulate
 from gradiveq import Aggregator
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.identity import Identity
@@ -57,14 +57,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer pixels, in less time."""
-    monkeypatch.setattr(figures, "DPI", 30)
+    monkeypatch.setattr(figure_page, "DPI", 30)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [SMALL, PAPER])
-def test_the_grid_names_runs_that_can_be(size: Size) -> None:
+def test_the_grid_names_runs_that_can_be(size: HardThresholdSize) -> None:
     grid = specs(size, {}, PARTS, "cpu")
     for spec in grid.values():
         assert json.loads(json.dumps(spec)) == spec
@@ -180,7 +180,7 @@ def test_accordion_gives_each_layer_its_regimes_compressor() -> None:
     def rate(iteration: int) -> float:
         return 0.1 if iteration < 9 else 0.01
 
-    def follow(start: int, stop: int, accordion: Accordion, aggregation: Compressed) -> list[list[Any]]:
+    def follow(start: int, stop: int, accordion: AccordionObserver, aggregation: CompressedMean) -> list[list[Any]]:
         chosen = []
         for iteration in range(start, stop):
             mean = np.array([1, 1, 1, *([1.0, 1.0] if iteration < 3 else [5.0, 5.0])], np.float32)
@@ -191,9 +191,9 @@ def test_accordion_gives_each_layer_its_regimes_compressor() -> None:
             assert columns["critical"] == sum(compressor is low for compressor in chosen[-1]) / 2
         return chosen
 
-    def fresh() -> tuple[Compressed, Accordion]:
-        aggregation = Compressed([part._replace(compressor=low) for part in layers], 2)
-        return aggregation, Accordion(aggregation, layers, low, high, rate, interval=3)
+    def fresh() -> tuple[CompressedMean, AccordionObserver]:
+        aggregation = CompressedMean([part._replace(compressor=low) for part in layers], 2)
+        return aggregation, AccordionObserver(aggregation, layers, low, high, rate, interval=3)
 
     aggregation, accordion = fresh()
     chosen = follow(0, 12, accordion, aggregation)
@@ -282,9 +282,9 @@ def test_a_run_that_is_stopped_goes_on_bitwise(
     path = write_text(tmp_path / "text") if kind == "text" else None
     spec = spec_of(kind, network, options, path)
 
-    def trained(task: Task, stop: int | None, checkpoint: Path | None) -> dict[str, Any]:
+    def trained(task: SimulatedTask, stop: int | None, checkpoint: Path | None) -> dict[str, Any]:
         blocks = Layout(task.model).blocks
-        aggregation = Compressed(layer_parts(blocks, TopK(ratio=0.1)), 3, feedback=ErrorFeedback())
+        aggregation = CompressedMean(layer_parts(blocks, TopK(ratio=0.1)), 3, feedback=ErrorFeedback())
         opt = torch.optim.SGD(task.model.parameters(), lr=0.5)
 
         def rate(iteration: int) -> float:
@@ -323,7 +323,7 @@ def test_recommendation_learns_what_is_liked() -> None:
 # --- the same as in a ring -------------------------------------------------------------------------------------------
 
 
-class Lines(Task):
+class Lines(SimulatedTask):
     """Linear regression, each worker with numbers of its own."""
 
     iterations_per_epoch = 4
@@ -355,7 +355,7 @@ def test_one_process_trains_as_the_ring_does(method: str, compressor: Any) -> No
     workers, iterations = 4, 6
     task = Lines()
     blocks = Layout(task.model).blocks
-    aggregation = Compressed(layer_parts(blocks, compressor), workers, feedback=ErrorFeedback())
+    aggregation = CompressedMean(layer_parts(blocks, compressor), workers, feedback=ErrorFeedback())
     opt = torch.optim.SGD(task.model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
     simulate(task, aggregation, opt, lambda iteration: 0.05, workers=workers, iterations=iterations)
 
@@ -425,7 +425,7 @@ def verdicts(found: list[Finding]) -> dict[str, str]:
 
 def test_rules_for_logistic_regression_confirm_and_refute() -> None:
     silent = [0, *(5 * n for n in range(1, 11))]
-    good = findings.logistic(
+    good = logistic_findings.logistic(
         logistic_runs(
             {"total_error": 0.5, "silent": silent},
             {"suboptimality": [10.0 ** (-n / 2) for n in range(11)]},
@@ -437,7 +437,7 @@ def test_rules_for_logistic_regression_confirm_and_refute() -> None:
     stated = [claim for claim in judged if "λ = 14881" in claim]
     assert judged.pop(stated[0]) == NOT_TESTABLE  # not madelon
     assert set(judged.values()) == {CONFIRMED}
-    bad = findings.logistic(
+    bad = logistic_findings.logistic(
         logistic_runs(
             {"total_error": 2.0, "suboptimality": [1.0] * 11, "error": [0.0, *[2.0] * 10]},
             {"error": [0.0, *(2.0**n for n in range(1, 11))]},
@@ -456,11 +456,11 @@ def test_lambda_is_compared_where_the_data_are_madelon() -> None:
         one["spec"]["problem"] = "madelon"
         one["result"]["source"] = "madelon (2,000 points)"
         one["result"]["fields"] = {"value": 14_900.0}
-    claim = next(finding for finding in findings.logistic(runs, MADELON) if "14881" in finding.claim)
+    claim = next(finding for finding in logistic_findings.logistic(runs, MADELON) if "14881" in finding.claim)
     assert claim.verdict == CONFIRMED
     for one in runs.values():
         one["result"]["fields"] = {"value": 15_100.0}
-    claim = next(finding for finding in findings.logistic(runs, MADELON) if "14881" in finding.claim)
+    claim = next(finding for finding in logistic_findings.logistic(runs, MADELON) if "14881" in finding.claim)
     assert claim.verdict == NOT_CONFIRMED
 
 
@@ -471,7 +471,7 @@ def test_ef_gdstar_is_judged_by_its_end(end: float, verdict: str) -> None:
         star = {**one, "spec": one["spec"] | {"algorithm": "ef-gdstar"}}
         star["result"] = {**one["result"], "trace": trace(suboptimality=[1.0] * 10 + [end], error=[0.0] * 11)}
         runs[f"star{len(runs)}"] = star
-    judged = verdicts(findings.logistic(runs, MADELON))
+    judged = verdicts(logistic_findings.logistic(runs, MADELON))
     assert judged["EF-GDstar with hard-threshold reaches f - f* <= 5e-12"] == verdict
     assert judged["its error stays below 5e-12"] == CONFIRMED
     assert judged["it sends 1.7x less data than top-k"] == NOT_CONFIRMED  # as many
@@ -523,7 +523,7 @@ def network_runs(hard: float, hard_error: float = 0.5) -> dict[str, Any]:
 @pytest.mark.parametrize(("hard", "verdict"), [(140.0, CONFIRMED), (210.0, NOT_CONFIRMED)])
 def test_metrics_are_compared_at_the_same_density(hard: float, verdict: str) -> None:
     """Lower perplexity is better."""
-    judged = verdicts(findings.networks(network_runs(hard), SMALL_TEXT))
+    judged = verdicts(network_findings.networks(network_runs(hard), SMALL_TEXT))
     assert judged["better than layer-wise top-k at the same average density"] == verdict
     assert judged["hard-threshold almost reaches what no compression does"] == NOT_CONFIRMED
     assert judged["smaller total error than top-k"] == CONFIRMED
@@ -531,16 +531,16 @@ def test_metrics_are_compared_at_the_same_density(hard: float, verdict: str) -> 
 
 def test_what_can_not_be_told_is_open() -> None:
     one_seed = {name: one for name, one in network_runs(140).items() if one["spec"]["seed"] == 0}
-    judged = verdicts(findings.networks(one_seed, SMALL_TEXT))
+    judged = verdicts(network_findings.networks(one_seed, SMALL_TEXT))
     assert judged["better than layer-wise top-k at the same average density"] == NOT_TESTABLE
     far = network_runs(140, hard_error=0.5)
     for one in far.values():
         if one["spec"]["compressor"] == "threshold":
             one["result"]["average_density"] *= 100
-    judged = verdicts(findings.networks(far, SMALL_TEXT))
+    judged = verdicts(network_findings.networks(far, SMALL_TEXT))
     assert judged["better than layer-wise top-k at the same average density"] == NOT_TESTABLE
     assert judged["smaller total error than top-k"] == NOT_TESTABLE  # smaller, but with more sent
-    assert findings.networks({}, SMALL_TEXT) == []
+    assert network_findings.networks({}, SMALL_TEXT) == []
 
 
 def test_between_densities_metrics_are_interpolated_by_their_logarithm() -> None:
@@ -549,10 +549,10 @@ def test_between_densities_metrics_are_interpolated_by_their_logarithm() -> None
     def value(record: Mapping[str, Any]) -> float:
         return float(record["result"]["evaluations"][-1]["perplexity"])
 
-    assert findings.at_density(records, value, 1e-2) == pytest.approx(150)
-    assert findings.at_density(records, value, 1e-1 * 1.4) == 100
-    assert findings.at_density(records, value, 1e-1 * 1.6) is None
-    assert findings.at_density(records, value, 1e-3 / 1.6) is None
+    assert network_findings.at_density(records, value, 1e-2) == pytest.approx(150)
+    assert network_findings.at_density(records, value, 1e-1 * 1.4) == 100
+    assert network_findings.at_density(records, value, 1e-1 * 1.6) is None
+    assert network_findings.at_density(records, value, 1e-3 / 1.6) is None
 
 
 def test_settings_and_elements() -> None:
@@ -650,7 +650,7 @@ def test_networks_from_the_command_line(
     """One step or a few of each run: all figures and tables, with a diverged run among them or not."""
     from dataclasses import replace
 
-    from bench import hard_threshold
+    from bench.papers.hard_threshold import command as hard_threshold
 
     tiny = {
         "images": replace(SMALL_IMAGES, batch_size=4, options={"width": 0.03125}),

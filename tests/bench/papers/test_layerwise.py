@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import figures
-from bench.layerwise import main, parse
-from bench.layerwise_findings import STATEMENTS, Difference, Statement, holds, judge, judge_all, paired
-from bench.layerwise_runs import run, schedule
-from bench.layerwise_sizes import (
+from bench.common.command_line import UsageError
+from bench.common.learning_rate import rise_and_fall
+from bench.common.statistics import Difference, holds, paired
+from bench.drawing import page as figure_page
+from bench.papers.layerwise.command import main, parse
+from bench.papers.layerwise.findings import STATEMENTS, Statement, judge, judge_all
+from bench.papers.layerwise.runs import run
+from bench.papers.layerwise.sizes import (
     BASELINE,
     METHODS,
     PAPER,
@@ -27,7 +30,6 @@ from bench.layerwise_sizes import (
     differences,
     specs,
 )
-from bench.options import UsageError
 from gradiveq.compressors import COMPRESSORS
 from tests.support.images import write_images
 from tests.support.redrawn import check_drawn_again
@@ -40,7 +42,7 @@ TINY = ["--width", "0.03125", "--batch-size", "8", "--epochs", "2", "--processes
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer pixels, in less time."""
-    monkeypatch.setattr(figures, "DPI", 30)
+    monkeypatch.setattr(figure_page, "DPI", 30)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_schedule_is_the_papers():
     """0 to 0.4 in 5 of 24 epochs, then linearly to 0, at 10 steps an epoch."""
-    rate = schedule(0.4, 5 / 24, 240)
+    rate = rise_and_fall(0.4, 5 / 24, 240)
     assert rate(0) == pytest.approx(0.4 / 50)
     assert rate(24) == pytest.approx(0.2)
     assert rate(49) == pytest.approx(0.4)

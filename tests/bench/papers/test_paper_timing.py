@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import clusters, paper_timing
+from bench import clusters
 from bench.models import resnet_cifar
-from bench.paper import COMPRESS, PAPER, SAMPLE, WINDOW
-from bench.predict import Gradient
+from bench.papers.gradiveq import timing as paper_timing
+from bench.papers.gradiveq.stated_times import COMPRESS, PAPER, SAMPLE, WINDOW
+from bench.virtual.method_times import Gradient
 from gradiveq.aggregator import CONTROLS, Aggregator
 from gradiveq.codec import gradient_codec
 from gradiveq.flatten import slice_sizes

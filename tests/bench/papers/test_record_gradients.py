@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.gradients import load
+from bench.papers.gradiveq.recorded_gradients import load
 from tests.support.processes import Launch
 
 COMMAND = ["-m", "bench.record_gradients", "--batch-size", "2", "--skip", "1", "--count", "2"]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import hosts as module
-from bench.hosts import Hosts, HostsError, find_mpirun, remove_leftovers, why_not
+from bench.shaped import hosts as module
+from bench.shaped.hosts import Hosts, HostsError, find_mpirun, remove_leftovers, why_not
 from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.slow
@@ -154,7 +154,7 @@ def test_nothing_stays_after_building_failed() -> None:
 
 OWNER = """
     import signal, sys, time
-    from bench.hosts import Hosts
+    from bench.shaped.hosts import Hosts
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where tests run in the background
     with Hosts(2, rate_mbps=100) as hosts:
         hosts.popen(0, ["sleep", "600"])

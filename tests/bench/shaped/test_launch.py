@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.hosts import MPI_OVER_TCP, Hosts, why_not
+from bench.shaped.hosts import MPI_OVER_TCP, Hosts, why_not
 from tests.support.printed import LAUNCH, README, ROOT, block, losses, section
 
 pytestmark = pytest.mark.slow

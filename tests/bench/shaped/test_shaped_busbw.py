@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import shaped_busbw
-from bench.hosts import why_not
+from bench.shaped import busbw as shaped_busbw
+from bench.shaped.hosts import why_not
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from bench import validate
-from bench.hosts import why_not
-from bench.validate import Cell, Model, compare, main, mean_error, report
+from bench.common.statistics import mean_error
+from bench.shaped import validation as validate
+from bench.shaped.hosts import why_not
+from bench.shaped.validation import Cell, Model, compare, main, report
 
 TRUE = (0.9, 0.6, 0.8, 200.0, 150.0, 50.0, 300.0)
 RATES = {

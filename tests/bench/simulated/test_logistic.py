@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from bench import logistic
-from bench.logistic import Crowd, Optimum, Problem, Setting, Shards, Workers, reached, train
+from bench.simulated import logistic
+from bench.simulated.logistic import (
+    CompressingWorkers,
+    Crowd,
+    LogisticSetting,
+    Optimum,
+    Problem,
+    Shards,
+    reached,
+    train,
+)
 from gradiveq.compressors import COMPRESSORS
 
-SGD = Setting("ef-sgd", "identity", {}, workers=20, epochs=10, seed=0)
+SGD = LogisticSetting("ef-sgd", "identity", {}, workers=20, epochs=10, seed=0)
 #: The paper's two precisions: of its Fig. 7, and of 8 and 9.
 COARSE, FINE = 1.25e-4, 5e-12
 
@@ -172,7 +181,7 @@ def test_training_is_algorithm_1(
     """Against the paper's pseudo-code in float64, one worker and one element after another."""
     iterations, workers = 60, 5
     epochs = iterations * workers / problem.num_rows if algorithm == "ef-sgd" else iterations
-    setting = Setting(algorithm, compressor, fields, workers, epochs, seed=6)
+    setting = LogisticSetting(algorithm, compressor, fields, workers, epochs, seed=6)
     trace = train(problem, best, setting, points=iterations)
     shards = Shards(problem, workers, seed=6)
     features, labels = shards.features.astype(np.float64), shards.labels
@@ -230,7 +239,7 @@ def test_one_loop_over_all_workers_has_the_bits_of_workers(compressor: str, fiel
     """With many ties, as the values are whole numbers; bytes and elements too."""
     made = COMPRESSORS[compressor](**fields)
     rng = np.random.default_rng(7)
-    one, many = Crowd(made, 6, 40), Workers(made, 6, 40)
+    one, many = Crowd(made, 6, 40), CompressingWorkers(made, 6, 40)
     out, expected = np.empty(40, np.float32), np.empty(40, np.float32)
     for call in range(25):
         gradients = rng.integers(-4, 5, (6, 40)).astype(np.float32)
@@ -252,7 +261,7 @@ def test_a_difference_between_both_ways_ends_the_run(
     problem: Problem, best: Optimum, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logistic.Crowd, "_message_bytes", lambda self, count: 0)
-    setting = Setting("ef-gdstar", "topk", {"count": 1}, 4, 10, seed=0)
+    setting = LogisticSetting("ef-gdstar", "topk", {"count": 1}, 4, 10, seed=0)
     with pytest.raises(AssertionError, match="iteration 0"):
         train(problem, best, setting)
 
@@ -313,7 +322,7 @@ def test_ef_gdstar_reaches_any_precision_and_ef_gd_does_not() -> None:
     best = logistic.optimum(problem)
     bound = FINE / 10
     fields = {"value": problem.threshold(bound)}
-    setting = Setting("ef-gdstar", "threshold", fields, 20, 40_000, seed=0)
+    setting = LogisticSetting("ef-gdstar", "threshold", fields, 20, 40_000, seed=0)
     hard = train(problem, best, setting)
     assert reached(hard, FINE) is not None
     assert max(hard.error) <= bound * (1 + 1e-5)

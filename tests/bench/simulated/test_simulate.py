@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bench.simulate
 from bench.data import Batches, Dataset
-from bench.grid import GridError, run_grid
-from bench.simulate import Aggregation, ExactMean, Images, Observer, Step, make_optimiser, simulate
+from bench.experiments.grid import GridError, run_grid
+from bench.simulated import training
+from bench.simulated.training import Aggregation, ExactMean, Images, Observer, Step, make_optimiser, simulate
 from gradiveq import Aggregator
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.terngrad import TernGrad
@@ -125,7 +125,7 @@ def test_the_mean_of_the_workers_gradients_is_the_global_batchs(optimiser: str):
 def test_identity_in_parts_is_the_exact_mean():
     exact, compressed = network(), network()
     train(exact, ExactMean())
-    result = train(compressed, bench.simulate.Compressed(parts(compressed), 4))
+    result = train(compressed, training.CompressedMean(parts(compressed), 4))
     torch.testing.assert_close(weights(exact), weights(compressed), rtol=1e-6, atol=1e-7)
     assert set(result["steps"]["compression_error"]) == {0.0}
     assert set(result["steps"]["payload_bytes"]) == {4.0 * result["num_parameters"]}
@@ -137,9 +137,7 @@ def test_gathered_compressors_train_as_over_a_ring_to_the_last_bit(spec: str):
     assert isinstance(method, Compressed)
     iterations, workers = 6, 4
     here = network(batch_norm=True)
-    aggregation = bench.simulate.Compressed(
-        method.parts(Layout(here).blocks), workers, seed=3, feedback=method.feedback
-    )
+    aggregation = training.CompressedMean(method.parts(Layout(here).blocks), workers, seed=3, feedback=method.feedback)
     optimiser = "sgd" if spec.endswith("update") else "nesterov"
     train(here, aggregation, iterations=iterations, optimiser=optimiser, seed=3)
 
@@ -195,7 +193,7 @@ def test_running_statistics_are_the_mean_over_the_workers():
 def compressed_run(seed: int = 0, **how: Any) -> tuple[dict[str, Any], Tensor]:
     """Everything that has a state: dropout, batch norm, Adam, random compressors with memories."""
     model = network(batch_norm=True, dropout=0.3, seed=seed)
-    aggregation = bench.simulate.Compressed(parts(model, TernGrad()), 4, seed=seed, feedback=ErrorFeedback("gradient"))
+    aggregation = training.CompressedMean(parts(model, TernGrad()), 4, seed=seed, feedback=ErrorFeedback("gradient"))
     result = train(model, aggregation, optimiser="adam", lr=0.01, seed=seed, iterations=12, record_every=3, **how)
     return result, torch.cat([weights(model), *(buffer.flatten().float() for buffer in model.buffers())])
 
@@ -284,11 +282,11 @@ def test_records_are_means_over_their_steps():
 
 def test_measures_are_means_over_the_workers_and_totals_go_on():
     model = network()
-    aggregation = bench.simulate.Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
+    aggregation = training.CompressedMean(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
     result = train(model, aggregation, iterations=6, record_every=2)
     every = train(
         network(),
-        bench.simulate.Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient")),
+        training.CompressedMean(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient")),
         iterations=6,
     )
     totals = np.cumsum(every["steps"]["error"])
@@ -309,7 +307,7 @@ def test_noise_is_recorded_every_step_once_a_block_has_ended():
 
     def run_with(every: int, *observers: Observer) -> dict[str, Any]:
         model = network()
-        aggregation = bench.simulate.Compressed(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
+        aggregation = training.CompressedMean(parts(model, TernGrad()), 4, feedback=ErrorFeedback("gradient"))
         return train(model, aggregation, iterations=24, record_every=every, observers=observers)["steps"]
 
     steps, thinned = run_with(1, Watch()), run_with(4)
@@ -404,7 +402,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path, how: str):
     pids.mkdir()
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pathlib import Path; from bench.grid import run_grid; from tests.support.grid_runs import slow\n"
+        "from pathlib import Path; from bench.experiments.grid import run_grid; from tests.support.grid_runs import slow\n"
         "if __name__ == '__main__':\n"
         f"    run_grid(slow, {{str(i): {{'pids': {str(pids)!r}}} for i in range(2)}}, Path({str(records)!r}))"
     )

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from bench import clusters, scaling
+from bench import clusters
 from bench.models import resnet_cifar
-from bench.predict import METHODS, PHASES, Gradient, build, iteration_s
-from bench.scaling import PAYS, Point, Sweep, crossings, stretches
+from bench.virtual import scaling
+from bench.virtual.method_times import METHODS, PHASES, Gradient, build, iteration_s
+from bench.virtual.scaling import PAYS, Point, Sweep, crossings, stretches
 from ring import dry
 from ring.cluster import Cluster, ClusterError, Node, Racks, read, write
 from ring.codec import Identity

@@ -1,0 +1,1 @@
+"""What experiments of many runs share: the grid, what is kept of the runs, findings."""

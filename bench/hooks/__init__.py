@@ -1,0 +1,1 @@
+"""PyTorch's own communication hooks beside ours, under torchrun."""

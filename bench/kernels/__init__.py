@@ -1,0 +1,1 @@
+"""How fast compressors encode and decode, on a core or on a device."""

@@ -1,0 +1,1 @@
+"""The experiments of three papers, each in a package of its own."""

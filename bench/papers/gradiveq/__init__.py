@@ -1,0 +1,1 @@
+"""Figures 2, 4, 5 and 7b of the GradiVeQ paper (Yu et al. 2018)."""

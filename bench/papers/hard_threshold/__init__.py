@@ -1,0 +1,1 @@
+"""Hard-threshold against top-k with error feedback (Sahu et al. 2021)."""

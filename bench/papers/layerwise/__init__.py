@@ -1,0 +1,1 @@
+"""Layer-wise against entire-model compression (Dutta et al. 2020)."""

@@ -1,0 +1,1 @@
+"""Training with many workers in one process, without a ring."""

@@ -1,0 +1,1 @@
+"""Described clusters in virtual time: predictions, and the calibration of this machine."""
