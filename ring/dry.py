@@ -20,11 +20,12 @@ import numpy.typing as npt
 
 from ring.cluster import Cluster, ClusterError
 from ring.codec import Array, Codec, Payload
-from ring.emulator import MIB, Emulator, Floats, chance, draw_jitter, missing_rates, seconds_by_rate
+from ring.emulator import MIB, Emulator, chance, draw_jitter, missing_rates, seconds_by_rate
 from ring.plan import CHUNK_BYTES
 from ring.program import SEND, WAIT, WAIT_SENT, record, record_all
 from ring.segments import Chunk, PayloadMap, check_chunk_bytes, cut_segment
 from ring.timeline import Timeline
+from ring.token_bucket import Floats, TokenBuckets
 
 #: Up to so many nodes `all_reduce` counts messages; beyond, if nodes are alike, it takes the closed form.
 MOST_NODES = 4096
@@ -297,15 +298,13 @@ class _AllNodes:
         self._overhead_s = np.array([node.overhead_us for node in nodes]) * 1e-6
         self._copy_s = np.array([node.copy_us_per_mib for node in nodes]) * 1e-6 / MIB
         self._handles = bool(self._overhead_s.any() or self._copy_s.any())
-        self._rate = np.array([link.bytes_per_s for link in links])
+        self._links = TokenBuckets([link.bytes_per_s for link in links], [link.burst_bytes for link in links])
         self._latency_s = np.array([link.latency_us for link in links]) * 1e-6
-        self._burst = np.array([float(link.burst_bytes) for link in links])
         self._jitter_s: Floats | None = None
         jitters_s = [link.jitter_us * 1e-6 for link in links]
         if any(jitters_s) and size > 1:
             self._jitter_s = draw_jitter(jitters_s, luck.generator, 2 * (size - 1), self._most)
-        self._clock_s, self._free_s = np.zeros(size), np.zeros(size)
-        self._tokens, self._counted_s = self._burst.copy(), np.zeros(size)
+        self._clock_s = np.zeros(size)
         self._totals: dict[str, float] = defaultdict(float)
 
     def run(self) -> Estimate:
@@ -335,7 +334,8 @@ class _AllNodes:
             if kind == SEND:
                 num_bytes = self._sizes.bytes[segment, number]
                 self._handle(num_bytes, there)
-                arrived_s: Floats = self._transmit(num_bytes, there) + self._latency_s
+                departed_s = np.maximum(self._clock_s, self._links.all_free_s)
+                arrived_s = self._links.transmit_all(departed_s, num_bytes, there) + self._latency_s
                 if self._jitter_s is not None:
                     arrived_s += self._jitter_s[item.step, number]
                 arriving[item.step + 1, number] = np.roll(arrived_s, 1)
@@ -347,13 +347,13 @@ class _AllNodes:
                 if key not in tables:
                     tables[key] = self._sizes.seconds(*key)
                 self._compute(kind, tables[key][segment, number])
-        self._wait(self._free_s, None)
+        self._wait(self._links.all_free_s, None)
         return self._sizes.estimate(float(self._clock_s.max()), self._totals)
 
     def _compute(self, kind: str, seconds: Floats) -> None:
         seconds = seconds * self._slowdown
         if self._overlaps:
-            busy_s, slow = np.maximum(self._free_s - self._clock_s, 0.0), self._overlap
+            busy_s, slow = np.maximum(self._links.all_free_s - self._clock_s, 0.0), self._overlap
             seconds = np.where(seconds * slow < busy_s, seconds * slow, busy_s + seconds - busy_s / slow)
         self._clock_s = self._clock_s + seconds
         self._totals[kind] += float(seconds.mean())
@@ -369,17 +369,3 @@ class _AllNodes:
             later_s = np.where(there, later_s, self._clock_s)
         self._totals["wait"] += float((later_s - self._clock_s).mean())
         self._clock_s = later_s
-
-    def _transmit(self, num_bytes: Floats, there: npt.NDArray[np.bool_] | None) -> Floats:
-        departed_s = np.maximum(self._clock_s, self._free_s)
-        tokens = np.minimum(self._burst, self._tokens + (departed_s - self._counted_s) * self._rate)
-        left_s: Floats = departed_s + np.maximum(0.0, num_bytes - tokens) / self._rate
-        tokens = np.maximum(0.0, tokens - num_bytes)
-        if there is not None:
-            left_s = np.where(there, left_s, self._free_s)
-            tokens = np.where(there, tokens, self._tokens)
-            self._counted_s = np.where(there, left_s, self._counted_s)
-        else:
-            self._counted_s = left_s
-        self._free_s, self._tokens = left_s, tokens
-        return left_s

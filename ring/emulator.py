@@ -31,15 +31,14 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ring.algorithm import Work
 from ring.cluster import Cluster, ClusterError
 from ring.program import SEND, WAIT, WAIT_SENT, Operation
 from ring.timeline import Received, Sent, Timeline
+from ring.token_bucket import Floats, TokenBuckets
 
 MIB = 1 << 20
-Floats = npt.NDArray[np.float64]
 
 
 class Chance(NamedTuple):
@@ -121,13 +120,11 @@ class _Links:
     def __init__(self, cluster: Cluster) -> None:
         nodes = cluster.nodes
         links = [cluster.link_from(rank) for rank in range(nodes)]
-        self._rates = [link.bytes_per_s for link in links]
-        self._bursts = [float(link.burst_bytes) for link in links]
+        self.buckets = TokenBuckets([link.bytes_per_s for link in links], [link.burst_bytes for link in links])
         self.latencies_s = [link.latency_us * 1e-6 for link in links]
         self._jitters_s = [link.jitter_us * 1e-6 for link in links]
         self.half_duplex = not cluster.link.full_duplex and nodes > 1
-        self.free_s, self._ports_s = [0.0] * nodes, [0.0] * nodes
-        self._tokens, self._counted_s = list(self._bursts), [0.0] * nodes
+        self._ports_s = [0.0] * nodes
         self._paths: list[list[tuple[str, int]]] = [[] for _ in range(nodes)]
         self._uplink_s: dict[tuple[str, int], float] = {}
         if cluster.racks is not None:
@@ -140,16 +137,14 @@ class _Links:
 
     def state(self) -> dict[str, Any]:
         return {
-            "free": list(self.free_s),
+            **self.buckets.state_dict(),
             "ports": list(self._ports_s),
-            "tokens": list(self._tokens),
-            "counted": list(self._counted_s),
             "uplinks": [[way, rack, free_s] for (way, rack), free_s in self._uplink_s.items()],
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.free_s, self._ports_s = list(state["free"]), list(state["ports"])
-        self._tokens, self._counted_s = list(state["tokens"]), list(state["counted"])
+        self.buckets.load_state_dict(state)
+        self._ports_s = list(state["ports"])
         self._uplink_s = {(way, rack): free_s for way, rack, free_s in state["uplinks"]}
 
     def jitter_s(self, generator: np.random.Generator, programs: Sequence[Sequence[Operation]]) -> list[Any] | None:
@@ -164,22 +159,16 @@ class _Links:
 
     def ready_s(self, rank: int) -> float:
         """From when on the next message from `rank` to its successor may depart."""
-        ready_s = self.free_s[rank]
+        ready_s = self.buckets.free_s(rank)
         if self.half_duplex:  # both ends are busy with it
-            ready_s = max(ready_s, self._ports_s[rank], self._ports_s[(rank + 1) % len(self.free_s)])
+            ready_s = max(ready_s, self._ports_s[rank], self._ports_s[(rank + 1) % len(self._ports_s)])
         return ready_s
 
     def transmit(self, rank: int, departed_s: float, num_bytes: int) -> tuple[float, float]:
         """A message departs, at `ready_s` or later: when it has left, and when it arrives but for latency."""
-        tokens = self._bursts[rank]
-        if tokens:
-            rested_s = departed_s - self._counted_s[rank]
-            tokens = min(tokens, self._tokens[rank] + rested_s * self._rates[rank])
-        left_s = departed_s + max(0.0, num_bytes - tokens) / self._rates[rank]
-        self._tokens[rank], self._counted_s[rank] = max(0.0, tokens - num_bytes), left_s
-        self.free_s[rank] = left_s
+        left_s = self.buckets.transmit(rank, departed_s, num_bytes)
         if self.half_duplex:
-            self._ports_s[rank] = self._ports_s[(rank + 1) % len(self.free_s)] = left_s
+            self._ports_s[rank] = self._ports_s[(rank + 1) % len(self._ports_s)] = left_s
         arrived_s, reached_s = left_s, departed_s
         for uplink in self._paths[rank]:
             reached_s = max(reached_s, self._uplink_s.get(uplink, 0.0))
@@ -393,7 +382,7 @@ class _Run:
     def _compute(self, rank: int, clock_s: float, kind: str, work: Work | None, seconds: float) -> Steps:
         """Compute what takes so long on a node that is not slow; the return value is the clock when it is done."""
         seconds *= self._slowdown[rank]
-        slow, busy_s = self._emulator.overlap[rank], self._links.free_s[rank] - clock_s
+        slow, busy_s = self._emulator.overlap[rank], self._links.buckets.free_s(rank) - clock_s
         if slow > 1 and busy_s > 0:
             seconds = seconds * slow if seconds * slow < busy_s else busy_s + seconds - busy_s / slow
         end_s = clock_s + seconds
