@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ from ring.segments import check_chunk_bytes
 from ring.timeline import Timeline
 
 IDENTITY = Identity()
+
+T = TypeVar("T")
+Own = TypeVar("Own")
 
 
 class Ring(ABC):
@@ -136,6 +139,33 @@ class Ring(ABC):
         rows[self.rank] = row
         self.all_reduce(rows.reshape(-1))
         return rows
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """One object for all workers of this process: what the first of them makes. Every worker calls this.
+
+        Args:
+            make: called without arguments, once in each process; here each worker is a process.
+        """
+        return make()
+
+    def compute_once(
+        self,
+        row: Sequence[float],
+        own: Own,
+        function: Callable[[npt.NDArray[np.float64], Mapping[int, Own]], Sequence[T]],
+    ) -> T:
+        """Compute something from the rows of all workers, once in each process. Collective.
+
+        Args:
+            row: this worker's numbers, as for `rows_of_all`.
+            own: what else is needed of this worker; it doesn't leave the process.
+            function: gets all rows, of shape (size, len(row)), and `own` of each worker of this process by its rank;
+                returns a value for each rank. That of any worker is called, so they must be alike.
+        Returns:
+            This worker's value.
+        Errors and cost as for `rows_of_all`, and whatever `function` raises, on every worker of the process.
+        """
+        return function(self.rows_of_all(row), {self.rank: own})[self.rank]
 
     def _plan(
         self,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from ring.algorithm import Work
 from ring.codec import Array, Codec, Payload
@@ -15,6 +18,7 @@ from ring.plan import CHUNK_BYTES, Plan, Stats
 from ring.timeline import Timeline, compute_unmeasured
 
 T = TypeVar("T")
+Own = TypeVar("Own")
 
 
 class _Message:
@@ -79,28 +83,45 @@ class _Call:
     def __init__(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> None:
         self.plan, self.codec, self.vector, self.timeline = plan, codec, vector, timeline
 
+    @property
+    def description(self) -> str:
+        return self.plan.description
 
-def _run_in_lockstep(calls: Sequence[_Call]) -> list[Stats]:
-    """Advance every worker until it waits for a message that is not there, round after round."""
-    size = len(calls)
-    said: dict[str, list[int]] = {}
-    for rank, call in enumerate(calls):
-        said.setdefault(call.plan.description, []).append(rank)
-    if len(said) > 1:
-        raise RingMismatch("; ".join(f"ranks {ranks} call {text}" for text, ranks in said.items()))
-    links = [_Link() for _ in range(size)]
-    ports = [_Port(links[(rank - 1) % size], links[rank], call.timeline) for rank, call in enumerate(calls)]
-    running = [call.plan.start(port, call.codec, call.vector, size) for port, call in zip(ports, calls, strict=True)]
-    waits = [next(algorithm, None) for algorithm in running]
-    while any(waits):
-        moved = False
-        for rank, algorithm in enumerate(running):
-            while (wait := waits[rank]) and wait.request.Test():
-                waits[rank], moved = next(algorithm, None), True
-        if not moved:
-            where = {rank: (wait.work.step, wait.work.segment) for rank, wait in enumerate(waits) if wait}
-            raise RingError(f"every worker waits for another; (step, segment) by rank: {where}")
-    return [Stats(port.bytes_sent, port.messages) for port in ports]
+    @staticmethod
+    def complete(calls: Sequence[_Call]) -> list[Stats]:
+        """Advance every worker until it waits for a message that is not there, round after round."""
+        size = len(calls)
+        links = [_Link() for _ in range(size)]
+        ports = [_Port(links[(rank - 1) % size], links[rank], call.timeline) for rank, call in enumerate(calls)]
+        running = [
+            call.plan.start(port, call.codec, call.vector, size) for port, call in zip(ports, calls, strict=True)
+        ]
+        waits = [next(algorithm, None) for algorithm in running]
+        while any(waits):
+            moved = False
+            for rank, algorithm in enumerate(running):
+                while (wait := waits[rank]) and wait.request.Test():
+                    waits[rank], moved = next(algorithm, None), True
+            if not moved:
+                where = {rank: (wait.work.step, wait.work.segment) for rank, wait in enumerate(waits) if wait}
+                raise RingError(f"every worker waits for another; (step, segment) by rank: {where}")
+        return [Stats(port.bytes_sent, port.messages) for port in ports]
+
+
+class _Question:
+    """One worker's part of what is computed once for all (`Ring.compute_once`)."""
+
+    def __init__(self, row: Sequence[float], own: Any, function: Callable[[Any, Any], Sequence[Any]]) -> None:
+        self.row, self.own, self.function = row, own, function
+
+    @property
+    def description(self) -> str:
+        return f"what is computed once from {len(self.row)} numbers of each rank"
+
+    @staticmethod
+    def complete(questions: Sequence[_Question]) -> Sequence[Any]:
+        rows = np.array([question.row for question in questions], np.float64)
+        return questions[0].function(rows, {rank: question.own for rank, question in enumerate(questions)})
 
 
 class _Meeting:
@@ -108,24 +129,42 @@ class _Meeting:
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
-        self._calls: dict[int, _Call] = {}
-        self._stats: list[Stats] = []
+        self._parts: dict[int, _Call | _Question] = {}
+        self._results: Sequence[Any] = []
         self._error: BaseException | None = None
+        #: Objects that not all workers have taken yet: by their number, the object and how many have it.
+        self._shared: dict[int, tuple[Any, int]] = {}
+        self._lock = threading.Lock()
         self.barrier = threading.Barrier(size, action=self._act)
 
     def _act(self) -> None:
         try:
-            self._stats = _run_in_lockstep([self._calls[rank] for rank in range(self.size)])
+            parts: list[Any] = [self._parts[rank] for rank in range(self.size)]
+            said: dict[str, list[int]] = {}
+            for rank, part in enumerate(parts):
+                said.setdefault(part.description, []).append(rank)
+            if len(said) > 1:
+                raise RingMismatch("; ".join(f"ranks {ranks} call {text}" for text, ranks in said.items()))
+            self._results = parts[0].complete(parts)
             self._error = None
         except Exception as error:
             self._error = error
 
-    def attend(self, rank: int, call: _Call) -> Stats:
-        self._calls[rank] = call
+    def attend(self, rank: int, part: _Call | _Question) -> Any:
+        """Hand over one worker's part, and return its result when all are here."""
+        self._parts[rank] = part
         self.barrier.wait(self.timeout_s)
         if self._error is not None:
             raise self._error
-        return self._stats[rank]
+        return self._results[rank]
+
+    def share(self, number: int, make: Callable[[], T]) -> T:
+        """The object with this number, made by the worker that asks first and forgotten when all have it."""
+        with self._lock:
+            found, takers = self._shared.pop(number) if number in self._shared else (make(), 0)
+            if takers + 1 < self.size:
+                self._shared[number] = found, takers + 1
+            return found
 
 
 class LockstepRing(Ring):
@@ -133,10 +172,25 @@ class LockstepRing(Ring):
 
     def __init__(self, rank: int, meeting: _Meeting, chunk_bytes: int) -> None:
         super().__init__(rank, meeting.size, chunk_bytes)
-        self._meeting = meeting
+        self._meeting, self._shared = meeting, 0
 
     def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
-        return self._meeting.attend(self.rank, _Call(plan, codec, vector, timeline))
+        stats: Stats = self._meeting.attend(self.rank, _Call(plan, codec, vector, timeline))
+        return stats
+
+    def shared(self, make: Callable[[], T]) -> T:
+        self._shared += 1
+        return self._meeting.share(self._shared, make)
+
+    def compute_once(
+        self,
+        row: Sequence[float],
+        own: Own,
+        function: Callable[[npt.NDArray[np.float64], Mapping[int, Own]], Sequence[T]],
+    ) -> T:
+        """As in the base class, but nothing is sent: all workers are here."""
+        value: T = self._meeting.attend(self.rank, _Question(row, own, function))
+        return value
 
 
 def run(

@@ -14,9 +14,10 @@ from toy_codecs import HalfPerHop, PairSums
 
 from gradiveq.codec import PCASizes
 from gradiveq.qsgd import QSGD
-from ring import Codec, Composite, Identity, dry, lockstep
+from ring import Codec, Composite, Identity, RingMismatch, dry, lockstep
 from ring.cluster import Cluster, ClusterError, Racks, parse
 from ring.codec import Array, Hop, Payload
+from ring.emulator import Emulator
 from ring.timeline import Timeline
 from ring.virtual import VirtualRing
 
@@ -308,6 +309,103 @@ def test_state_goes_on_where_it_was() -> None:
 
     for went_on, resumed in lockstep.run(3, work):
         assert went_on == resumed > 0
+
+
+#: Clocks of ranks 0, 1 and the last, from when each worker had an emulator of its own.
+RECORDED = {
+    6: ("0x1.e492bc2fc6975p-6", "0x1.056c508b32cecp-5", "0x1.f566490a350d5p-6"),
+    32: ("0x1.0697aeddce7e7p-3", "0x1.0cc144028e516p-3", "0x1.04883fd502271p-3"),
+    48: ("0x1.863305100a3c0p-3", "0x1.8c61522a6f422p-3", "0x1.842396073de4ap-3"),
+}
+
+
+@pytest.mark.parametrize("nodes", RECORDED)
+def test_many_workers_have_one_emulator_and_the_clocks_of_one_each(nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Cluster] = []
+
+    def counted(described: Cluster) -> Emulator:
+        made.append(described)
+        return Emulator(described)
+
+    monkeypatch.setattr("ring.virtual.Emulator", counted)
+    described = cluster(
+        nodes,
+        link={"burst_bytes": 300},
+        node={"overhead_us": 3.0, "call_us": 20.0, "overlap_slowdown": 1.5},
+        override={"node": {"1": {"slowdown": 3.0}}, "link": {"0": {"bandwidth_gbps": 0.005}}},
+    )
+
+    def contribution(rank: int, length: int) -> Array:
+        return ((np.arange(length) * 7 + 3 * rank) % 31).astype(np.float32)
+
+    def work(ring: lockstep.LockstepRing) -> float:
+        virtual = VirtualRing(ring, described, processor_time=lambda: 0.0)
+        for length in (1000, 7):
+            vector = contribution(ring.rank, length)
+            virtual.all_reduce(vector, chunk_bytes=64, op="mean")
+            total = sum((contribution(rank, length) for rank in range(nodes)), np.zeros(length, np.float32))
+            np.testing.assert_array_equal(vector, total / np.float32(nodes))
+            with virtual.taking(1e-3):
+                pass
+        return virtual.clock()
+
+    found = lockstep.run(nodes, work)
+    assert made == [described]
+    assert (found[0].hex(), found[1].hex(), found[-1].hex()) == RECORDED[nodes]
+
+
+@pytest.mark.parametrize("codec", [Identity(), QSGD()], ids=["identity", "per-hop"])
+def test_64_workers_take_what_sizes_alone_say(codec: Codec) -> None:
+    described = random_cluster(random.Random(4), 64, alike=False)
+    estimate = dry.all_reduce(described, codec, 10_000, chunk_bytes=500)
+    measured = in_virtual_time(described, 10_000, codec, 500)
+    assert estimate.time_s * 1e3 == max(clock_ms for clock_ms, _ in measured)
+    assert estimate.messages == sum(len(timeline.sent) for _, timeline in measured)
+
+
+def test_a_state_that_a_worker_loads_is_its_own_until_all_are_there() -> None:
+    """Workers of one process have one emulator; one that is late still sees what it had."""
+    described = cluster(2, link={"burst_bytes": 500})
+
+    def work(ring: lockstep.LockstepRing) -> tuple[Any, ...]:
+        virtual = VirtualRing(ring, described, processor_time=lambda: 0.0)
+        virtual.all_reduce(np.ones(1000, np.float32))
+        earlier = virtual.state_dict()
+        virtual.all_reduce(np.ones(1000, np.float32))
+        later = virtual.state_dict()
+        if ring.rank == 0:
+            virtual.load_state_dict(earlier)
+            assert virtual.state_dict() == earlier
+        ring.barrier()
+        if ring.rank == 1:
+            assert virtual.state_dict() == later != earlier
+            virtual.load_state_dict(earlier)
+        virtual.all_reduce(np.ones(1000, np.float32))
+        return later, virtual.state_dict()
+
+    for later, again in lockstep.run(2, work):
+        assert later == again
+
+
+def test_workers_that_go_on_from_different_states_are_told() -> None:
+    def work(ring: lockstep.LockstepRing) -> None:
+        virtual = VirtualRing(ring, cluster(), processor_time=lambda: 0.0)
+        state = virtual.state_dict()
+        virtual.barrier()
+        if ring.rank == 0:
+            virtual.load_state_dict(state)
+        virtual.barrier()
+
+    with pytest.raises(RingMismatch, match="different states of the cluster's links"):
+        lockstep.run(2, work)
+
+
+def test_workers_of_one_process_emulate_one_cluster() -> None:
+    def work(ring: lockstep.LockstepRing) -> VirtualRing:
+        return VirtualRing(ring, cluster(name=f"number {ring.rank}"))
+
+    with pytest.raises(ClusterError, match=r"rank (\d) emulates the cluster number \1, other ranks number"):
+        lockstep.run(2, work)
 
 
 def random_cluster(rng: random.Random, nodes: int, *, alike: bool) -> Cluster:

@@ -331,3 +331,66 @@ def test_an_exception_on_one_worker_ends_all() -> None:
 def test_a_worker_that_never_comes_is_noticed() -> None:
     with pytest.raises(RingError, match=r"within 0\.2 s"):
         run(2, lambda ring: time.sleep(0.6) if ring.rank else ring.barrier(), timeout_s=0.2)
+
+
+def test_one_object_for_all_workers() -> None:
+    """The first that asks makes it; the second object that anybody asks for is another one."""
+    made: list[list[int]] = []
+
+    def make() -> list[int]:
+        made.append([len(made)])
+        return made[-1]
+
+    results = run(5, lambda ring: (ring.shared(make), ring.shared(make), ring._meeting._shared))
+    assert len(made) == 2
+    for first, second, kept in results:
+        assert first is results[0][0]
+        assert second is results[0][1]
+        assert first is not second
+        assert not kept
+
+
+def test_something_is_computed_once_from_the_rows_of_all() -> None:
+    calls: list[int] = []
+
+    def work(ring: LockstepRing):
+        def function(rows, own):
+            calls.append(ring.rank)
+            assert rows.tolist() == [[rank, -rank] for rank in range(3)]
+            return [f"{own[rank]} of {sorted(own)}" for rank in range(3)]
+
+        return ring.compute_once([ring.rank, -ring.rank], f"worker {ring.rank}", function)
+
+    assert run(3, work) == [f"worker {rank} of [0, 1, 2]" for rank in range(3)]
+    assert len(calls) == 1
+
+
+def test_what_fails_for_all_is_raised_on_each() -> None:
+    caught: list[int] = []
+
+    def work(ring: LockstepRing) -> None:
+        def function(rows, own):
+            raise KeyError("nothing fits")
+
+        try:
+            ring.compute_once([1.0], None, function)
+        except KeyError:
+            caught.append(ring.rank)
+
+    run(3, work)
+    assert sorted(caught) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (lambda ring: ring.barrier(), r"ranks \[1\] call all_reduce\(sum\) of 1 float32"),
+        (lambda ring: ring.compute_once([1.0, 2.0], None, None), r"ranks \[1\] call .* from 2 numbers of each rank"),
+    ],
+)
+def test_what_is_computed_once_is_computed_by_all(other, said: str) -> None:
+    def work(ring: LockstepRing) -> None:
+        other(ring) if ring.rank == 1 else ring.compute_once([1.0], None, lambda rows, own: [0, 0, 0])
+
+    with pytest.raises(RingMismatch, match=rf"ranks \[0, 2\] call .* from 1 numbers of each rank; {said}"):
+        run(3, work)
