@@ -35,7 +35,7 @@ from gradiveq.report import FitError, NonFiniteGradient, Ongoing, Report, listed
 from gradiveq.strategy import CONTROLS, Direct, Strategy
 from gradiveq.switching import AccordionStrategy, AutoThresholdStrategy
 from gradiveq.windows import Windows
-from ring.codec import Identity
+from ring.codec import IdentityCodec
 from ring.handle import Ring
 from ring.plan import Planner
 from ring.segments import check_chunk_bytes
@@ -168,7 +168,7 @@ class Aggregator:
         #: What is packed, and in the end unpacked.
         self._packed: Vector | Tensor = self._gradient if self._mirror is None else self._mirror.values[:length]
         plain = Planner(ring.rank, ring.size).plan(
-            "all_reduce", self._vector, Identity(), "mean", self._chunk_bytes, None
+            "all_reduce", self._vector, IdentityCodec(), "mean", self._chunk_bytes, None
         )
         self._dense_bytes = plain.stats.bytes_sent
         self._strategy = make_strategy(method, self.layout, ring, seed, self._chunk_bytes, self._mirror)

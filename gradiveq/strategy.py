@@ -23,7 +23,7 @@ from gradiveq.flatten import Vector
 from gradiveq.methods import Plain, QSGDRing
 from gradiveq.powersgd import PowerSGDWorker
 from gradiveq.report import Ongoing
-from ring.codec import Codec, Composite, Identity
+from ring.codec import Codec, Composite, IdentityCodec
 from ring.handle import Ring
 
 #: Elements behind the gradient in the vector that a strategy gets: how many workers have a non-finite gradient, and how
@@ -123,7 +123,7 @@ class CodecStrategy(Strategy):
     def __init__(self, ring: Ring, length: int, seed: int, chunk_bytes: int, mirror: Mirror | None = None) -> None:
         self.ring, self.length, self.seed, self.chunk_bytes = ring, length, seed, chunk_bytes
         self.mirror = mirror
-        self._plain = Identity() if mirror is None else staged_plain(mirror, length, chunk_bytes)
+        self._plain = IdentityCodec() if mirror is None else staged_plain(mirror, length, chunk_bytes)
 
     @property
     def vote(self) -> bool:
@@ -138,7 +138,7 @@ class CodecStrategy(Strategy):
         if isinstance(method, Plain):
             return self._plain, self.chunk_bytes
         quantised = method.codec(self.seed, iteration)
-        return Composite([(self.length, quantised), (CONTROLS, Identity())]), self.message_bytes(method)
+        return Composite([(self.length, quantised), (CONTROLS, IdentityCodec())]), self.message_bytes(method)
 
     def message_bytes(self, method: QSGDRing) -> int:
         return self.chunk_bytes if method.pipelined else sys.maxsize

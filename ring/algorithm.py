@@ -46,7 +46,7 @@ class Request(Protocol):
         """Whether the message is complete."""
 
 
-class Work(NamedTuple):
+class ChunkWork(NamedTuple):
     """One chunk in one step of one rank."""
 
     step: int
@@ -62,16 +62,16 @@ class Port(Protocol):
     a posted one not be read, before its request is complete.
     """
 
-    def receive(self, buffer: Payload, work: Work) -> Request:
+    def receive(self, buffer: Payload, work: ChunkWork) -> Request:
         """Start receiving the predecessor's next message into `buffer`; `work` is what it is for."""
 
-    def send(self, buffer: Payload, work: Work) -> Request:
+    def send(self, buffer: Payload, work: ChunkWork) -> Request:
         """Start sending `buffer`, of which `work` is done, to the successor."""
 
-    def fetch(self, buffer: Payload, work: Work) -> Payload:
+    def fetch(self, buffer: Payload, work: ChunkWork) -> Payload:
         """Where a message is whose receive into `buffer` is complete: there, or in memory shared with its sender."""
 
-    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
         """Call `function(*args)`, a part of `work`, and account for it as `kind`."""
 
 
@@ -79,7 +79,7 @@ class Wait(NamedTuple):
     """What the algorithm yields: go on when `request` is complete. `work` is what it belongs to, for error messages."""
 
     request: Request
-    work: Work
+    work: ChunkWork
     sending: bool
 
 
@@ -97,11 +97,11 @@ def owned_segment(rank: int, size: int) -> int:
     return (rank + 1) % size
 
 
-def schedule(operation: str, segments: Sequence[Sequence[Chunk]], rank: int, size: int) -> list[Work]:
+def schedule(operation: str, segments: Sequence[Sequence[Chunk]], rank: int, size: int) -> list[ChunkWork]:
     """All that `rank` has to do, in order: in step i, the chunks of segment (rank - i) mod size."""
     first, last = steps(operation, size)
     return [
-        Work(step, (rank - step) % size, chunk, Hop(rank, size, step))
+        ChunkWork(step, (rank - step) % size, chunk, Hop(rank, size, step))
         for step in range(first, last + 1)
         for chunk in segments[(rank - step) % size]
     ]
@@ -113,7 +113,7 @@ def ring(
     vector: Array,
     payload: Payload,
     inbox: Sequence[Payload],
-    work: Sequence[Work],
+    work: Sequence[ChunkWork],
     *,
     first: int,
     last: int,
@@ -141,7 +141,7 @@ def ring(
     """
     next_receive = next((index for index, item in enumerate(work) if item.step > first), len(work))
     posted: deque[tuple[Payload, Request]] = deque()
-    sent: dict[Chunk, tuple[Request, Work]] = {}
+    sent: dict[Chunk, tuple[Request, ChunkWork]] = {}
 
     coded = codec.staged or not codec.in_place
     for item in work:

@@ -48,7 +48,7 @@ from ring.bench import parse_bytes, positive
 from ring.cluster import Cluster, Link, Node, write
 from ring.fit import Line, Samples, fit_line, flag, quartiles, relative_errors, rounded, table
 from ring.machine import core_quota, cores_allowed, cores_together, processor
-from ring.probe import RATES, LinkTimes, Probe
+from ring.probe import RATES, CalibrationProbe, LinkTimes
 from ring.world import MPI
 
 MIB = 1 << 20
@@ -298,7 +298,7 @@ def calibrate(comm: MPI.Intracomm, options: argparse.Namespace) -> tuple[Cluster
     Cost: for each link about 3 * `options.seconds` and two more; for each rank two.
     """
     sizes = message_sizes(options.max_bytes)
-    probe = Probe(comm, sizes, options.timeout)
+    probe = CalibrationProbe(comm, sizes, options.timeout)
     cores, sharing = shared_cores(comm)
     own_links: dict[int, LinkTimes] = {}
     for rank in range(comm.size):

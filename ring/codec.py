@@ -90,7 +90,7 @@ class Codec(ABC):
         return [("add", len(payload))] if kind == "add" else [(f"{type(self).__name__.lower()}.{kind}", len(values))]
 
 
-class Identity(Codec):
+class IdentityCodec(Codec):
     """No compression: plain ring all-reduce. The payload is the vector itself, nothing is copied.
 
     Cost per rank: one add per element and hop of the reduce-scatter.

@@ -32,10 +32,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ring.algorithm import Work
+from ring.algorithm import ChunkWork
 from ring.cluster import Cluster, ClusterError
-from ring.program import SEND, WAIT, WAIT_SENT, Operation
-from ring.timeline import Received, Sent, Timeline
+from ring.program import SEND, WAIT, WAIT_SENT, Instruction
+from ring.timeline import ReceivedMessage, SentMessage, Timeline
 from ring.token_bucket import Floats, TokenBuckets
 
 MIB = 1 << 20
@@ -147,7 +147,7 @@ class _Links:
         self._ports_s = list(state["ports"])
         self._uplink_s = {(way, rack): free_s for way, rack, free_s in state["uplinks"]}
 
-    def jitter_s(self, generator: np.random.Generator, programs: Sequence[Sequence[Operation]]) -> list[Any] | None:
+    def jitter_s(self, generator: np.random.Generator, programs: Sequence[Sequence[Instruction]]) -> list[Any] | None:
         """Additions to the latency of one collective, by step, number of the message in the step, and sender."""
         if not any(self._jitters_s):
             return None
@@ -218,10 +218,10 @@ class Emulator:
 
     def run(
         self,
-        programs: Sequence[Sequence[Operation]],
+        programs: Sequence[Sequence[Instruction]],
         starts_s: Sequence[float],
         timelines: Sequence[Timeline | None],
-        measured: Callable[[int, Operation], float] | None = None,
+        measured: Callable[[int, Instruction], float] | None = None,
     ) -> list[float]:
         """Let every worker go through its program.
 
@@ -245,10 +245,10 @@ class _Run:
     def __init__(
         self,
         emulator: Emulator,
-        programs: Sequence[Sequence[Operation]],
+        programs: Sequence[Sequence[Instruction]],
         starts_s: Sequence[float],
         timelines: Sequence[Timeline | None],
-        measured: Callable[[int, Operation], float] | None,
+        measured: Callable[[int, Instruction], float] | None,
     ) -> None:
         cluster, self._links, self._emulator = emulator.cluster, emulator.links, emulator
         self._programs, self._starts_s, self._timelines = programs, starts_s, timelines
@@ -261,7 +261,7 @@ class _Run:
         self._events: list[tuple[float, int, int]] = []
         self._plans = 0  # of when the cores will be done, of which only the last counts
         #: Where links share something: messages that were posted and have not departed, by sender.
-        self._posted: list[deque[tuple[Work, int, float]]] = [deque() for _ in programs]
+        self._posted: list[deque[tuple[ChunkWork, int, float]]] = [deque() for _ in programs]
         #: When it was or will be, of what is known; and who waits for what isn't.
         self._moments: dict[Moment, float] = {}
         self._waiting: dict[Moment, int] = {}
@@ -326,7 +326,7 @@ class _Run:
                     yield None
                 there_s = self._moments.pop(moment)
                 if kind == WAIT and timeline is not None and timeline.keep:
-                    timeline.received.append(Received(timeline.call, work, there_s))
+                    timeline.received.append(ReceivedMessage(timeline.call, work, there_s))
                 if there_s > clock_s:
                     if timeline is not None:
                         timeline.record("wait", clock_s, there_s, work)
@@ -351,7 +351,7 @@ class _Run:
         if self._posted[rank]:
             heapq.heappush(self._events, (self._links.ready_s(rank), LINK, rank))
 
-    def _depart(self, rank: int, work: Work, number: int, posted_s: float, departed_s: float) -> None:
+    def _depart(self, rank: int, work: ChunkWork, number: int, posted_s: float, departed_s: float) -> None:
         """A message, with this number in its step, begins to leave."""
         left_s, arrived_s = self._links.transmit(rank, departed_s, work.chunk.num_bytes)
         arrived_s += self._links.latencies_s[rank]
@@ -367,9 +367,9 @@ class _Run:
                 heapq.heappush(self._events, (when_s, self._waiting.pop(moment), 0))
         timeline = self._timelines[rank]
         if timeline is not None and timeline.keep:
-            timeline.sent.append(Sent(timeline.call, work, posted_s, departed_s, left_s))
+            timeline.sent.append(SentMessage(timeline.call, work, posted_s, departed_s, left_s))
 
-    def _seconds(self, rank: int, operation: Operation) -> float:
+    def _seconds(self, rank: int, operation: Instruction) -> float:
         """Of a computation."""
         cluster = self._emulator.cluster
         seconds = seconds_by_rate(cluster, operation.amounts)
@@ -379,7 +379,7 @@ class _Run:
             seconds = self._measured(rank, operation)
         return seconds
 
-    def _compute(self, rank: int, clock_s: float, kind: str, work: Work | None, seconds: float) -> Steps:
+    def _compute(self, rank: int, clock_s: float, kind: str, work: ChunkWork | None, seconds: float) -> Steps:
         """Compute what takes so long on a node that is not slow; the return value is the clock when it is done."""
         seconds *= self._slowdown[rank]
         slow, busy_s = self._emulator.overlap[rank], self._links.buckets.free_s(rank) - clock_s

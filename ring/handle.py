@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ring.codec import Array, Codec, Identity
-from ring.plan import CHUNK_BYTES, Plan, Planner, Stats
+from ring.codec import Array, Codec, IdentityCodec
+from ring.plan import CHUNK_BYTES, CollectivePlan, Planner, Stats
 from ring.segments import check_chunk_bytes
 from ring.timeline import Timeline
 
-IDENTITY = Identity()
+IDENTITY = IdentityCodec()
 
 T = TypeVar("T")
 Own = TypeVar("Own")
@@ -175,16 +175,16 @@ class Ring(ABC):
         op: str,
         chunk_bytes: int | None,
         bounds: Sequence[int] | None,
-    ) -> Plan:
+    ) -> CollectivePlan:
         return self._planner.plan(
             operation, vector, codec, op, self.chunk_bytes if chunk_bytes is None else chunk_bytes, bounds
         )
 
-    def _run(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+    def _run(self, plan: CollectivePlan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
         if timeline is not None:
             timeline.begin_call()
         return self._execute(plan, codec, vector, timeline)
 
     @abstractmethod
-    def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+    def _execute(self, plan: CollectivePlan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
         """Run `ring.algorithm.ring` as planned."""

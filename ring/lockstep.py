@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ring.algorithm import Work
+from ring.algorithm import ChunkWork
 from ring.codec import Array, Codec, Payload
 from ring.errors import RingError, RingMismatch
 from ring.handle import Ring
-from ring.plan import CHUNK_BYTES, Plan, Stats
+from ring.plan import CHUNK_BYTES, CollectivePlan, Stats
 from ring.timeline import Timeline, compute_unmeasured
 
 T = TypeVar("T")
@@ -61,17 +61,17 @@ class _Port:
         self._kept = timeline if timeline is not None and timeline.keep else None
         self.bytes_sent = self.messages = 0
 
-    def receive(self, buffer: Payload, work: Work) -> _Message:
+    def receive(self, buffer: Payload, work: ChunkWork) -> _Message:
         return self._upstream.receive(buffer)
 
-    def send(self, buffer: Payload, work: Work) -> _Message:
+    def send(self, buffer: Payload, work: ChunkWork) -> _Message:
         self.bytes_sent += len(buffer)
         self.messages += 1
         if self._kept is not None:
             self._kept.mark_sent(work)
         return self._downstream.send(buffer)
 
-    def fetch(self, buffer: Payload, work: Work) -> Payload:
+    def fetch(self, buffer: Payload, work: ChunkWork) -> Payload:
         if self._kept is not None:
             self._kept.mark_received(work)
         return buffer
@@ -80,7 +80,7 @@ class _Port:
 class _Call:
     """One worker's part of a collective."""
 
-    def __init__(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> None:
+    def __init__(self, plan: CollectivePlan, codec: Codec, vector: Array, timeline: Timeline | None) -> None:
         self.plan, self.codec, self.vector, self.timeline = plan, codec, vector, timeline
 
     @property
@@ -174,7 +174,7 @@ class LockstepRing(Ring):
         super().__init__(rank, meeting.size, chunk_bytes)
         self._meeting, self._shared = meeting, 0
 
-    def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+    def _execute(self, plan: CollectivePlan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
         stats: Stats = self._meeting.attend(self.rank, _Call(plan, codec, vector, timeline))
         return stats
 

@@ -35,12 +35,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ring.abort import LAST_WORDS_S, check_launcher
-from ring.algorithm import Request, Wait, Work
+from ring.algorithm import ChunkWork, Request, Wait
 from ring.codec import Array, Codec, Payload
 from ring.errors import RingError, RingMismatch, RingTimeout
 from ring.handle import Ring
 from ring.machine import usable_cores
-from ring.plan import CHUNK_BYTES, Plan, Stats
+from ring.plan import CHUNK_BYTES, CollectivePlan, Stats
 from ring.timeline import Timeline, compute_unmeasured
 from ring.world import MPI
 
@@ -91,7 +91,9 @@ DONE = _Done()
 class _Greeting:
     """This rank's first message of every call of one plan: memory, and persistent requests that send it."""
 
-    def __init__(self, comm: MPI.Intracomm, successor: int, plan: Plan, dtype: np.dtype[Any], heard: Payload) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, successor: int, plan: CollectivePlan, dtype: np.dtype[Any], heard: Payload
+    ) -> None:
         first_sent = plan.sent[0].num_bytes if plan.sent else 0
         self.leaves_with_chunk = 0 < first_sent <= GREETING_BYTES
         self.arrives_with_chunk = bool(plan.arriving) and 0 < plan.arriving[0].num_bytes <= GREETING_BYTES
@@ -152,7 +154,7 @@ class _Port:
         for receive in self._deferred:
             receive.request = self._receive(receive.buffer)
 
-    def receive(self, buffer: Payload, work: Work) -> Request:
+    def receive(self, buffer: Payload, work: ChunkWork) -> Request:
         return self._receive(buffer)
 
     def _receive(self, buffer: Payload) -> Request:
@@ -167,12 +169,12 @@ class _Port:
             return DONE
         return self._owner.comm.Irecv((buffer, MPI.BYTE), self._owner.predecessor, TAG)
 
-    def fetch(self, buffer: Payload, work: Work) -> Payload:
+    def fetch(self, buffer: Payload, work: ChunkWork) -> Payload:
         if self._kept is not None:
             self._kept.mark_received(work)
         return buffer if self.readable is None else self.readable[work.chunk.first_byte : work.chunk.last_byte]
 
-    def send(self, buffer: Payload, work: Work) -> Request:
+    def send(self, buffer: Payload, work: ChunkWork) -> Request:
         if self._kept is not None:
             self._kept.mark_sent(work)
         if self.leaves_with_greeting:
@@ -302,7 +304,7 @@ class MPIRing(Ring):
         num_bytes = 2 * (self.size - 1) * buffer.nbytes // self.size
         return Stats(num_bytes, int(self.size > 1))
 
-    def _place(self, plan: Plan, vector: Array) -> tuple[int, int]:
+    def _place(self, plan: CollectivePlan, vector: Array) -> tuple[int, int]:
         """The window that the successor can read `vector` in, and where in it; (-1, 0) if there is none."""
         if self.windows and plan.payload is None and plan.num_bytes >= SHARED_BYTES:
             address = vector.ctypes.data
@@ -311,7 +313,7 @@ class MPIRing(Ring):
                     return index, address - window.address
         return -1, 0
 
-    def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+    def _execute(self, plan: CollectivePlan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
         if self._failure is not None:
             raise self._failure
         greeting = self._greetings.get(plan.description)
@@ -338,7 +340,7 @@ class MPIRing(Ring):
         return plan.stats
 
     def _waits(
-        self, plan: Plan, port: _Port, greeting: _Greeting, codec: Codec, vector: Array
+        self, plan: CollectivePlan, port: _Port, greeting: _Greeting, codec: Codec, vector: Array
     ) -> Generator[Wait, None, None]:
         """Those of the algorithm, and those before which a call must not return."""
         yield from plan.start(port, codec, vector, self.size)
@@ -349,7 +351,7 @@ class MPIRing(Ring):
         if port.shared:
             yield Wait(self.comm.Irecv((NOTHING, MPI.BYTE), self.successor, DONE_READING), last, True)
 
-    def _exchange(self, greeting: _Greeting, plan: Plan, vector: Array, timeline: Timeline | None) -> Stats:
+    def _exchange(self, greeting: _Greeting, plan: CollectivePlan, vector: Array, timeline: Timeline | None) -> Stats:
         """Two ranks and a small vector: each sends all of it, and both rounds of the ring become one step.
 
         The bytes are the same, half the latency is saved, and as a + b = b + a, so are the sums.
@@ -367,7 +369,7 @@ class MPIRing(Ring):
             self._complete(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
         return greeting.stats
 
-    def _hear_greeting(self, greeting: _Greeting, plan: Plan, timeline: Timeline | None) -> None:
+    def _hear_greeting(self, greeting: _Greeting, plan: CollectivePlan, timeline: Timeline | None) -> None:
         self._complete(Wait(self._listening, plan.greeting_work, False), plan, timeline)
         if self._heard_key.tobytes() != greeting.key.tobytes():
             theirs, ours = (
@@ -377,7 +379,7 @@ class MPIRing(Ring):
             )
             self._fail(RingMismatch(f"rank {self.predecessor} calls {theirs}; rank {self.rank} calls {ours}"))
 
-    def _complete(self, wait: Wait, plan: Plan, timeline: Timeline | None) -> None:
+    def _complete(self, wait: Wait, plan: CollectivePlan, timeline: Timeline | None) -> None:
         """Wait until the request is complete."""
         start_s = 0.0 if timeline is None else timeline.clock()
         test = wait.request.Test
@@ -389,7 +391,7 @@ class MPIRing(Ring):
         if timeline is not None:
             timeline.record("wait", start_s, timeline.clock(), wait.work)
 
-    def _wait(self, wait: Wait, plan: Plan) -> None:
+    def _wait(self, wait: Wait, plan: CollectivePlan) -> None:
         """Poll until the request is complete, somebody fails, or the deadline passes."""
         start = now = time.perf_counter()
         test, polls = wait.request.Test, 0
@@ -406,7 +408,7 @@ class MPIRing(Ring):
             if now - start >= self._spin_s:
                 time.sleep(min(max(SHORTEST_SLEEP_S, SLEEP_SHARE * (now - start)), LONGEST_SLEEP_S))
 
-    def _where(self, wait: Wait, plan: Plan) -> str:
+    def _where(self, wait: Wait, plan: CollectivePlan) -> str:
         peer = f"to send to rank {self.successor}" if wait.sending else f"for rank {self.predecessor}"
         return (
             f"rank {self.rank} waited {peer} in step {wait.work.step} (segment {wait.work.segment}) "
@@ -423,7 +425,7 @@ class MPIRing(Ring):
             time.sleep(0.001)
         raise error
 
-    def _hear_alarm(self, wait: Wait, plan: Plan) -> NoReturn:
+    def _hear_alarm(self, wait: Wait, plan: CollectivePlan) -> NoReturn:
         status = MPI.Status()
         self._alarm.Probe(status=status)
         text = bytearray(status.Get_count(MPI.BYTE))

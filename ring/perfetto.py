@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ring.trace import Activity, Trace, TraceError, Transfer
+from ring.trace import Activity, RunTrace, TraceError, Transfer
 
 #: Of each event: which keys it must have besides "name", "ph", "pid" and "tid".
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -52,7 +52,7 @@ def _ids(rank: int) -> tuple[int, int, int]:
     return 10 * rank + 10, 10 * rank + 10, 10 * rank + 11
 
 
-def events(trace: Trace) -> dict[str, Any]:
+def events(trace: RunTrace) -> dict[str, Any]:
     """The whole file's content, in JSON's types; it passes `check`."""
     found: list[dict[str, Any]] = []
     for rank in range(trace.size):
@@ -77,7 +77,7 @@ def _names(rank: int, size: int) -> Iterator[dict[str, Any]]:
         yield {"name": name, "ph": "M", "pid": process, "tid": thread, "args": {METADATA[name]: value}}
 
 
-def _slices(trace: Trace, rank: int) -> Iterator[dict[str, Any]]:
+def _slices(trace: RunTrace, rank: int) -> Iterator[dict[str, Any]]:
     """What a worker did, what went over its link, and the arrows from there."""
     process, computing, link = _ids(rank)
     for activity in trace.activities[rank]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ring.algorithm import Port, Wait, Work, ring, schedule, steps
+from ring.algorithm import ChunkWork, Port, Wait, ring, schedule, steps
 from ring.codec import BYTES, DTYPES, INTEGERS, Array, Codec, Hop, Payload
 from ring.segments import Chunk, check_chunk_bytes, cut_segments
 
@@ -34,7 +34,7 @@ class Stats:
 
 
 @dataclass
-class Plan:
+class CollectivePlan:
     """One call's cuts and memory; the same for every call of equal arguments.
 
     Attributes:
@@ -54,7 +54,7 @@ class Plan:
     first: int
     last: int
     segments: Sequence[Sequence[Chunk]]
-    work: Sequence[Work]
+    work: Sequence[ChunkWork]
     sent: Sequence[Chunk]
     arriving: Sequence[Chunk]
     stats: Stats
@@ -64,9 +64,9 @@ class Plan:
     staged: bool
 
     @property
-    def greeting_work(self) -> Work:
+    def greeting_work(self) -> ChunkWork:
         """What a wait for the first message of a call belongs to."""
-        return self.work[0] if self.work else Work(self.first, 0, Chunk(0, 0, 0, 0), Hop(0, 1, self.first))
+        return self.work[0] if self.work else ChunkWork(self.first, 0, Chunk(0, 0, 0, 0), Hop(0, 1, self.first))
 
     def start(self, port: Port, codec: Codec, vector: Array, size: int) -> Generator[Wait, None, None]:
         """The algorithm, ready to run on `vector`."""
@@ -103,11 +103,11 @@ class Planner:
 
     def __init__(self, rank: int, size: int, keep: int = 8) -> None:
         self.rank, self.size, self._keep = rank, size, keep
-        self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Any, ...], CollectivePlan] = OrderedDict()
 
     def plan(
         self, operation: str, vector: Array, codec: Codec, op: str, chunk_bytes: int, bounds: Sequence[int] | None
-    ) -> Plan:
+    ) -> CollectivePlan:
         """Raises ValueError or TypeError where this rank's own arguments are invalid."""
         if not isinstance(vector, np.ndarray):
             raise TypeError(f"`vector` must be a NumPy array, got {type(vector).__name__}")
@@ -139,7 +139,7 @@ class Planner:
 
     def _make(
         self, operation: str, vector: Array, codec: Codec, op: str, chunk_bytes: int, bounds: Sequence[int] | None
-    ) -> Plan:
+    ) -> CollectivePlan:
         if not vector.dtype.isnative:
             raise TypeError(f"`vector` must have this machine's byte order, got dtype {vector.dtype.str}")
         if vector.ndim != 1:
@@ -160,7 +160,7 @@ class Planner:
         sent = [item.chunk for item in work if item.step < last]
         chunks = [chunk for segment in segments for chunk in segment]
         num_bytes = sum(chunk.num_bytes for chunk in chunks)
-        return Plan(
+        return CollectivePlan(
             operation=operation,
             description=f"{operation}({op}) of {len(vector)} {vector.dtype.name}, chunks of {chunk_bytes} bytes, "
             + ("" if bounds is None else f"segments at {_brief(str(list(bounds)))}, ")

@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ring.algorithm import Work
+from ring.algorithm import ChunkWork, Request
 from ring.codec import Array
 from ring.errors import RingTimeout
 from ring.fit import Floats, fit_line, quartiles
@@ -57,10 +57,6 @@ TINY_CHUNK_BYTES, TINY_CHUNKS = 256, 256
 RATES = ("add", "copy", "scale")
 VECTOR_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 SAMPLE_S = 0.01
-
-
-class Request(Protocol):
-    def Test(self) -> bool: ...
 
 
 @dataclass
@@ -118,7 +114,7 @@ class LinkTimes:
         return 1 / line.slope
 
 
-class Probe:
+class CalibrationProbe:
     """Times this rank's share of everything. All methods are collective.
 
     Args:
@@ -506,7 +502,7 @@ def burst_bytes(sizes: Sequence[int], added_s: npt.ArrayLike, rate: float) -> in
 class _Waits(Timeline):
     """Measures nothing but waits, so that it costs little itself."""
 
-    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
         function(*args)
 
 

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ring.algorithm import Work, ring, schedule, steps
+from ring.algorithm import ChunkWork, ring, schedule, steps
 from ring.codec import Array, Codec, Payload
 from ring.segments import Chunk
 
 SEND, WAIT, WAIT_SENT = "send", "wait", "wait sent"
 
 
-class Operation(NamedTuple):
+class Instruction(NamedTuple):
     """One step of a program.
 
     Attributes:
@@ -24,7 +24,7 @@ class Operation(NamedTuple):
     """
 
     kind: str
-    work: Work
+    work: ChunkWork
     amounts: tuple[tuple[str, float], ...] = ()
 
 
@@ -33,7 +33,7 @@ Amounts = Callable[[str, Array, int, Payload], Sequence[tuple[str, float]]]
 
 
 def amounts_of(
-    amounts: Amounts, kind: str, work: Work, function: Callable[..., Any], vector: Array, payload: Payload
+    amounts: Amounts, kind: str, work: ChunkWork, function: Callable[..., Any], vector: Array, payload: Payload
 ) -> Sequence[tuple[str, float]]:
     """How much a computation that the algorithm asks its port for computes; `Codec.amounts`, or a mean's division.
 
@@ -61,26 +61,26 @@ class _Recorder:
     """The port of an algorithm that only says what it would do."""
 
     def __init__(self, amounts: Amounts, vector: Array, payload: Payload) -> None:
-        self.operations: list[Operation] = []
+        self.operations: list[Instruction] = []
         self._amounts, self._vector, self._payload = amounts, vector, payload
 
-    def receive(self, buffer: Payload, work: Work) -> _Pending:
+    def receive(self, buffer: Payload, work: ChunkWork) -> _Pending:
         return PENDING
 
-    def send(self, buffer: Payload, work: Work) -> _Pending:
-        self.operations.append(Operation(SEND, work))
+    def send(self, buffer: Payload, work: ChunkWork) -> _Pending:
+        self.operations.append(Instruction(SEND, work))
         return PENDING
 
-    def fetch(self, buffer: Payload, work: Work) -> Payload:
+    def fetch(self, buffer: Payload, work: ChunkWork) -> Payload:
         return buffer
 
-    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
         amounts = amounts_of(self._amounts, kind, work, function, self._vector, self._payload)
         last = self.operations[-1] if self.operations else None
         if last is not None and (last.kind, last.work) == (kind, work):
             self.operations[-1] = last._replace(amounts=(*last.amounts, *amounts))
         else:
-            self.operations.append(Operation(kind, work, tuple(amounts)))
+            self.operations.append(Instruction(kind, work, tuple(amounts)))
 
 
 def record(
@@ -93,7 +93,7 @@ def record(
     *,
     mean: bool,
     amounts: Amounts | None = None,
-) -> list[Operation]:
+) -> list[Instruction]:
     """The program of one worker.
 
     Args:
@@ -120,7 +120,7 @@ def record(
         mean=mean,
         size=size,
     ):
-        recorder.operations.append(Operation(WAIT_SENT if wait.sending else WAIT, wait.work))
+        recorder.operations.append(Instruction(WAIT_SENT if wait.sending else WAIT, wait.work))
     return recorder.operations
 
 
@@ -132,6 +132,6 @@ def record_all(
     segments: Sequence[Sequence[Chunk]],
     *,
     mean: bool,
-) -> list[list[Operation]]:
+) -> list[list[Instruction]]:
     """The programs of all workers, by rank; see `record`."""
     return [record(codec, length, dtype, operation, segments, rank, mean=mean) for rank in range(len(segments))]

@@ -9,41 +9,41 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from ring.algorithm import Work
+    from ring.algorithm import ChunkWork
 
 
-class Span(NamedTuple):
+class TimeSpan(NamedTuple):
     """From when to when a worker did one thing; within a collective, for which one (`call`) and for what."""
 
     kind: str
     start_s: float
     end_s: float
     call: int
-    work: Work | None
+    work: ChunkWork | None
 
 
-class Sent(NamedTuple):
+class SentMessage(NamedTuple):
     """A message to the successor: when it was posted, began to leave, and had left.
 
     This machine's clock knows the first only, so that there all three are equal.
     """
 
     call: int
-    work: Work
+    work: ChunkWork
     posted_s: float
     departed_s: float
     left_s: float
 
 
-class Received(NamedTuple):
+class ReceivedMessage(NamedTuple):
     """A message from the predecessor, and when it was there (by this machine's clock: when it was found there)."""
 
     call: int
-    work: Work
+    work: ChunkWork
     arrived_s: float
 
 
-def compute_unmeasured(kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+def compute_unmeasured(kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
     """What `Timeline.compute` is to callers that don't ask where the time went."""
     function(*args)
 
@@ -72,19 +72,19 @@ class Timeline:
         virtual: Timeline | None = None,
     ) -> None:
         self.clock, self.keep, self.virtual = clock, keep, virtual
-        self.spans: list[Span] = []
-        self.sent: list[Sent] = []
-        self.received: list[Received] = []
+        self.spans: list[TimeSpan] = []
+        self.sent: list[SentMessage] = []
+        self.received: list[ReceivedMessage] = []
         self.call = 0
         self._totals: dict[str, float] = defaultdict(float)
 
-    def record(self, kind: str, start_s: float, end_s: float, work: Work | None = None) -> None:
+    def record(self, kind: str, start_s: float, end_s: float, work: ChunkWork | None = None) -> None:
         """Account for a span that the caller has measured by this timeline's clock."""
         self._totals[kind] += end_s - start_s
         if self.keep:
-            self.spans.append(Span(kind, start_s, end_s, self.call, work))
+            self.spans.append(TimeSpan(kind, start_s, end_s, self.call, work))
 
-    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
         """Call `function(*args)` and account for it as `kind`."""
         start_s = self.clock()
         function(*args)
@@ -108,14 +108,14 @@ class Timeline:
         if self.virtual is not None:
             self.virtual.begin_call()
 
-    def mark_sent(self, work: Work) -> None:
+    def mark_sent(self, work: ChunkWork) -> None:
         """A message to the successor was posted just now."""
         now_s = self.clock()
-        self.sent.append(Sent(self.call, work, now_s, now_s, now_s))
+        self.sent.append(SentMessage(self.call, work, now_s, now_s, now_s))
 
-    def mark_received(self, work: Work) -> None:
+    def mark_received(self, work: ChunkWork) -> None:
         """The predecessor's message for `work` was found to be there just now."""
-        self.received.append(Received(self.call, work, self.clock()))
+        self.received.append(ReceivedMessage(self.call, work, self.clock()))
 
     def fork(self) -> Timeline:
         """An empty one by the same clocks, that goes on counting calls; to be given back to `absorb`."""

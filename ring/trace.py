@@ -3,7 +3,7 @@
     with trace.keeping(timeline):                      # on every worker: spans and messages are kept in here
         ring.all_reduce(vector, codec, timeline=timeline)
     rows = trace.records(timeline)                     # JSON types: gather them, from MPI's ranks or lockstep's threads
-    run = Trace("wall", [rows of every rank])          # or Trace("virtual", …) of every `timeline.virtual`
+    run = RunTrace("wall", [rows of every rank])       # or RunTrace("virtual", …) of every `timeline.virtual`
     print(critical_path(run).describe())
 
 By an emulated cluster's clock everything is known exactly. By this machine's, a message is known to be on its way from
@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
-from ring.algorithm import Work
+from ring.algorithm import ChunkWork
 from ring.timeline import Timeline
 
 Clock = Literal["wall", "virtual"]
@@ -85,9 +85,9 @@ def keeping(timeline: Timeline) -> Iterator[None]:
 
 
 def records(timeline: Timeline) -> dict[str, Any]:
-    """What a worker's timeline has kept, in JSON's types: one of `Trace`'s `workers`."""
+    """What a worker's timeline has kept, in JSON's types: one of `RunTrace`'s `workers`."""
 
-    def place(work: Work | None) -> list[int | None]:
+    def place(work: ChunkWork | None) -> list[int | None]:
         return [None, None, None] if work is None else [work.step, work.segment, work.chunk.start]
 
     return {
@@ -104,7 +104,7 @@ def records(timeline: Timeline) -> dict[str, Any]:
     }
 
 
-class Trace:
+class RunTrace:
     """All workers' timelines on one axis of time, which begins with the first thing that was recorded.
 
     Args:
@@ -213,7 +213,7 @@ class Trace:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Trace:
+    def from_json(cls, value: Mapping[str, Any]) -> RunTrace:
         return cls(value["clock"], value["workers"], value["about"])
 
 
@@ -234,7 +234,7 @@ class Communication(NamedTuple):
     hidden_s: float
 
 
-def communication(trace: Trace, start_s: float | None = None, end_s: float | None = None) -> list[Communication]:
+def communication(trace: RunTrace, start_s: float | None = None, end_s: float | None = None) -> list[Communication]:
     """Of each worker, between two times (by default, the trace's first and last)."""
     start_s, end_s = _bounds(trace, start_s, end_s)
     result = []
@@ -248,7 +248,7 @@ def communication(trace: Trace, start_s: float | None = None, end_s: float | Non
     return result
 
 
-def utilisation(trace: Trace, start_s: float | None = None, end_s: float | None = None) -> list[float] | None:
+def utilisation(trace: RunTrace, start_s: float | None = None, end_s: float | None = None) -> list[float] | None:
     """Of each link (by its sender), the share of the time in which a message was on it; None by the wall clock."""
     if not trace.exact:
         return None
@@ -257,7 +257,7 @@ def utilisation(trace: Trace, start_s: float | None = None, end_s: float | None 
     return [sum(end - start for start, end in parts) / (end_s - start_s) if end_s > start_s else 0.0 for parts in busy]
 
 
-def _bounds(trace: Trace, start_s: float | None, end_s: float | None) -> Interval:
+def _bounds(trace: RunTrace, start_s: float | None, end_s: float | None) -> Interval:
     first_s, last_s = trace.span()
     return first_s if start_s is None else start_s, last_s if end_s is None else end_s
 
@@ -291,7 +291,7 @@ def _overlap_s(ones: Sequence[Interval], others: Sequence[Interval]) -> float:
 # --- the critical path -----------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
+class PathPart(NamedTuple):
     """A stretch of the critical path, and what holds it.
 
     on: "rank" if the worker does (`kind` is what it did, or "other" if that was not recorded, or "wait" if it is not
@@ -324,7 +324,7 @@ class CriticalPath(NamedTuple):
         size: workers.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[PathPart]
     size: int
 
     @property
@@ -392,7 +392,7 @@ def format_s(seconds: float) -> str:
     raise AssertionError
 
 
-def critical_path(trace: Trace, start_s: float | None = None, end_s: float | None = None) -> CriticalPath:
+def critical_path(trace: RunTrace, start_s: float | None = None, end_s: float | None = None) -> CriticalPath:
     """What the end of a span of time depended on (by default, of all that was recorded).
 
     It is found from the end, beginning with the worker that ends last. Whatever a worker computes depends on what it
@@ -416,14 +416,14 @@ def critical_path(trace: Trace, start_s: float | None = None, end_s: float | Non
         index = bisect_left(starts[rank], time_s) - 1
         return trace.activities[rank][index] if index >= 0 else None
 
-    parts: list[Part] = []
+    parts: list[PathPart] = []
     now_s = end_s
 
     def go_back(on: Literal["rank", "link"], rank: int, kind: str, to_s: float) -> None:
         nonlocal now_s
         to_s = max(to_s, start_s)
         if to_s < now_s:
-            parts.append(Part(on, rank, kind, to_s, now_s))
+            parts.append(PathPart(on, rank, kind, to_s, now_s))
             now_s = to_s
 
     def last_end_s(rank: int) -> float:
@@ -465,7 +465,7 @@ def critical_path(trace: Trace, start_s: float | None = None, end_s: float | Non
 class _Waits:
     """What workers waited for."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: RunTrace) -> None:
         self._trace, self._exact = trace, trace.exact
         self._sent = [{(m.call, m.step, m.chunk): m for m in sent} for sent in trace.transfers]
         self._first_step: dict[int, int] = {}

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ring.algorithm import Work
+from ring.algorithm import ChunkWork
 from ring.cluster import Cluster, ClusterError
 from ring.codec import Array, Codec
 from ring.emulator import Emulator, chance, seconds_by_rate
 from ring.errors import RingMismatch
 from ring.handle import Ring
-from ring.plan import Plan, Stats
+from ring.plan import CollectivePlan, Stats
 from ring.program import SEND, WAIT, WAIT_SENT, record_all
 from ring.timeline import Timeline
 
@@ -42,11 +42,11 @@ class _Meter(Timeline):
     def __init__(self, wall: Timeline, processor_time: Callable[[], float]) -> None:
         super().__init__(wall.clock, keep=wall.keep)
         self._wall, self._processor_time = wall, processor_time
-        self.seconds: dict[tuple[str, Work], float] = defaultdict(float)
+        self.seconds: dict[tuple[str, ChunkWork], float] = defaultdict(float)
         self.mark_sent, self.mark_received = wall.mark_sent, wall.mark_received  # type: ignore[method-assign]
         self.record = wall.record  # type: ignore[method-assign]
 
-    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
         start_s = self._processor_time()
         self._wall.compute(kind, work, function, *args)
         self.seconds[kind, work] += self._processor_time() - start_s
@@ -55,7 +55,7 @@ class _Meter(Timeline):
 class _Programs:
     """What all workers do in calls of one plan, and which computations have to be measured."""
 
-    def __init__(self, plan: Plan, codec: Codec, vector: Array, cluster: Cluster) -> None:
+    def __init__(self, plan: CollectivePlan, codec: Codec, vector: Array, cluster: Cluster) -> None:
         self.by_rank = record_all(codec, len(vector), vector.dtype, plan.operation, plan.segments, mean=plan.mean)
         self.measured = [
             [
@@ -83,7 +83,7 @@ class _Emulation:
         self._programs: OrderedDict[str, _Programs] = OrderedDict()
         self._lock = threading.Lock()
 
-    def programs_of(self, plan: Plan, codec: Codec, vector: Array) -> _Programs:
+    def programs_of(self, plan: CollectivePlan, codec: Codec, vector: Array) -> _Programs:
         with self._lock:
             programs = self._programs.get(plan.description)
             if programs is not None:
@@ -205,7 +205,7 @@ class VirtualRing(Ring):
     def empty(self, length: int, dtype: npt.DTypeLike = np.float32) -> Array:
         return self.inner.empty(length, dtype)
 
-    def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+    def _execute(self, plan: CollectivePlan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
         start_s = self.clock()
         meter = _Meter(Timeline() if timeline is None else timeline, self._processor_time)
         stats = self.inner._execute(plan, codec, vector, meter)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_codecs import HalfPerHop, PairSums
 
-from ring import Codec, Composite, Identity, RingError, RingMismatch, Timeline
+from ring import Codec, Composite, IdentityCodec, RingError, RingMismatch, Timeline
 from ring.algorithm import owned_segment, schedule
 from ring.lockstep import LockstepRing, run
 from ring.segments import Region, cut_segments
@@ -101,7 +101,7 @@ def test_per_hop_codec_encodes_the_sum_at_every_hop(size, length, chunk_bytes) -
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_composite_applies_each_codec_to_its_part(size: int, linear: bool) -> None:
     lossy: Codec = PairSums() if linear else HalfPerHop()
-    codec = Composite([(101, lossy), (50, Identity())])
+    codec = Composite([(101, lossy), (50, IdentityCodec())])
     assert codec.linear is linear
 
     def together(ring: LockstepRing):
@@ -121,10 +121,10 @@ def test_composite_applies_each_codec_to_its_part(size: int, linear: bool) -> No
 
 def test_composite_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(ValueError, match="cover 5 elements, the vector has 6"):
-        run(2, lambda ring: ring.all_reduce(np.zeros(6), Composite([(5, Identity())])))
+        run(2, lambda ring: ring.all_reduce(np.zeros(6), Composite([(5, IdentityCodec())])))
 
 
-@pytest.mark.parametrize("codec", [Identity(), PairSums(), HalfPerHop()], ids=["identity", "linear", "per-hop"])
+@pytest.mark.parametrize("codec", [IdentityCodec(), PairSums(), HalfPerHop()], ids=["identity", "linear", "per-hop"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_mean_divides_by_size(codec: Codec, size: int) -> None:
     def work(ring: LockstepRing):
@@ -226,7 +226,7 @@ def test_a_barrier_is_no_all_reduce() -> None:
 
 def test_long_descriptions_are_told_apart() -> None:
     def work(ring: LockstepRing) -> None:
-        codec = Composite([(1, PairSums())] * 59 + [(1, Identity() if ring.rank else PairSums())])
+        codec = Composite([(1, PairSums())] * 59 + [(1, IdentityCodec() if ring.rank else PairSums())])
         ring.all_reduce(np.zeros(60), codec)
 
     with pytest.raises(RingMismatch, match=r"digest (\w+)\).*digest (?!\1)") as caught:
