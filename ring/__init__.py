@@ -29,8 +29,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, and not before: `ring.machine` has to work where NumPy isn't imported yet, as a job
-    looks how many cores it has before it tells the libraries how many threads they may start."""
+    """Import a name when it is asked for, and not before.
+
+    `ring.machine` has to work where NumPy isn't imported yet: a job looks how many cores it has before it tells the
+    libraries how many threads they may start.
+    """
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{home}"), name)

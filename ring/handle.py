@@ -1,4 +1,4 @@
-"""What a worker holds: its place in the ring and the collectives, whatever driver carries them out."""
+"""A worker's handle: its place in the ring and the collectives, whatever driver carries them out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Ring(ABC):
 
     Attributes:
         rank, size: as in MPI.
-        chunk_bytes: the payload in one message, to within a unit of the codec, unless a call says otherwise.
+        chunk_bytes: bytes of payload in one message, to within a unit of the codec, unless a call says otherwise.
     Raises:
         ValueError: `chunk_bytes` is below 1.
     """
@@ -41,15 +41,15 @@ class Ring(ABC):
         self._planner = Planner(rank, size)
 
     def empty(self, length: int, dtype: npt.DTypeLike = np.float32) -> Array:
-        """A vector, uninitialised. Every worker calls this with the same arguments.
+        """Make a vector, uninitialised. Every worker calls this with the same arguments.
 
         A driver may place it where neighbours can read it without a copy; collectives take other vectors as well.
 
         Returns:
-            Of shape (length,) and of this dtype, contiguous.
+            Array of shape (length,) and of this dtype, contiguous.
         Raises:
-            ValueError: a negative length.
-            TypeError: no dtype.
+            ValueError: the length is negative.
+            TypeError: `dtype` is none.
         """
         return np.empty(length, dtype)
 
@@ -66,9 +66,9 @@ class Ring(ABC):
 
         Args:
             vector: shape (length,). Overwritten, on every rank with the same bits.
-            codec: what travels; by default the vector itself.
+            codec: encodes the vector; by default it travels as it is.
             op: "sum" or "mean".
-            chunk_bytes: the payload in one message; `sys.maxsize` for one message per segment and step.
+            chunk_bytes: bytes of payload in one message; `sys.maxsize` for one message per segment and step.
             timeline: gets the seconds of "encode", "add" (or "recode"), "decode" and "wait".
         Returns:
             Bytes and messages that this rank sent.
@@ -131,7 +131,7 @@ class Ring(ABC):
         self.all_reduce(np.zeros(1, np.float32))
 
     def rows_of_all(self, row: Sequence[float]) -> npt.NDArray[np.float64]:
-        """Every worker's `row`, of shape (size, len(row)): for a few numbers that all have to know. Collective.
+        """Exchange a few numbers: the rows of all workers, of shape (size, len(row)). Collective.
 
         Rows are of the same length everywhere. Errors and cost as for `all_reduce` of 8·size·len(row) bytes.
         """

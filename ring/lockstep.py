@@ -22,7 +22,7 @@ Own = TypeVar("Own")
 
 
 class _Message:
-    """One side of a message; complete once the other side is there and the bytes were copied."""
+    """One side of a message. It is complete once the other side is there and the bytes were copied."""
 
     def __init__(self, buffer: Payload) -> None:
         self.buffer, self.complete = buffer, False
@@ -32,7 +32,7 @@ class _Message:
 
 
 class _Link:
-    """From one worker to its successor. Bytes move when both sides have posted, as late as MPI may move them."""
+    """Link from one worker to its successor. Bytes move when both sides have posted, as late as MPI may move them."""
 
     def __init__(self) -> None:
         self._sent: deque[_Message] = deque()
@@ -55,6 +55,8 @@ class _Link:
 
 
 class _Port:
+    """One worker's ends of the links from its predecessor and to its successor, in one collective."""
+
     def __init__(self, upstream: _Link, downstream: _Link, timeline: Timeline | None) -> None:
         self._upstream, self._downstream = upstream, downstream
         self.compute = compute_unmeasured if timeline is None else timeline.compute
@@ -125,7 +127,7 @@ class _Question:
 
 
 class _Meeting:
-    """Where the workers' threads meet: the last to come does the work for all."""
+    """Meeting of the workers' threads: the last to come does the work for all."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
@@ -168,7 +170,7 @@ class _Meeting:
 
 
 class LockstepRing(Ring):
-    """One worker's handle."""
+    """A worker of a ring whose workers are threads of this process."""
 
     def __init__(self, rank: int, meeting: _Meeting, chunk_bytes: int) -> None:
         super().__init__(rank, meeting.size, chunk_bytes)
@@ -202,8 +204,10 @@ def run(
     ends all of them and is raised here.
 
     Args:
-        chunk_bytes: of the rings (`ring.handle.Ring`).
-        timeout_s: how long a worker waits for the others in a collective before it gives up.
+        size: number of workers.
+        function: what each worker does; called with its ring.
+        chunk_bytes: payload of a message, as of `ring.handle.Ring`.
+        timeout_s: seconds that a worker waits for the others in a collective before it gives up.
     Raises:
         ValueError: `size` or `chunk_bytes` is below 1.
         RingError: a worker didn't join the others in time, or left; all wait for each other.

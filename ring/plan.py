@@ -1,4 +1,4 @@
-"""What every driver decides before a call: is it valid, where is it cut, in which memory does it work."""
+"""Plans of collectives, the same for every driver: checked arguments, where the vector is cut, and memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from ring.algorithm import ChunkWork, Port, Wait, ring, schedule, steps
 from ring.codec import BYTES, DTYPES, INTEGERS, Array, Codec, Hop, Payload
 from ring.segments import Chunk, check_chunk_bytes, cut_segments
 
-#: Large enough to make the cost of a message small, small enough to pipeline and to stay in a second-level cache.
+#: Default payload of a message: large enough to make the cost of a message small, small enough to pipeline and to stay
+#: in a second-level cache.
 CHUNK_BYTES = 512 * 1024
-#: How many receives are posted ahead.
+#: Receives that are posted ahead.
 POSTED_RECEIVES = 3
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What one rank sent during one call.
+    """Traffic of one rank in one call.
 
     Attributes:
         bytes_sent: bytes of payload; headers are not counted.
@@ -38,14 +39,19 @@ class CollectivePlan:
     """One call's cuts and memory; the same for every call of equal arguments.
 
     Attributes:
-        description: what ranks compare, in words.
+        operation: "all_reduce", "reduce_scatter" or "all_gather".
+        description: the call in words, which ranks compare.
+        mean: whether the sum is divided by the number of workers.
         first, last: the steps of the ring that the operation runs.
-        segments: the chunks of each.
+        segments: the chunks of each segment.
+        work: this rank's chunks and steps, in order.
+        sent: the chunks that this rank sends, in order.
         arriving: the chunks that the predecessor sends, in order.
-        num_bytes: the whole vector's payload.
+        stats: bytes and messages of `sent`.
+        num_bytes: length of the whole vector's payload.
         inbox: memory for chunks that arrive, shape (posted receives, largest chunk).
-        payload: memory for the payload; None if that is the vector's.
-        staged: as the codec's.
+        payload: memory for the payload; None if that is the vector's own.
+        staged: whether the codec is.
     """
 
     operation: str
@@ -65,7 +71,7 @@ class CollectivePlan:
 
     @property
     def greeting_work(self) -> ChunkWork:
-        """What a wait for the first message of a call belongs to."""
+        """The work that a wait for the call's first message counts for."""
         return self.work[0] if self.work else ChunkWork(self.first, 0, Chunk(0, 0, 0, 0), Hop(0, 1, self.first))
 
     def start(self, port: Port, codec: Codec, vector: Array, size: int) -> Generator[Wait, None, None]:
@@ -86,7 +92,7 @@ class CollectivePlan:
 
 
 def _brief(text: str, most: int = 160) -> str:
-    """The text, or if it is long its beginning and a digest, so that two that differ anywhere are told apart."""
+    """The text, or if it is long its beginning and a digest, by which texts that differ anywhere are told apart."""
     if len(text) <= most:
         return text
     return (
@@ -108,7 +114,11 @@ class Planner:
     def plan(
         self, operation: str, vector: Array, codec: Codec, op: str, chunk_bytes: int, bounds: Sequence[int] | None
     ) -> CollectivePlan:
-        """Raises ValueError or TypeError where this rank's own arguments are invalid."""
+        """The plan of a call, made or kept.
+
+        Raises:
+            ValueError, TypeError: this rank's own arguments are invalid.
+        """
         if not isinstance(vector, np.ndarray):
             raise TypeError(f"`vector` must be a NumPy array, got {type(vector).__name__}")
         if not isinstance(codec, Codec):

@@ -1,4 +1,4 @@
-"""Where the time went, whatever the clock: this machine's, or that of an emulated cluster."""
+"""Timelines: where a worker's time went, by this machine's clock or by that of an emulated cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TimeSpan(NamedTuple):
-    """From when to when a worker did one thing; within a collective, for which one (`call`) and for what."""
+    """A time in which a worker did one thing; in a collective, with the call's number and the work that it was for."""
 
     kind: str
     start_s: float
@@ -36,7 +36,7 @@ class SentMessage(NamedTuple):
 
 
 class ReceivedMessage(NamedTuple):
-    """A message from the predecessor, and when it was there (by this machine's clock: when it was found there)."""
+    """A message from the predecessor, and when it had arrived (by this machine's clock: when it was found)."""
 
     call: int
     work: ChunkWork
@@ -44,7 +44,7 @@ class ReceivedMessage(NamedTuple):
 
 
 def compute_unmeasured(kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
-    """What `Timeline.compute` is to callers that don't ask where the time went."""
+    """Call `function(*args)`, for callers that don't ask where the time went; compare `Timeline.compute`."""
     function(*args)
 
 
@@ -60,7 +60,7 @@ class Timeline:
         virtual: the same worker's timeline by an emulated cluster's clock; it gets the same spans.
 
     Attributes:
-        spans, sent, received: empty unless `keep`; in the order in which they ended.
+        spans, sent, received: single spans and messages, in the order in which they ended; empty unless `keep`.
         call: the number of the collective that is running or was last, from 1 on.
     """
 
@@ -103,28 +103,28 @@ class Timeline:
                 self.virtual.record(kind, virtual_s, self.virtual.clock())
 
     def begin_call(self) -> None:
-        """A collective begins; its spans have the next number."""
+        """Begin a collective: its spans have the next number."""
         self.call += 1
         if self.virtual is not None:
             self.virtual.begin_call()
 
     def mark_sent(self, work: ChunkWork) -> None:
-        """A message to the successor was posted just now."""
+        """Keep that a message to the successor was posted just now."""
         now_s = self.clock()
         self.sent.append(SentMessage(self.call, work, now_s, now_s, now_s))
 
     def mark_received(self, work: ChunkWork) -> None:
-        """The predecessor's message for `work` was found to be there just now."""
+        """Keep that the predecessor's message for `work` was found just now."""
         self.received.append(ReceivedMessage(self.call, work, self.clock()))
 
     def fork(self) -> Timeline:
-        """An empty one by the same clocks, that goes on counting calls; to be given back to `absorb`."""
+        """An empty timeline by the same clocks that goes on counting calls; to be given back to `absorb`."""
         fork = Timeline(self.clock, keep=self.keep, virtual=None if self.virtual is None else self.virtual.fork())
         fork.call = self.call
         return fork
 
     def absorb(self, fork: Timeline) -> None:
-        """Add what another one by the same clocks has."""
+        """Add what another timeline by the same clocks has."""
         for kind, seconds in fork._totals.items():
             self._totals[kind] += seconds
         self.spans += fork.spans

@@ -33,7 +33,7 @@ def spend(
     least: Callable[[Any, Any], Any],
     most: Callable[[Any, Any], Any],
 ) -> tuple[Values, Values]:
-    """What a message takes of a bucket, for one link or for an array of them.
+    """Pass a message through a bucket, for one link or for an array of them.
 
     Args:
         tokens: in the bucket when the link became free, bytes.
@@ -72,12 +72,12 @@ class TokenBuckets:
         return len(self._rates)
 
     def free_s(self, link: int) -> float:
-        """When the last byte of this link's messages so far has left, seconds."""
+        """Moment at which the last byte of this link's messages so far has left, seconds."""
         return self._free_s_of[link]
 
     @property
     def all_free_s(self) -> Floats:
-        """When each link is free, seconds: a copy of shape (links,)."""
+        """Moments at which the links are free, seconds: a copy of shape (links,)."""
         return self._free_s.copy()
 
     def transmit(self, link: int, departed_s: float, num_bytes: float) -> float:
@@ -116,7 +116,7 @@ class TokenBuckets:
         return left_s
 
     def state_dict(self) -> dict[str, list[float]]:
-        """When each link is free and the tokens that it had left then, for `load_state_dict`."""
+        """State of all links, for `load_state_dict`: when each is free, and the tokens that it has then."""
         return {"free": self._free_s.tolist(), "tokens": self._tokens.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -32,12 +32,12 @@ from ring.plan import CollectivePlan, Stats
 from ring.program import SEND, WAIT, WAIT_SENT, record_all
 from ring.timeline import Timeline
 
-#: Plans whose programs are kept.
+#: Most plans whose programs are kept.
 MOST_PROGRAMS = 8
 
 
 class _Meter(Timeline):
-    """Passes everything on to the caller's timeline, and measures the processor time of each computation."""
+    """Timeline that passes everything on to the caller's, and measures the processor time of each computation."""
 
     def __init__(self, wall: Timeline, processor_time: Callable[[], float]) -> None:
         super().__init__(wall.clock, keep=wall.keep)
@@ -53,15 +53,22 @@ class _Meter(Timeline):
 
 
 class _Programs:
-    """What all workers do in calls of one plan, and which computations have to be measured."""
+    """The programs of all workers in the calls of one plan.
+
+    Attributes:
+        by_rank: the programs.
+        measured: by rank, kind and work of the computations that the cluster has no rate for.
+        columns: the most of these that a rank has.
+    """
 
     def __init__(self, plan: CollectivePlan, codec: Codec, vector: Array, cluster: Cluster) -> None:
         self.by_rank = record_all(codec, len(vector), vector.dtype, plan.operation, plan.segments, mean=plan.mean)
         self.measured = [
             [
-                (operation.kind, operation.work)
-                for operation in program
-                if operation.kind not in (SEND, WAIT, WAIT_SENT) and seconds_by_rate(cluster, operation.amounts) is None
+                (instruction.kind, instruction.work)
+                for instruction in program
+                if instruction.kind not in (SEND, WAIT, WAIT_SENT)
+                and seconds_by_rate(cluster, instruction.amounts) is None
             ]
             for program in self.by_rank
         ]
@@ -69,7 +76,7 @@ class _Programs:
 
 
 class _Part(NamedTuple):
-    """What the emulation needs of a worker of this process: where to record, and a state to go on from, if any."""
+    """A worker's part in an emulation: the timeline to record in, and a state to go on from, if any."""
 
     timeline: Timeline | None
     loaded: Mapping[str, Any] | None
@@ -114,7 +121,7 @@ class _Emulation:
             programs.by_rank,
             rows[:, 0].tolist(),
             [parts[rank].timeline if rank in parts else None for rank in range(self.cluster.nodes)],
-            lambda rank, operation: measured[rank][operation.kind, operation.work] / speeds[rank],
+            lambda rank, instruction: measured[rank][instruction.kind, instruction.work] / speeds[rank],
         )
 
     def _go_on_from(self, loaded: Sequence[Mapping[str, Any] | None]) -> None:
@@ -138,7 +145,7 @@ class VirtualRing(Ring):
         cluster: what to emulate.
         processor_time: seconds of processor time of the calling thread.
     Attributes:
-        emulating_s: this machine's seconds that emulating has taken in all collectives, beside what `inner` did.
+        emulating_s: seconds of this machine that emulating has taken in all collectives, without what `inner` did.
     Raises:
         ClusterError: the cluster has another number of nodes, or is another one than that of other workers here.
     Cost of a collective: one exchange of a few numbers on `inner`, and the emulation of all workers in each process.
@@ -170,7 +177,7 @@ class VirtualRing(Ring):
         self._set_pace()
 
     def _set_pace(self) -> None:
-        """How slow this node is until the end of the next collective.
+        """Set how slow this node is until the end of the next collective.
 
         Where nodes share cores, all are taken to compute at the same time in between.
         """
@@ -179,13 +186,13 @@ class VirtualRing(Ring):
         self._slowdown = self._node.slowdown * float(luck.stragglers[self.rank]) * crowd
 
     def clock(self) -> float:
-        """This worker's virtual seconds, from 0 on."""
+        """This worker's virtual time in seconds, from 0 on."""
         computed_s = self._processor_time() - self._mark_s
         return self._base_s + computed_s * self._slowdown / self._node.compute_speed
 
     @contextmanager
     def taking(self, seconds: float) -> Iterator[None]:
-        """What is computed within takes `seconds` on a node that is not slow, whatever it takes here.
+        """Let the body take `seconds` of virtual time on a node that is not slow, whatever it takes here.
 
         Raises:
             RuntimeError: there was a collective within, whose time would be lost.
