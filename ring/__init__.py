@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ring.codec import Codec as Codec
     from ring.codec import Composite as Composite
     from ring.codec import Hop as Hop
-    from ring.codec import Identity as Identity
+    from ring.codec import IdentityCodec as IdentityCodec
     from ring.errors import RingError as RingError
     from ring.errors import RingMismatch as RingMismatch
     from ring.errors import RingTimeout as RingTimeout
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ring.timeline import Timeline as Timeline
 
 _HOMES = {
-    "codec": ("Codec", "Composite", "Hop", "Identity"),
+    "codec": ("Codec", "Composite", "Hop", "IdentityCodec"),
     "errors": ("RingError", "RingMismatch", "RingTimeout"),
     "handle": ("Ring",),
     "plan": ("Stats",),
@@ -29,8 +29,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, and not before: `ring.machine` has to work where NumPy isn't imported yet, as a job
-    looks how many cores it has before it tells the libraries how many threads they may start."""
+    """Import a name when it is asked for, and not before.
+
+    `ring.machine` has to work where NumPy isn't imported yet: a job looks how many cores it has before it tells the
+    libraries how many threads they may start.
+    """
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{home}"), name)

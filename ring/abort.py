@@ -1,4 +1,4 @@
-"""How a job ends when something goes wrong: on all ranks, with a non-zero status, and with words."""
+"""The end of a job in which something goes wrong: on all ranks, with a non-zero status, and with words."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from types import TracebackType
 from ring.errors import RingError
 from ring.world import MPI
 
-#: How long a failing rank goes on trying to tell the others, and lets them speak.
+#: Seconds that a failing rank goes on trying to tell the others, and lets them speak.
 LAST_WORDS_S = 1.0
 
-#: Where launchers of MPI say how many processes they have started.
+#: Environment variables in which MPI's launchers say how many processes they have started.
 _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS")
-#: Where `srun` does, whatever MPI the processes use. (An `mpirun` that starts its helpers by `srun` sets one of the
-#: others too.)
+#: The variable in which `srun` says it, whatever MPI the processes use. (An `mpirun` that starts its helpers by `srun`
+#: sets one of the others too.)
 _SLURM_SIZE = "SLURM_STEP_NUM_TASKS"
 
 
@@ -39,7 +39,7 @@ def check_launcher(comm: MPI.Intracomm) -> None:
 
 
 def end_together(comm: MPI.Intracomm | None = None) -> None:
-    """From now on, an exception that nobody catches on this rank ends the whole job with a non-zero status.
+    """Let an exception that nobody catches on this rank end the whole job with a non-zero status.
 
     Without it, a rank that dies of an exception leaves the others waiting. A `RingError` is printed as one line,
     because the ring has told its whole story; anything else with its traceback. Other ranks get a second to say

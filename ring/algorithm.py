@@ -40,13 +40,13 @@ from ring.segments import Chunk
 
 
 class Request(Protocol):
-    """A message on its way; the method has mpi4py's name, so that its requests serve as they are."""
+    """A message on its way. The method has mpi4py's name, so that mpi4py's requests serve as they are."""
 
     def Test(self) -> bool:
         """Whether the message is complete."""
 
 
-class Work(NamedTuple):
+class ChunkWork(NamedTuple):
     """One chunk in one step of one rank."""
 
     step: int
@@ -56,30 +56,33 @@ class Work(NamedTuple):
 
 
 class Port(Protocol):
-    """What a driver gives the algorithm: one link in, one link out, and a clock for what is computed.
+    """The algorithm's side of a driver: one link in, one link out, and a clock for what is computed.
 
     None of these blocks. Messages arrive in the order in which they were sent. A sent buffer must not be changed, and
     a posted one not be read, before its request is complete.
     """
 
-    def receive(self, buffer: Payload, work: Work) -> Request:
-        """Start receiving the predecessor's next message into `buffer`; `work` is what it is for."""
+    def receive(self, buffer: Payload, work: ChunkWork) -> Request:
+        """Start receiving the predecessor's next message, which `work` needs, into `buffer`."""
 
-    def send(self, buffer: Payload, work: Work) -> Request:
-        """Start sending `buffer`, of which `work` is done, to the successor."""
+    def send(self, buffer: Payload, work: ChunkWork) -> Request:
+        """Start sending `buffer`, the result of `work`, to the successor."""
 
-    def fetch(self, buffer: Payload, work: Work) -> Payload:
-        """Where a message is whose receive into `buffer` is complete: there, or in memory shared with its sender."""
+    def fetch(self, buffer: Payload, work: ChunkWork) -> Payload:
+        """The memory with the message whose receive into `buffer` is complete: `buffer`, or the sender's own."""
 
-    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
         """Call `function(*args)`, a part of `work`, and account for it as `kind`."""
 
 
 class Wait(NamedTuple):
-    """What the algorithm yields: go on when `request` is complete. `work` is what it belongs to, for error messages."""
+    """A wait that the algorithm yields: it goes on when `request`, for `work`, is complete.
+
+    `sending` says whether a message has to leave; otherwise one has to arrive.
+    """
 
     request: Request
-    work: Work
+    work: ChunkWork
     sending: bool
 
 
@@ -97,11 +100,11 @@ def owned_segment(rank: int, size: int) -> int:
     return (rank + 1) % size
 
 
-def schedule(operation: str, segments: Sequence[Sequence[Chunk]], rank: int, size: int) -> list[Work]:
-    """All that `rank` has to do, in order: in step i, the chunks of segment (rank - i) mod size."""
+def schedule(operation: str, segments: Sequence[Sequence[Chunk]], rank: int, size: int) -> list[ChunkWork]:
+    """Work of `rank`, in order: in step i, the chunks of segment (rank - i) mod size."""
     first, last = steps(operation, size)
     return [
-        Work(step, (rank - step) % size, chunk, Hop(rank, size, step))
+        ChunkWork(step, (rank - step) % size, chunk, Hop(rank, size, step))
         for step in range(first, last + 1)
         for chunk in segments[(rank - step) % size]
     ]
@@ -113,7 +116,7 @@ def ring(
     vector: Array,
     payload: Payload,
     inbox: Sequence[Payload],
-    work: Sequence[Work],
+    work: Sequence[ChunkWork],
     *,
     first: int,
     last: int,
@@ -126,22 +129,22 @@ def ring(
 
     Args:
         port: the links to both neighbours, and what runs the codec's parts.
-        codec: what travels.
-        vector: shape (length,), of any dtype that the codec takes. In the end the sum or mean, of an operation that
-            ends with a reduce-scatter in this rank's own segment only.
+        codec: encodes, adds and decodes the chunks.
+        vector: shape (length,), of any dtype that the codec takes. In the end it holds the sum or mean; after a
+            reduce-scatter in this rank's own segment only.
         payload: the whole vector's payload, uint8, or with an in-place codec the vector's own memory.
-        inbox: where chunks of the reduce-scatter arrive: uint8, each as long as the longest chunk. As many receives are
-            posted ahead as it has rows.
-        work: what `schedule` says of this rank.
-        first, last: what `steps` says of the operation.
+        inbox: memory in which chunks of the reduce-scatter arrive: uint8, each row as long as the longest chunk. As
+            many receives are posted ahead as it has rows.
+        work: this rank's `schedule`.
+        first, last: the operation's `steps`.
         mean: divide the finished segment by `size`.
-        size: N.
+        size: number of workers, N.
     Yields:
-        What to wait for. The driver resumes when its request is complete.
+        The next wait. The driver resumes the algorithm when its request is complete.
     """
     next_receive = next((index for index, item in enumerate(work) if item.step > first), len(work))
     posted: deque[tuple[Payload, Request]] = deque()
-    sent: dict[Chunk, tuple[Request, Work]] = {}
+    sent: dict[Chunk, tuple[Request, ChunkWork]] = {}
 
     coded = codec.staged or not codec.in_place
     for item in work:

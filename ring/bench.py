@@ -34,7 +34,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def parse_bytes(text: str) -> int:
-    """'64K' -> 65536."""
+    """Number of bytes that a text says: '64K' -> 65536."""
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     if unit not in UNITS or not number.isdigit() or int(number) == 0:
         raise argparse.ArgumentTypeError(f"a size is a positive number with K, M or G behind it, got {text!r}")
@@ -42,6 +42,7 @@ def parse_bytes(text: str) -> int:
 
 
 def positive(text: str) -> int:
+    """Positive whole number that a text says."""
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
     return int(text)
@@ -75,7 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def limit(count: int, dtype: np.dtype[Any], size: int) -> Callable[[], object]:
-    """The copies and adds that one rank does in one all-reduce, on memory of its own."""
+    """Function that does the copies and adds of one rank in one all-reduce, on memory of its own."""
     part = np.zeros(count * (size - 1) // size, dtype)
     other = np.zeros_like(part)
 
@@ -88,6 +89,7 @@ def limit(count: int, dtype: np.dtype[Any], size: int) -> Callable[[], object]:
 
 
 def seconds_per_call(comm: MPI.Intracomm, call: Callable[[], object], calls: int) -> float:
+    """This rank's mean time of a call, when all ranks begin together."""
     comm.Barrier()
     start = time.perf_counter()
     for _ in range(calls):
@@ -96,7 +98,7 @@ def seconds_per_call(comm: MPI.Intracomm, call: Callable[[], object], calls: int
 
 
 def wrong(comm: MPI.Intracomm, reduce: Callable[[Array], object], vector: Array) -> int:
-    """Elements that differ from the sum, over all ranks. The data depends on rank and index and adds up exactly."""
+    """Number of wrong elements, over all ranks. The data depends on rank and index and adds up exactly."""
     index = np.arange(len(vector)) % 13
     vector[:] = index + 17 * comm.rank % 7
     reduce(vector)
@@ -107,7 +109,7 @@ def wrong(comm: MPI.Intracomm, reduce: Callable[[Array], object], vector: Array)
 def measure(
     comm: MPI.Intracomm, ring: MPIRing, options: argparse.Namespace, memory: Array, size_bytes: int
 ) -> list[dict[str, Any]]:
-    """One row per implementation."""
+    """Check and time an all-reduce of one size; a row for each implementation."""
     dtype = np.dtype(options.dtype)
     count = max(1, size_bytes // dtype.itemsize)
     vector = memory[: count * dtype.itemsize].view(dtype)

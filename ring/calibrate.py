@@ -48,13 +48,14 @@ from ring.bench import parse_bytes, positive
 from ring.cluster import Cluster, Link, Node, write
 from ring.fit import Line, Samples, fit_line, flag, quartiles, relative_errors, rounded, table
 from ring.machine import core_quota, cores_allowed, cores_together, processor
-from ring.probe import RATES, LinkTimes, Probe
+from ring.probe import RATES, CalibrationProbe, LinkTimes
 from ring.world import MPI
 
 MIB = 1 << 20
-#: Streams in both directions take so many times as long as one if the port has to be shared. Twice, but for noise.
+#: Ratio of the time of streams in both directions to that of one, from which on a port counts as half duplex. Without
+#: noise it would be 2.
 HALF_DUPLEX = 1.5
-#: Of the time of a byte, the least that is left for the link when both ends' copies take more: they overlap then.
+#: Least share of a byte's time that is left for the link if both ends' copies take more: they overlap then.
 LEAST_WIRE = 0.1
 #: A link is written separately if it differs from the median by more than its own spread and this share.
 NOTABLE = 0.1
@@ -94,17 +95,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+#: Smallest size of the largest message.
 LEAST_MAX_BYTES = 64 * 1024
 
 
 def message_sizes(most: int) -> list[int]:
-    """0 and powers of 2 up to `most`: of small ones each eighth, as they all take the same time."""
+    """Sizes of messages: 0 and powers of 2 up to `most`; of small ones each eighth, as they all take the same time."""
     sizes = [0, *(1 << power for power in (6, 9, 12)), *(1 << power for power in range(14, most.bit_length()))]
     return sizes if sizes[-1] == most else [*sizes, most]
 
 
 def unwritable(path: Path) -> str:
-    """Why a file can't be written there; empty if it can. To be known before an hour of work, not after."""
+    """The reason why a file can't be written there, found before an hour of work; empty if it can."""
     if path.is_dir():
         return f"{path} is a folder"
     try:
@@ -119,10 +121,13 @@ def unwritable(path: Path) -> str:
 
 @dataclass(frozen=True)
 class LinkFit:
-    """A link, and the processor time of a message at its ends, by MPI alone.
+    """The model of a link, and the processor time of a message at its ends, by MPI alone.
 
     Attributes:
-        spread_us, spread_gbps: distance between the quartiles of what single repeats give.
+        link: latency, bandwidth, burst and whether it is full duplex.
+        overhead_s: processor seconds of a message at each end.
+        copy_s: processor seconds of a byte at each end.
+        spread_us, spread_gbps: latency and bandwidth by single repeats: distance between the quartiles.
         limited_by: "link" or "processor": what a stream of the largest messages waits for.
     """
 
@@ -134,23 +139,23 @@ class LinkFit:
     limited_by: str
 
     def one_way_s(self, num_bytes: int) -> float:
-        """From the sender's call until the receiver has the message; the bucket is empty."""
+        """Seconds from the sender's call until the receiver has the message; the token bucket is empty."""
         wire_s = num_bytes / self.link.bytes_per_s
         return self.link.latency_us * 1e-6 + wire_s + 2 * self.end_s(num_bytes)
 
     def stream_s(self, num_bytes: int, both_ways: bool) -> float:
-        """Per message of a long stream: what is slowest, an end or the link."""
+        """Seconds of a message in a long stream: those of what is slowest, an end or the link."""
         ways = 2 if both_ways else 1
         wire_s = num_bytes / self.link.bytes_per_s * (1 if self.link.full_duplex else ways)
         return max(ways * self.end_s(num_bytes), wire_s)
 
     def end_s(self, num_bytes: int) -> float:
-        """Processor time at either end."""
+        """Processor seconds of a message at either end."""
         return self.overhead_s + self.copy_s * num_bytes
 
 
 def fit_link(times: LinkTimes) -> LinkFit:
-    """The model of one link; the module's text says how."""
+    """Fit the model of one link, as the module's text says."""
     stream_sizes = np.array(times.stream_sizes)
     busy = np.median(times.busy, axis=0)
     one_way = np.median(times.one_way, axis=0)
@@ -162,7 +167,7 @@ def fit_link(times: LinkTimes) -> LinkFit:
     median = fit_line(times.sizes, one_way)
 
     def model(line: Line) -> tuple[float, float]:
-        """Latency and bandwidth."""
+        """Latency in microseconds and bandwidth in Gbit/s, from a line through half round trips."""
         wire_s = 1 / times.bytes_per_s if limited else max(line.slope - 2 * handling.slope, LEAST_WIRE * line.slope)
         return max(0.0, line.intercept - 2 * handling.intercept) * 1e6, 8e-9 / wire_s
 
@@ -186,7 +191,7 @@ def _spread(samples: Samples) -> float:
 
 
 def common_link(fits: Sequence[LinkFit]) -> tuple[LinkFit, dict[int, Link]]:
-    """What links are in general, and which are different."""
+    """The link that most ranks have, and by rank those that differ from it."""
 
     def median(values: Sequence[float]) -> float:
         return rounded(statistics.median(values))
@@ -200,7 +205,7 @@ def common_link(fits: Sequence[LinkFit]) -> tuple[LinkFit, dict[int, Link]]:
     )
     others = {}
     for rank, fit in enumerate(fits):
-        # A small message's way is its latency and both ends' work.
+        # What a small message takes is its latency and both ends' work.
         handling_us = 2e6 * fit.overhead_s
         apart = (
             (fit.link.latency_us + handling_us, link.latency_us + handling_us, fit.spread_us),
@@ -221,7 +226,7 @@ def common_link(fits: Sequence[LinkFit]) -> tuple[LinkFit, dict[int, Link]]:
 
 
 def residual_row(label: str, samples: Samples, fitted_s: float) -> list[str]:
-    """A size, its quartiles in microseconds, what the model says, and the relative error."""
+    """Row of a table: a size, its quartiles in microseconds, what the model says, and the relative error."""
     low, median, high = quartiles(samples)
     error = float(relative_errors(median, fitted_s)) if median > 0 else 0.0
     return [
@@ -238,7 +243,7 @@ COLUMNS = ("bytes", "measured", "quartiles", "fitted", "error")
 
 
 def residuals(times: LinkTimes, fit: LinkFit) -> str:
-    """What was measured and what the model says, for every size."""
+    """Tables of what was measured and what the model says, for every size."""
     behind = ", each behind messages that emptied the token bucket" if times.burst_bytes else ""
     parts = [f"one way, half a round trip{behind} (us)"]
     sizes, stream_sizes = list(enumerate(times.sizes)), list(enumerate(times.stream_sizes))
@@ -255,7 +260,10 @@ def residuals(times: LinkTimes, fit: LinkFit) -> str:
 
 
 def rate_rows(alone: Sequence[Rates], together: Sequence[Rates], written: Mapping[str, float]) -> str:
-    """GB/s of CPU time by vector size: median over ranks and repeats, quartiles, and what one rate makes of it."""
+    """Table of GB per second of CPU time, by vector size.
+
+    Medians over ranks and repeats, quartiles, and the error if the one rate of the file is taken for all sizes.
+    """
     rows = []
     for name in RATES:
         for size in together[0][name]:
@@ -291,14 +299,14 @@ def shared_cores(comm: MPI.Intracomm) -> tuple[int | None, str]:
 
 
 def calibrate(comm: MPI.Intracomm, options: argparse.Namespace) -> tuple[Cluster, str] | None:
-    """Measure. Collective.
+    """Measure the links and the processors of all ranks. Collective.
 
     Returns:
         The cluster and the report, on rank 0; None on the others.
     Cost: for each link about 3 * `options.seconds` and two more; for each rank two.
     """
     sizes = message_sizes(options.max_bytes)
-    probe = Probe(comm, sizes, options.timeout)
+    probe = CalibrationProbe(comm, sizes, options.timeout)
     cores, sharing = shared_cores(comm)
     own_links: dict[int, LinkTimes] = {}
     for rank in range(comm.size):
@@ -356,7 +364,7 @@ def report(
     bookkeeping_s: float,
     rates: str,
 ) -> str:
-    """All that was found, as text."""
+    """Text with all that was found."""
     parts = [cluster.source, "\nlinks, with the distance between the quartiles of single repeats"]
     rows = []
     for rank, (times, fit) in enumerate(zip(links, fits, strict=True)):

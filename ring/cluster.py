@@ -1,4 +1,4 @@
-"""A described cluster: what the emulator (`ring.emulator`) knows of machines that nobody has at hand. A TOML file.
+"""Described clusters: TOML files that tell the emulator (`ring.emulator`) of machines that nobody has at hand.
 
     name = "two-racks"                # for tables and figures
     source = "where the numbers come from"
@@ -73,7 +73,7 @@ def _key(default: Any, **bounds: Any) -> Any:
 
 @dataclass(frozen=True)
 class Node:
-    """What a node is; units are in the names, the meaning of each is in the module's text."""
+    """Properties of a node; units are in the names, the meaning of each is in the module's text."""
 
     compute_speed: float = _key(1.0, above=0)
     iteration_s: float | None = _key(None, above=0)
@@ -86,7 +86,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Link:
-    """From a node to its successor."""
+    """The link from a node to its successor."""
 
     latency_us: float = _key(0.0, least=0)
     jitter_us: float = _key(0.0, least=0)
@@ -97,13 +97,13 @@ class Link:
 
     @property
     def bytes_per_s(self) -> float:
-        """Of payload, after losses."""
+        """Bytes of payload that the link passes in a second, after losses."""
         return self.bandwidth_gbps * 1e9 / 8 * (1 - self.packet_loss)
 
 
 @dataclass(frozen=True)
 class Racks:
-    """Nodes that share an uplink."""
+    """Racks of nodes that share an uplink."""
 
     size: int = _key(1, least=1)
     uplink_gbps: float = _key(10.0, above=0)
@@ -117,7 +117,7 @@ class Racks:
 
 @dataclass(frozen=True)
 class Stragglers:
-    """Nodes that are slow now and then."""
+    """Random slowdowns: in each collective, each node is slow with this probability."""
 
     probability: float = _key(0.0, least=0, most=1)
     slowdown: float = _key(1.0, least=1)
@@ -125,7 +125,7 @@ class Stragglers:
 
 @dataclass(frozen=True)
 class Cluster:
-    """All that the emulator needs to know. Frozen; `dataclasses.replace` and `with_nodes` make others from it."""
+    """All that the emulator needs to know of a cluster. `dataclasses.replace` and `with_nodes` make others from it."""
 
     name: str = "cluster"
     source: str = ""
@@ -161,10 +161,10 @@ class Cluster:
         )
 
     def with_nodes(self, nodes: int, **changes: Any) -> Cluster:
-        """The same with another number of nodes, which all are as `[node]` and `[link]` say.
+        """The same cluster with another number of nodes, which all are as `[node]` and `[link]` say.
 
         Args:
-            changes: other fields of the cluster; a dict for `node` or `link` changes only these keys.
+            changes: new values of other fields; a dict for `node` or `link` changes only these keys.
         """
         values: dict[str, Any] = {"nodes": nodes, "other_nodes": {}, "other_links": {}, **changes}
         for part in ("node", "link"):
@@ -173,7 +173,7 @@ class Cluster:
         return dataclasses.replace(self, **values)
 
 
-#: Tables of the file -> what they become; the other keys are `Cluster`'s own.
+#: Tables of the file, and the classes that they become; the other keys are `Cluster`'s own.
 PARTS: dict[str, type[Any]] = {"node": Node, "link": Link, "racks": Racks, "stragglers": Stragglers}
 OVERRIDES: dict[str, type[Any]] = {"node": Node, "link": Link}
 SCALARS = ("name", "source", "nodes", "seed", "shared_cores")
@@ -186,10 +186,10 @@ BOUNDS = {
 
 
 def read(path: Path) -> Cluster:
-    """The cluster that a file describes.
+    """Read the cluster that a file describes.
 
     Raises:
-        ClusterError: with the file, the key and the value.
+        ClusterError: the file is wrong; the message has its name, the key and the value.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -201,7 +201,7 @@ def read(path: Path) -> Cluster:
 
 
 def write(cluster: Cluster, path: Path) -> None:
-    """Write a file that `read` makes the same cluster of; it is there as a whole or not at all."""
+    """Write a file, as a whole or not at all, from which `read` makes the same cluster."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(tomli_w.dumps(as_table(cluster)), encoding="utf-8")
@@ -211,7 +211,7 @@ def write(cluster: Cluster, path: Path) -> None:
 
 
 def as_table(cluster: Cluster) -> dict[str, Any]:
-    """What `parse` makes the same cluster of."""
+    """The table from which `parse` makes the same cluster."""
 
     def keys(part: Any) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(part).items() if value is not None}
@@ -233,12 +233,13 @@ def _different(table: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, A
 
 
 def parse(table: Mapping[str, Any], where: str) -> Cluster:
-    """The cluster that a TOML table describes.
+    """Make the cluster that a TOML table describes.
 
     Args:
-        where: how errors call it.
+        table: the table.
+        where: its name in errors.
     Raises:
-        ClusterError: with `where`, the key and the value.
+        ClusterError: the table is wrong; the message has `where`, the key and the value.
     """
     try:
         known = (*SCALARS, *PARTS, "rates", "override")
@@ -282,7 +283,7 @@ def _refuse_unknown(table: Mapping[str, Any], known: Any, prefix: str) -> None:
 
 
 def _values(kind: type[Any], table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The keys of one dataclass, checked."""
+    """Values of one dataclass's keys, checked."""
     entries = {entry.name: entry for entry in dataclasses.fields(kind)}
     _refuse_unknown(table, entries, prefix)
     return {key: _value(entries[key], value, prefix + key) for key, value in table.items()}

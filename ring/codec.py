@@ -1,4 +1,4 @@
-"""What travels around the ring: the contract between the algorithm and a compressor.
+"""Codecs: the contract between the ring and a compressor, about what travels.
 
 The ring never looks inside a vector. It asks a codec where the vector may be cut and how many bytes each piece
 takes on the wire, and then lets the codec fill (`encode`), combine (`reduce`) and empty (`decode`) those bytes.
@@ -25,14 +25,14 @@ Payload = npt.NDArray[np.uint8]
 
 #: NumPy has no bfloat16 of its own; an array with the dtype of the ml_dtypes package is accepted.
 DTYPES = ("float16", "float32", "float64", "bfloat16")
-#: These are added as they are, and have no mean; that their sum fits is the caller's business.
+#: Integers are added as they are, and have no mean; that their sum fits is the caller's business.
 INTEGERS = ("int8", "int16", "int32")
-#: Of any meaning; they can be gathered, and not added.
+#: Bytes may mean anything: they can be gathered, and not added.
 BYTES = "uint8"
 
 
 class Hop(NamedTuple):
-    """Where in the ring an encoding happens; what a codec keys its random numbers by."""
+    """Place in the ring at which an encoding happens; a codec keys its random numbers by it."""
 
     rank: int
     size: int
@@ -46,6 +46,7 @@ class Codec(ABC):
     `incoming` are uint8 views of exactly the bytes that `regions` declares for it.
     """
 
+    #: True if payloads may be added as they are.
     linear: bool
     #: True if the payload *is* the vector's memory, so that nothing has to be encoded or decoded.
     in_place: bool = False
@@ -59,7 +60,11 @@ class Codec(ABC):
 
     @abstractmethod
     def regions(self, length: int, dtype: np.dtype[Any]) -> Sequence[Region]:
-        """Where a vector of `length` may be cut, and the bytes of each piece. Raises ValueError if it can't code it."""
+        """The regions of a vector of `length`: where it may be cut, and the bytes of each piece.
+
+        Raises:
+            ValueError: the codec can't code such a vector.
+        """
 
     @abstractmethod
     def encode(self, values: Array, start: int, payload: Payload, hop: Hop) -> None:
@@ -78,7 +83,7 @@ class Codec(ABC):
         """Write the sum over `size` workers into `values`. `payload` is not modified (it may still be on its way)."""
 
     def amounts(self, kind: str, values: Array, start: int, payload: Payload) -> Sequence[tuple[str, float]]:
-        """How much of what a call computes, for a cluster's table of rates (`ring.cluster`).
+        """Amounts that a call computes, by the names in a cluster's table of rates (`ring.cluster`).
 
         Args:
             kind: "encode", "add" (`reduce` of a linear codec), "recode" (of another), or "decode".
@@ -90,7 +95,7 @@ class Codec(ABC):
         return [("add", len(payload))] if kind == "add" else [(f"{type(self).__name__.lower()}.{kind}", len(values))]
 
 
-class Identity(Codec):
+class IdentityCodec(Codec):
     """No compression: plain ring all-reduce. The payload is the vector itself, nothing is copied.
 
     Cost per rank: one add per element and hop of the reduce-scatter.
@@ -153,7 +158,7 @@ class Composite(Codec):
         return [region for part, codec in self.parts for region in codec.regions(part, dtype)]
 
     def _pieces(self, values: Array, start: int) -> list[_Piece]:
-        """How a chunk is spread over the parts. Chunks come back in every call, so the answer is kept."""
+        """The pieces of a chunk, one for each part that it touches; kept, as chunks come back in every call."""
         key = (start, len(values), values.dtype)
         pieces = self._kept.get(key)
         if pieces is None:

@@ -1,4 +1,4 @@
-"""An all-reduce on a described cluster without data: sizes only, for planning. Up to millions of nodes.
+"""Cost of an all-reduce on a described cluster, from sizes alone: for planning, up to millions of nodes.
 
 Three ways to the same number:
 
@@ -20,34 +20,35 @@ import numpy.typing as npt
 
 from ring.cluster import Cluster, ClusterError
 from ring.codec import Array, Codec, Payload
-from ring.emulator import MIB, Emulator, Floats, chance, draw_jitter, missing_rates, seconds_by_rate
+from ring.emulator import MIB, Emulator, chance, draw_jitter, missing_rates, seconds_by_rate
 from ring.plan import CHUNK_BYTES
 from ring.program import SEND, WAIT, WAIT_SENT, record, record_all
 from ring.segments import Chunk, PayloadMap, check_chunk_bytes, cut_segment
 from ring.timeline import Timeline
+from ring.token_bucket import Floats, TokenBuckets
 
-#: Up to so many nodes `all_reduce` counts messages; beyond, if nodes are alike, it takes the closed form.
+#: Most nodes for which `all_reduce` counts messages. If there are more, and all alike, it takes the closed form.
 MOST_NODES = 4096
-#: So many messages are counted at most where nodes share something (half a minute), and otherwise (some minutes, or
-#: with jitter some gigabytes).
+#: Most messages that are counted where nodes share something (half a minute), where they don't (some minutes), and
+#: where they don't but have jitter (some gigabytes).
 MOST_SHARED_MESSAGES, MOST_MESSAGES, MOST_JITTERED_MESSAGES = 1_000_000, 1_000_000_000, 200_000_000
-#: The part of a computation that is the codec's, in the program of a vector without data.
+#: Name of the codec's share of a computation, in a program that was recorded without sizes.
 CODEC = "codec"
-#: From so many on, the closed form is within 1 %: what it neglects doesn't grow with the number of nodes.
+#: Fewest nodes of the closed form. From here on it is within 1 %: what it neglects doesn't grow with their number.
 LEAST_NODES = 64
-#: Of more segments than these, the closed form looks at a sample, evenly spaced.
+#: Most segments that the closed form looks at one by one; of more it takes a sample, evenly spaced.
 MOST_SEGMENTS = 1024
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an all-reduce costs.
+    """Cost of an all-reduce.
 
     Attributes:
-        time_s: from when all begin until the last has ended.
-        seconds: by kind of span, mean over the workers; "wait" is exposed communication.
+        time_s: seconds from when all begin until the last has ended.
+        seconds: a worker's seconds by kind of span, mean over the workers; "wait" is exposed communication.
         bytes_sent, messages: of all workers together.
-        closed_form: whether it is the closed form's.
+        closed_form: whether the closed form gave the numbers.
     """
 
     time_s: float
@@ -66,10 +67,10 @@ def all_reduce(
     op: str = "sum",
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Estimate:
-    """An all-reduce of a vector of `length` elements between all nodes of the cluster, on rested links.
+    """Estimate an all-reduce of a vector of `length` elements between all nodes of the cluster, on rested links.
 
     Args:
-        codec: what travels; only its sizes are asked for (`regions` and `amounts`).
+        codec: the codec of the vector; only its sizes are asked for (`regions` and `amounts`).
         op, chunk_bytes: as for `Ring.all_reduce`.
     Raises:
         ClusterError: the cluster has no rate for something that is computed, or more messages than can be counted.
@@ -101,7 +102,7 @@ def closed_form(
     op: str = "sum",
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Estimate:
-    """As `all_reduce`, without counting messages, for `LEAST_NODES` or more that are all alike.
+    """Estimate an all-reduce without counting messages, between `LEAST_NODES` nodes or more that are all alike.
 
     Each of the 2(N-1) steps takes what holds it up: the link, with C messages; the processor, with encoding, adding and
     handling of C messages; or the way of one chunk from worker to worker. In the reduce-scatter and in the all-gather:
@@ -141,11 +142,11 @@ def closed_form(
     every_step = encode if codec.linear else nothing
 
     def segment(chunks: Floats) -> float:
-        """Mean over the segments of the sum over the chunks."""
+        """Sum over a segment's chunks, mean over the segments."""
         return float(chunks[: sizes.spaced].sum(1).mean())
 
     def beside_sending(computing_s: float) -> float:
-        """What a step's computing takes if the node is slower while it is sending."""
+        """Seconds of a step's computing on a node that is slower while it is sending."""
         slow, sending_s = node.overlap_slowdown, segment(wire)
         return computing_s * slow if computing_s * slow < sending_s else sending_s + computing_s - sending_s / slow
 
@@ -184,8 +185,9 @@ class _Sizes:
     """The chunks of one all-reduce: all, or those of some segments.
 
     Attributes:
-        spaced: the first so many segments are all, or evenly spaced; means are over these. The others are those of a
-            unit in each region: where units are longer than segments few have one, but those few set the pace.
+        spaced: number of segments that means are taken over: all of them, or a sample that is evenly spaced. They come
+            first. The segments behind them each have a unit from the middle of a region: where units are longer than
+            segments few segments have one, but those few set the pace.
     """
 
     def __init__(
@@ -212,7 +214,7 @@ class _Sizes:
             rows = rows[:: -(-self.size // most_segments)]
             self.spaced = len(rows)
             before = 0
-            for region in regions:  # where a unit in its middle falls to is one of three
+            for region in regions:  # the unit in its middle falls to one of three segments
                 middle = before + (region.length // region.unit // 2 + 0.5) * region.unit_bytes
                 near = int(middle / payload.num_bytes * self.size) if payload.num_bytes else 0
                 rows += [row for row in (near - 1, near, near + 1) if 0 <= row < self.size]
@@ -226,17 +228,18 @@ class _Sizes:
         self._payload: Payload = np.broadcast_to(np.zeros(1, np.uint8), (self.num_bytes,))
 
     def _table(self, value: Callable[[Chunk], float]) -> Floats:
-        """By segment and number of the chunk; 0 where a segment has fewer chunks than others."""
+        """Table of a chunk's value, by segment and number; 0 where a segment has fewer chunks than others."""
         table = np.zeros((len(self.segments), self.most_chunks))
         for row, segment in zip(table, self.segments, strict=True):
             row[: len(segment)] = [value(chunk) for chunk in segment]
         return table
 
     def seconds(self, kind: str, *parts: str) -> Floats:
-        """What computing takes, by segment and number of the chunk.
+        """Seconds of computing on a chunk, by segment and number of the chunk.
 
         Args:
-            parts: CODEC for what the codec does, "scale" for the division for a mean.
+            kind: as for `Codec.amounts`.
+            parts: what is computed: CODEC for the codec's share, "scale" for the division for a mean.
         Raises:
             ClusterError: a rate is missing.
         """
@@ -297,19 +300,17 @@ class _AllNodes:
         self._overhead_s = np.array([node.overhead_us for node in nodes]) * 1e-6
         self._copy_s = np.array([node.copy_us_per_mib for node in nodes]) * 1e-6 / MIB
         self._handles = bool(self._overhead_s.any() or self._copy_s.any())
-        self._rate = np.array([link.bytes_per_s for link in links])
+        self._links = TokenBuckets([link.bytes_per_s for link in links], [link.burst_bytes for link in links])
         self._latency_s = np.array([link.latency_us for link in links]) * 1e-6
-        self._burst = np.array([float(link.burst_bytes) for link in links])
         self._jitter_s: Floats | None = None
         jitters_s = [link.jitter_us * 1e-6 for link in links]
         if any(jitters_s) and size > 1:
             self._jitter_s = draw_jitter(jitters_s, luck.generator, 2 * (size - 1), self._most)
-        self._clock_s, self._free_s = np.zeros(size), np.zeros(size)
-        self._tokens, self._counted_s = self._burst.copy(), np.zeros(size)
+        self._clock_s = np.zeros(size)
         self._totals: dict[str, float] = defaultdict(float)
 
     def run(self) -> Estimate:
-        #: A segment's chunks by their numbers, so that the algorithm's chunks say which segment and number they are.
+        # Chunks of one element each, whose positions in the vector tell their segment and number.
         segments = [
             [Chunk(place, place + 1, place, place + 1) for place in range(row * self._most, (row + 1) * self._most)]
             for row in range(self._size)
@@ -324,7 +325,7 @@ class _AllNodes:
             mean=self._sizes.mean,
             amounts=lambda kind, values, start, payload: [(CODEC, 1.0)],
         )
-        #: Messages on their way, by the step of the receiver and the number of the chunk: when each receiver has it.
+        #: Arrival times of the messages on their way, by the receivers' step and the chunk's number: one per receiver.
         arriving: dict[tuple[int, int], Floats] = {}
         tables: dict[tuple[str, ...], Floats] = {}
         if program and self._call_s.any():
@@ -335,25 +336,26 @@ class _AllNodes:
             if kind == SEND:
                 num_bytes = self._sizes.bytes[segment, number]
                 self._handle(num_bytes, there)
-                arrived_s: Floats = self._transmit(num_bytes, there) + self._latency_s
+                departed_s = np.maximum(self._clock_s, self._links.all_free_s)
+                arrived_s = self._links.transmit_all(departed_s, num_bytes, there) + self._latency_s
                 if self._jitter_s is not None:
                     arrived_s += self._jitter_s[item.step, number]
                 arriving[item.step + 1, number] = np.roll(arrived_s, 1)
             elif kind == WAIT:
                 self._wait(arriving.pop((item.step, number)), there)
                 self._handle(self._sizes.bytes[segment, number], there)
-            elif kind != WAIT_SENT:  # in between, what was sent has left long before: it has gone around the ring
+            elif kind != WAIT_SENT:  # no need to wait: the message has gone around the ring, so it has left long ago
                 key = kind, *(name for name, _ in amounts)
                 if key not in tables:
                     tables[key] = self._sizes.seconds(*key)
                 self._compute(kind, tables[key][segment, number])
-        self._wait(self._free_s, None)
+        self._wait(self._links.all_free_s, None)
         return self._sizes.estimate(float(self._clock_s.max()), self._totals)
 
     def _compute(self, kind: str, seconds: Floats) -> None:
         seconds = seconds * self._slowdown
         if self._overlaps:
-            busy_s, slow = np.maximum(self._free_s - self._clock_s, 0.0), self._overlap
+            busy_s, slow = np.maximum(self._links.all_free_s - self._clock_s, 0.0), self._overlap
             seconds = np.where(seconds * slow < busy_s, seconds * slow, busy_s + seconds - busy_s / slow)
         self._clock_s = self._clock_s + seconds
         self._totals[kind] += float(seconds.mean())
@@ -369,17 +371,3 @@ class _AllNodes:
             later_s = np.where(there, later_s, self._clock_s)
         self._totals["wait"] += float((later_s - self._clock_s).mean())
         self._clock_s = later_s
-
-    def _transmit(self, num_bytes: Floats, there: npt.NDArray[np.bool_] | None) -> Floats:
-        departed_s = np.maximum(self._clock_s, self._free_s)
-        tokens = np.minimum(self._burst, self._tokens + (departed_s - self._counted_s) * self._rate)
-        left_s: Floats = departed_s + np.maximum(0.0, num_bytes - tokens) / self._rate
-        tokens = np.maximum(0.0, tokens - num_bytes)
-        if there is not None:
-            left_s = np.where(there, left_s, self._free_s)
-            tokens = np.where(there, tokens, self._tokens)
-            self._counted_s = np.where(there, left_s, self._counted_s)
-        else:
-            self._counted_s = left_s
-        self._free_s, self._tokens = left_s, tokens
-        return left_s

@@ -20,7 +20,7 @@ that are hosts of one machine share its cores evenly: with n computing on c core
 Where nothing is shared, a worker runs ahead to its next wait for a message that nobody has sent yet. Where something
 is, everything that touches it happens in the order of time.
 
-Cost: about 4 us per operation of a program, 10 with shared cores.
+Cost: about 4 us per instruction of a program, 10 with shared cores.
 """
 
 from __future__ import annotations
@@ -31,28 +31,27 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from ring.algorithm import Work
+from ring.algorithm import ChunkWork
 from ring.cluster import Cluster, ClusterError
-from ring.program import SEND, WAIT, WAIT_SENT, Operation
-from ring.timeline import Received, Sent, Timeline
+from ring.program import SEND, WAIT, WAIT_SENT, Instruction
+from ring.timeline import ReceivedMessage, SentMessage, Timeline
+from ring.token_bucket import Floats, TokenBuckets
 
 MIB = 1 << 20
-Floats = npt.NDArray[np.float64]
 
 
 class Chance(NamedTuple):
-    """What is random in one collective."""
+    """Random draws of one collective: each node's slowdown, 1 for none, and the generator of the messages' jitter."""
 
     stragglers: Floats
     generator: np.random.Generator
 
 
 def chance(cluster: Cluster, call: int) -> Chance:
-    """Of the collective number `call`: the slowdown of each node, and the generator of the messages' jitter.
+    """Draw what is random in the collective number `call`.
 
-    It depends on the cluster's seed and `call` alone: the same whatever runs the collective.
+    The draws depend on the cluster's seed and `call` alone: they are the same whatever runs the collective.
     """
     generator = np.random.Generator(np.random.Philox(key=[cluster.seed, call]))
     slow = generator.random(cluster.nodes) < cluster.stragglers.probability
@@ -60,7 +59,7 @@ def chance(cluster: Cluster, call: int) -> Chance:
 
 
 def seconds_by_rate(cluster: Cluster, amounts: Sequence[tuple[str, float]]) -> float | None:
-    """What the cluster's rates make of the amounts; None if one of them is missing."""
+    """Seconds that the amounts take at the cluster's rates; None if a rate is missing."""
     total = 0.0
     for name, amount in amounts:
         rate = cluster.rates.get(name)
@@ -71,7 +70,7 @@ def seconds_by_rate(cluster: Cluster, amounts: Sequence[tuple[str, float]]) -> f
 
 
 def missing_rates(cluster: Cluster, amounts: Sequence[tuple[str, float]]) -> ClusterError:
-    """What to raise where `seconds_by_rate` gives None and nothing else helps."""
+    """The error for amounts that have no rate in the cluster and were not measured."""
     missing = ", ".join(name for name, _ in amounts if name not in cluster.rates)
     return ClusterError(f"cluster {cluster.name} has no `rates` for {missing}, and nothing was measured")
 
@@ -88,7 +87,7 @@ class _Cores:
         self._left_s[rank] = seconds
 
     def next_end(self) -> tuple[float, int]:
-        """When somebody will have computed enough if nobody else begins, and who."""
+        """The next end of a computation if no other begins: when, and of which rank."""
         rank = min(self._left_s, key=self._left_s.__getitem__)
         return self._now_s + self._left_s[rank] * max(1.0, len(self._left_s) / self._cores), rank
 
@@ -109,25 +108,23 @@ class _Cores:
 
 
 def draw_jitter(jitters_s: Sequence[float], generator: np.random.Generator, steps: int, messages: int) -> Floats:
-    """Shape (steps, messages in a step, nodes)."""
+    """Random additions to the latency in seconds, of shape (steps, messages in a step, nodes)."""
     draws: Floats = generator.exponential(1.0, (steps, messages, len(jitters_s)))
     draws *= np.asarray(jitters_s)
     return draws
 
 
 class _Links:
-    """When each link, port and uplink is free again; what `Emulator` keeps from one collective to the next."""
+    """Links, ports and uplinks: when each is free again. `Emulator` keeps them from one collective to the next."""
 
     def __init__(self, cluster: Cluster) -> None:
         nodes = cluster.nodes
         links = [cluster.link_from(rank) for rank in range(nodes)]
-        self._rates = [link.bytes_per_s for link in links]
-        self._bursts = [float(link.burst_bytes) for link in links]
+        self.buckets = TokenBuckets([link.bytes_per_s for link in links], [link.burst_bytes for link in links])
         self.latencies_s = [link.latency_us * 1e-6 for link in links]
         self._jitters_s = [link.jitter_us * 1e-6 for link in links]
         self.half_duplex = not cluster.link.full_duplex and nodes > 1
-        self.free_s, self._ports_s = [0.0] * nodes, [0.0] * nodes
-        self._tokens, self._counted_s = list(self._bursts), [0.0] * nodes
+        self._ports_s = [0.0] * nodes
         self._paths: list[list[tuple[str, int]]] = [[] for _ in range(nodes)]
         self._uplink_s: dict[tuple[str, int], float] = {}
         if cluster.racks is not None:
@@ -140,20 +137,21 @@ class _Links:
 
     def state(self) -> dict[str, Any]:
         return {
-            "free": list(self.free_s),
+            **self.buckets.state_dict(),
             "ports": list(self._ports_s),
-            "tokens": list(self._tokens),
-            "counted": list(self._counted_s),
             "uplinks": [[way, rack, free_s] for (way, rack), free_s in self._uplink_s.items()],
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.free_s, self._ports_s = list(state["free"]), list(state["ports"])
-        self._tokens, self._counted_s = list(state["tokens"]), list(state["counted"])
+        self.buckets.load_state_dict(state)
+        self._ports_s = list(state["ports"])
         self._uplink_s = {(way, rack): free_s for way, rack, free_s in state["uplinks"]}
 
-    def jitter_s(self, generator: np.random.Generator, programs: Sequence[Sequence[Operation]]) -> list[Any] | None:
-        """Additions to the latency of one collective, by step, number of the message in the step, and sender."""
+    def jitter_s(self, generator: np.random.Generator, programs: Sequence[Sequence[Instruction]]) -> list[Any] | None:
+        """Random additions to the latency in seconds, by step, number of the message in the step, and sender.
+
+        None if no link has jitter.
+        """
         if not any(self._jitters_s):
             return None
         counts = [Counter(work.step for kind, work, _ in program if kind == SEND) for program in programs]
@@ -163,23 +161,21 @@ class _Links:
         return jitter_s
 
     def ready_s(self, rank: int) -> float:
-        """From when on the next message from `rank` to its successor may depart."""
-        ready_s = self.free_s[rank]
+        """Earliest moment at which the next message from `rank` to its successor may depart."""
+        ready_s = self.buckets.free_s(rank)
         if self.half_duplex:  # both ends are busy with it
-            ready_s = max(ready_s, self._ports_s[rank], self._ports_s[(rank + 1) % len(self.free_s)])
+            ready_s = max(ready_s, self._ports_s[rank], self._ports_s[(rank + 1) % len(self._ports_s)])
         return ready_s
 
     def transmit(self, rank: int, departed_s: float, num_bytes: int) -> tuple[float, float]:
-        """A message departs, at `ready_s` or later: when it has left, and when it arrives but for latency."""
-        tokens = self._bursts[rank]
-        if tokens:
-            rested_s = departed_s - self._counted_s[rank]
-            tokens = min(tokens, self._tokens[rank] + rested_s * self._rates[rank])
-        left_s = departed_s + max(0.0, num_bytes - tokens) / self._rates[rank]
-        self._tokens[rank], self._counted_s[rank] = max(0.0, tokens - num_bytes), left_s
-        self.free_s[rank] = left_s
+        """Let a message depart, at `ready_s` or later.
+
+        Returns:
+            When it has left, and when it would arrive without latency.
+        """
+        left_s = self.buckets.transmit(rank, departed_s, num_bytes)
         if self.half_duplex:
-            self._ports_s[rank] = self._ports_s[(rank + 1) % len(self.free_s)] = left_s
+            self._ports_s[rank] = self._ports_s[(rank + 1) % len(self._ports_s)] = left_s
         arrived_s, reached_s = left_s, departed_s
         for uplink in self._paths[rank]:
             reached_s = max(reached_s, self._uplink_s.get(uplink, 0.0))
@@ -188,12 +184,13 @@ class _Links:
         return left_s, arrived_s
 
 
-#: What a worker that goes through its program yields: the moment to be resumed at, or None if others will see to it.
+#: A worker on its way through its program. It yields the moment at which to resume it, or None if another event will;
+#: its return value is its clock at the end.
 Steps = Generator[float | None, None, float]
-#: In the place of a worker's rank: an event of the cores, of a link.
+#: Stand in the place of a rank, in the queue of events, for what happens to the shared cores and to a link.
 CORES, LINK = -1, -2
-#: What somebody may wait for: that a message has ARRIVED, or has LEFT; with rank and step of the one who waits, and the
-#: chunk's start.
+#: Moments that a worker can wait for: a message has ARRIVED, or has LEFT. A moment is that, the rank and the step of
+#: the worker that waits, and the first element of the chunk.
 ARRIVED, LEFT = "arrived", "left"
 Moment = tuple[str, int, int, int]
 
@@ -217,7 +214,7 @@ class Emulator:
         self.overlap = [node.overlap_slowdown for node in nodes]
 
     def handling_s(self, rank: int, num_bytes: int) -> float:
-        """Processor time of a message, at either end."""
+        """Processor seconds of a message, at either end."""
         return self._overhead_s[rank] + self._copy_s[rank] * num_bytes
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,18 +226,19 @@ class Emulator:
 
     def run(
         self,
-        programs: Sequence[Sequence[Operation]],
+        programs: Sequence[Sequence[Instruction]],
         starts_s: Sequence[float],
         timelines: Sequence[Timeline | None],
-        measured: Callable[[int, Operation], float] | None = None,
+        measured: Callable[[int, Instruction], float] | None = None,
     ) -> list[float]:
         """Let every worker go through its program.
 
         Args:
-            programs: by rank.
+            programs: the workers' programs, by rank.
             starts_s: the workers' clocks when they begin.
-            timelines: what each worker's spans and messages are recorded in, if anything.
-            measured: seconds of a rank's computation that the cluster's rates don't cover, on its node.
+            timelines: where each worker's spans and messages are recorded; None where they are not.
+            measured: called with a rank and an instruction for which the cluster has no rate; returns the seconds that
+                it takes on the rank's node.
         Returns:
             The workers' clocks at the end.
         Raises:
@@ -256,10 +254,10 @@ class _Run:
     def __init__(
         self,
         emulator: Emulator,
-        programs: Sequence[Sequence[Operation]],
+        programs: Sequence[Sequence[Instruction]],
         starts_s: Sequence[float],
         timelines: Sequence[Timeline | None],
-        measured: Callable[[int, Operation], float] | None,
+        measured: Callable[[int, Instruction], float] | None,
     ) -> None:
         cluster, self._links, self._emulator = emulator.cluster, emulator.links, emulator
         self._programs, self._starts_s, self._timelines = programs, starts_s, timelines
@@ -270,10 +268,11 @@ class _Run:
         self._cores = None if cluster.shared_cores is None else _Cores(cluster.shared_cores)
         self._now_s = 0.0
         self._events: list[tuple[float, int, int]] = []
-        self._plans = 0  # of when the cores will be done, of which only the last counts
-        #: Where links share something: messages that were posted and have not departed, by sender.
-        self._posted: list[deque[tuple[Work, int, float]]] = [deque() for _ in programs]
-        #: When it was or will be, of what is known; and who waits for what isn't.
+        #: Predictions so far of when the cores will have done something; only the last one holds.
+        self._plans = 0
+        #: Messages that were posted and have not departed, by sender; used only where links share something.
+        self._posted: list[deque[tuple[ChunkWork, int, float]]] = [deque() for _ in programs]
+        #: The moments that are known, with their times; and those that a rank waits for, with the rank.
         self._moments: dict[Moment, float] = {}
         self._waiting: dict[Moment, int] = {}
 
@@ -316,8 +315,8 @@ class _Run:
         sending, number = -1, 0
         if emulator.call_s[rank] and self._programs[rank]:
             clock_s = yield from self._compute(rank, clock_s, "overhead", None, emulator.call_s[rank])
-        for operation in self._programs[rank]:
-            kind, work, _ = operation
+        for instruction in self._programs[rank]:
+            kind, work, _ = instruction
             if kind == SEND:
                 handling_s = emulator.handling_s(rank, work.chunk.num_bytes)
                 if handling_s:
@@ -337,7 +336,7 @@ class _Run:
                     yield None
                 there_s = self._moments.pop(moment)
                 if kind == WAIT and timeline is not None and timeline.keep:
-                    timeline.received.append(Received(timeline.call, work, there_s))
+                    timeline.received.append(ReceivedMessage(timeline.call, work, there_s))
                 if there_s > clock_s:
                     if timeline is not None:
                         timeline.record("wait", clock_s, there_s, work)
@@ -347,7 +346,7 @@ class _Run:
                 if kind == WAIT and (handling_s := emulator.handling_s(rank, work.chunk.num_bytes)):
                     clock_s = yield from self._compute(rank, clock_s, "overhead", work, handling_s)
             else:
-                clock_s = yield from self._compute(rank, clock_s, kind, work, self._seconds(rank, operation))
+                clock_s = yield from self._compute(rank, clock_s, kind, work, self._seconds(rank, instruction))
         return clock_s
 
     def _depart_if_ready(self, rank: int) -> None:
@@ -362,8 +361,8 @@ class _Run:
         if self._posted[rank]:
             heapq.heappush(self._events, (self._links.ready_s(rank), LINK, rank))
 
-    def _depart(self, rank: int, work: Work, number: int, posted_s: float, departed_s: float) -> None:
-        """A message, with this number in its step, begins to leave."""
+    def _depart(self, rank: int, work: ChunkWork, number: int, posted_s: float, departed_s: float) -> None:
+        """Let a message depart; `number` is its place among the messages of its step."""
         left_s, arrived_s = self._links.transmit(rank, departed_s, work.chunk.num_bytes)
         arrived_s += self._links.latencies_s[rank]
         if self._jitter_s is not None:
@@ -378,22 +377,22 @@ class _Run:
                 heapq.heappush(self._events, (when_s, self._waiting.pop(moment), 0))
         timeline = self._timelines[rank]
         if timeline is not None and timeline.keep:
-            timeline.sent.append(Sent(timeline.call, work, posted_s, departed_s, left_s))
+            timeline.sent.append(SentMessage(timeline.call, work, posted_s, departed_s, left_s))
 
-    def _seconds(self, rank: int, operation: Operation) -> float:
-        """Of a computation."""
+    def _seconds(self, rank: int, instruction: Instruction) -> float:
+        """Seconds of a computation on a node that is not slow."""
         cluster = self._emulator.cluster
-        seconds = seconds_by_rate(cluster, operation.amounts)
+        seconds = seconds_by_rate(cluster, instruction.amounts)
         if seconds is None:
             if self._measured is None:
-                raise missing_rates(cluster, operation.amounts)
-            seconds = self._measured(rank, operation)
+                raise missing_rates(cluster, instruction.amounts)
+            seconds = self._measured(rank, instruction)
         return seconds
 
-    def _compute(self, rank: int, clock_s: float, kind: str, work: Work | None, seconds: float) -> Steps:
-        """Compute what takes so long on a node that is not slow; the return value is the clock when it is done."""
+    def _compute(self, rank: int, clock_s: float, kind: str, work: ChunkWork | None, seconds: float) -> Steps:
+        """Compute for `seconds`, as counted on a node that is not slow; the return value is the clock at the end."""
         seconds *= self._slowdown[rank]
-        slow, busy_s = self._emulator.overlap[rank], self._links.free_s[rank] - clock_s
+        slow, busy_s = self._emulator.overlap[rank], self._links.buckets.free_s(rank) - clock_s
         if slow > 1 and busy_s > 0:
             seconds = seconds * slow if seconds * slow < busy_s else busy_s + seconds - busy_s / slow
         end_s = clock_s + seconds

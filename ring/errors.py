@@ -1,4 +1,4 @@
-"""What a collective raises when it can't be completed."""
+"""Errors of a collective that can't be completed."""
 
 
 class RingError(RuntimeError):

@@ -11,14 +11,14 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Samples = Sequence[float] | Floats
 
-#: A relative error from which on a fit is said to miss.
+#: Relative error from which on a fit is said to miss.
 LARGE_ERROR = 0.2
-#: Up to this relative error points are weighted by least squares, beyond it by absolute errors (Huber's loss).
+#: Relative error up to which points are weighted by least squares; beyond it by absolute errors (Huber's loss).
 SMALL_ERROR = 0.05
 
 
 class Line(NamedTuple):
-    """intercept + slope * x."""
+    """The line intercept + slope * x."""
 
     intercept: float
     slope: float
@@ -34,7 +34,7 @@ def fit_line(x: npt.ArrayLike, y: npt.ArrayLike, *, through_origin: bool = False
     changes at some size must not bend the line everywhere else. Solved by least squares with weights, repeated.
 
     Args:
-        x, y: of the same length; y > 0.
+        x, y: the points, of the same number; y > 0.
         through_origin: whether the intercept is 0.
     Raises:
         ValueError: fewer points than unknowns, or a y that is not positive and finite.
@@ -57,7 +57,7 @@ def fit_line(x: npt.ArrayLike, y: npt.ArrayLike, *, through_origin: bool = False
 
 
 def _least_squares(x: Floats, y: Floats, weights: Floats, through_origin: bool) -> Line:
-    """The least sum of weights * (y - line)², both parts at least 0."""
+    """The line with the least sum of weights * (y - line)², both parts at least 0."""
 
     def slope_only() -> Line:
         return Line(0.0, float((weights * x * y).sum() / (weights * x * x).sum()))
@@ -74,14 +74,14 @@ def _least_squares(x: Floats, y: Floats, weights: Floats, through_origin: bool) 
 
 
 def relative_errors(measured: npt.ArrayLike, fitted: npt.ArrayLike) -> Floats:
-    """(fitted - measured) / measured."""
+    """Relative errors of a fit: (fitted - measured) / measured."""
     measured = np.asarray(measured, np.float64)
     errors: Floats = (np.asarray(fitted, np.float64) - measured) / measured
     return errors
 
 
 def flag(error: float) -> str:
-    """What stands behind a relative error in a table."""
+    """The mark behind a relative error in a table; empty if the error is small."""
     return "  <- misses" if abs(error) > LARGE_ERROR else ""
 
 
@@ -92,12 +92,12 @@ def quartiles(samples: Samples) -> tuple[float, float, float]:
 
 
 def rounded(value: float, digits: int = 4) -> float:
-    """To so many significant digits, as many as a measurement deserves in a file."""
+    """The value to so many significant digits, as many as a measurement deserves in a file."""
     return float(f"{value:.{digits}g}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned to the right, but for what stands behind the last."""
+    """Text of a table: columns are aligned to the right, and notes stand behind the last."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)) for row in (head, *rows)]
     notes = [row[len(head)] if len(row) > len(head) else "" for row in (head, *rows)]

@@ -1,20 +1,23 @@
-"""What a worker holds: its place in the ring and the collectives, whatever driver carries them out."""
+"""A worker's handle: its place in the ring and the collectives, whatever driver carries them out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ring.codec import Array, Codec, Identity
-from ring.plan import CHUNK_BYTES, Plan, Planner, Stats
+from ring.codec import Array, Codec, IdentityCodec
+from ring.plan import CHUNK_BYTES, CollectivePlan, Planner, Stats
 from ring.segments import check_chunk_bytes
 from ring.timeline import Timeline
 
-IDENTITY = Identity()
+IDENTITY = IdentityCodec()
+
+T = TypeVar("T")
+Own = TypeVar("Own")
 
 
 class Ring(ABC):
@@ -27,7 +30,7 @@ class Ring(ABC):
 
     Attributes:
         rank, size: as in MPI.
-        chunk_bytes: the payload in one message, to within a unit of the codec, unless a call says otherwise.
+        chunk_bytes: bytes of payload in one message, to within a unit of the codec, unless a call says otherwise.
     Raises:
         ValueError: `chunk_bytes` is below 1.
     """
@@ -38,15 +41,15 @@ class Ring(ABC):
         self._planner = Planner(rank, size)
 
     def empty(self, length: int, dtype: npt.DTypeLike = np.float32) -> Array:
-        """A vector, uninitialised. Every worker calls this with the same arguments.
+        """Make a vector, uninitialised. Every worker calls this with the same arguments.
 
         A driver may place it where neighbours can read it without a copy; collectives take other vectors as well.
 
         Returns:
-            Of shape (length,) and of this dtype, contiguous.
+            Array of shape (length,) and of this dtype, contiguous.
         Raises:
-            ValueError: a negative length.
-            TypeError: no dtype.
+            ValueError: the length is negative.
+            TypeError: `dtype` is none.
         """
         return np.empty(length, dtype)
 
@@ -63,9 +66,9 @@ class Ring(ABC):
 
         Args:
             vector: shape (length,). Overwritten, on every rank with the same bits.
-            codec: what travels; by default the vector itself.
+            codec: encodes the vector; by default it travels as it is.
             op: "sum" or "mean".
-            chunk_bytes: the payload in one message; `sys.maxsize` for one message per segment and step.
+            chunk_bytes: bytes of payload in one message; `sys.maxsize` for one message per segment and step.
             timeline: gets the seconds of "encode", "add" (or "recode"), "decode" and "wait".
         Returns:
             Bytes and messages that this rank sent.
@@ -128,7 +131,7 @@ class Ring(ABC):
         self.all_reduce(np.zeros(1, np.float32))
 
     def rows_of_all(self, row: Sequence[float]) -> npt.NDArray[np.float64]:
-        """Every worker's `row`, of shape (size, len(row)): for a few numbers that all have to know. Collective.
+        """Exchange a few numbers: the rows of all workers, of shape (size, len(row)). Collective.
 
         Rows are of the same length everywhere. Errors and cost as for `all_reduce` of 8·size·len(row) bytes.
         """
@@ -136,6 +139,33 @@ class Ring(ABC):
         rows[self.rank] = row
         self.all_reduce(rows.reshape(-1))
         return rows
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """One object for all workers of this process: what the first of them makes. Every worker calls this.
+
+        Args:
+            make: called without arguments, once in each process; here each worker is a process.
+        """
+        return make()
+
+    def compute_once(
+        self,
+        row: Sequence[float],
+        own: Own,
+        function: Callable[[npt.NDArray[np.float64], Mapping[int, Own]], Sequence[T]],
+    ) -> T:
+        """Compute something from the rows of all workers, once in each process. Collective.
+
+        Args:
+            row: this worker's numbers, as for `rows_of_all`.
+            own: what else is needed of this worker; it doesn't leave the process.
+            function: gets all rows, of shape (size, len(row)), and `own` of each worker of this process by its rank;
+                returns a value for each rank. That of any worker is called, so they must be alike.
+        Returns:
+            This worker's value.
+        Errors and cost as for `rows_of_all`, and whatever `function` raises, on every worker of the process.
+        """
+        return function(self.rows_of_all(row), {self.rank: own})[self.rank]
 
     def _plan(
         self,
@@ -145,16 +175,16 @@ class Ring(ABC):
         op: str,
         chunk_bytes: int | None,
         bounds: Sequence[int] | None,
-    ) -> Plan:
+    ) -> CollectivePlan:
         return self._planner.plan(
             operation, vector, codec, op, self.chunk_bytes if chunk_bytes is None else chunk_bytes, bounds
         )
 
-    def _run(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+    def _run(self, plan: CollectivePlan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
         if timeline is not None:
             timeline.begin_call()
         return self._execute(plan, codec, vector, timeline)
 
     @abstractmethod
-    def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+    def _execute(self, plan: CollectivePlan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
         """Run `ring.algorithm.ring` as planned."""

@@ -1,4 +1,7 @@
-"""Which machine numbers were measured on. Nothing here imports NumPy: how many threads that may have is told before."""
+"""The machine on which numbers are measured: its processor and its cores.
+
+Nothing here imports NumPy: a job asks for its cores before it tells NumPy's libraries how many threads they may start.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def cores_allowed() -> set[int]:
 
 
 def core_quota() -> float:
-    """So many cores' time this process and those beside it in its control group may use; infinite if not limited."""
+    """Number of cores whose time this process's control group may use; infinite if not limited."""
     quota = math.inf
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -59,22 +62,21 @@ def core_quota() -> float:
 
 
 def cores_together(limits: Sequence[tuple[set[int], float]]) -> int:
-    """How many cores processes of one machine may keep busy together.
+    """Number of cores that processes of one machine may keep busy together.
 
     Args:
-        limits: of each process, its `cores_allowed` and `core_quota`. A quota may be one that they share, so it counts
-            once.
+        limits: `cores_allowed` and `core_quota` of each process. A quota may be one that they share, so it counts once.
     """
     allowed = set[int]().union(*(cores for cores, _ in limits))
     return max(1, int(min(len(allowed), *(quota for _, quota in limits))))
 
 
 def usable_cores(host: MPI.Comm | None = None) -> int:
-    """How many cores this process may keep busy.
+    """Number of cores that this process may keep busy.
 
     Args:
-        host: or all ranks of this communicator together, which are on one machine; then collective. A launcher may
-            bind each to a core of its own.
+        host: a communicator of ranks on one machine, to count for all of them together, as a launcher may bind each to
+            a core of its own; then collective.
     """
     limits = cores_allowed(), core_quota()
     return cores_together([limits] if host is None else host.allgather(limits))

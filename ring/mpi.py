@@ -35,40 +35,41 @@ import numpy as np
 import numpy.typing as npt
 
 from ring.abort import LAST_WORDS_S, check_launcher
-from ring.algorithm import Request, Wait, Work
+from ring.algorithm import ChunkWork, Request, Wait
 from ring.codec import Array, Codec, Payload
 from ring.errors import RingError, RingMismatch, RingTimeout
 from ring.handle import Ring
 from ring.machine import usable_cores
-from ring.plan import CHUNK_BYTES, Plan, Stats
+from ring.plan import CHUNK_BYTES, CollectivePlan, Stats
 from ring.timeline import Timeline, compute_unmeasured
 from ring.world import MPI
 
-#: The greeting: the call's number and a digest of what it does; in which shared window the vector lies and where in it
-#: (or -1), 8 bytes each; then what the call does in words.
+#: Layout of the greeting. First comes its key: the call's number and a digest of what it does. Then come the shared
+#: window in which the vector lies (-1 for none) and the place in it, 8 bytes each. From byte WORDS on it says in words
+#: what the call does.
 KEY_BYTES = 16
 WORDS = 32
 HEADER_BYTES = 512
-#: What travels in the greeting: a first chunk up to this size, or between two ranks a whole vector.
+#: Largest first chunk, or between two ranks largest vector, that travels in the greeting.
 GREETING_BYTES = 64 * 1024
-#: From this size on, vectors in shared memory are read in place.
+#: Smallest vector in shared memory that is read in place.
 SHARED_BYTES = 128 * 1024
 TAG, DONE_READING = 7, 8
 NOTHING = np.empty(0, np.uint8)
-#: So many times a wait just tests, if each rank of the host has a core to itself, if not, and between hosts; then, on
-#: one host, it yields the core between tests, and after some milliseconds it sleeps in between: for a share of what it
-#: has waited already, within bounds.
+#: Tests with which a wait begins: if each rank of the host has a core to itself, if not, and between hosts.
 QUICK_POLLS, QUICK_POLLS_SHARING, QUICK_POLLS_BETWEEN_HOSTS = 300, 10, 30
+#: Then, on one host, it yields the core between tests for so many seconds.
 SPIN_S = 0.005
+#: Afterwards it sleeps between tests: for a share of what it has waited already, within bounds in seconds.
 SLEEP_SHARE, SHORTEST_SLEEP_S, LONGEST_SLEEP_S = 0.005, 20e-6, 0.001
-#: Plans come and go with the codecs; so many greetings are kept.
+#: Most greetings that are kept: plans come and go with the codecs.
 MOST_GREETINGS = 16
 
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 class _Deferred:
-    """A receive that is posted as soon as the predecessor's greeting was checked."""
+    """A receive that is posted when the predecessor's greeting has been checked."""
 
     def __init__(self, buffer: Payload) -> None:
         self.buffer = buffer
@@ -89,9 +90,11 @@ DONE = _Done()
 
 
 class _Greeting:
-    """This rank's first message of every call of one plan: memory, and persistent requests that send it."""
+    """This rank's first message in every call of one plan: its memory, and persistent requests that send it."""
 
-    def __init__(self, comm: MPI.Intracomm, successor: int, plan: Plan, dtype: np.dtype[Any], heard: Payload) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, successor: int, plan: CollectivePlan, dtype: np.dtype[Any], heard: Payload
+    ) -> None:
         first_sent = plan.sent[0].num_bytes if plan.sent else 0
         self.leaves_with_chunk = 0 < first_sent <= GREETING_BYTES
         self.arrives_with_chunk = bool(plan.arriving) and 0 < plan.arriving[0].num_bytes <= GREETING_BYTES
@@ -131,7 +134,7 @@ class _Greeting:
 
 
 class _Port:
-    """One call's side of the links, between `MPIRing._execute` and the algorithm."""
+    """This rank's ends of both links in one call, between `MPIRing._execute` and the algorithm."""
 
     def __init__(self, owner: MPIRing, greeting: _Greeting, shared: bool, timeline: Timeline | None) -> None:
         self._owner, self._greeting, self.shared = owner, greeting, shared
@@ -144,7 +147,7 @@ class _Port:
         self.readable: Payload | None = None
 
     def greet(self) -> None:
-        """The predecessor's greeting is here and was checked: start what had to wait for it."""
+        """Start what had to wait for the predecessor's greeting, which is here and was checked."""
         self.greeted = True
         window, offset = self._owner.heard_numbers[2:]
         if window >= 0:
@@ -152,7 +155,7 @@ class _Port:
         for receive in self._deferred:
             receive.request = self._receive(receive.buffer)
 
-    def receive(self, buffer: Payload, work: Work) -> Request:
+    def receive(self, buffer: Payload, work: ChunkWork) -> Request:
         return self._receive(buffer)
 
     def _receive(self, buffer: Payload) -> Request:
@@ -167,12 +170,12 @@ class _Port:
             return DONE
         return self._owner.comm.Irecv((buffer, MPI.BYTE), self._owner.predecessor, TAG)
 
-    def fetch(self, buffer: Payload, work: Work) -> Payload:
+    def fetch(self, buffer: Payload, work: ChunkWork) -> Payload:
         if self._kept is not None:
             self._kept.mark_received(work)
         return buffer if self.readable is None else self.readable[work.chunk.first_byte : work.chunk.last_byte]
 
-    def send(self, buffer: Payload, work: Work) -> Request:
+    def send(self, buffer: Payload, work: ChunkWork) -> Request:
         if self._kept is not None:
             self._kept.mark_sent(work)
         if self.leaves_with_greeting:
@@ -185,12 +188,12 @@ class _Port:
 
 
 def _ranks_in(comm: MPI.Intracomm, ranks: Sequence[int], other: MPI.Intracomm) -> Sequence[int]:
-    """What the ranks of `comm` are called in `other`, MPI.UNDEFINED where they are not in it."""
+    """Numbers in `other` of ranks of `comm`; MPI.UNDEFINED for those that are not in it."""
     return comm.Get_group().Translate_ranks(ranks, other.Get_group())
 
 
 class _Window:
-    """Memory of one vector per rank that its neighbours on the same host can read."""
+    """Memory for a vector on each rank, which the rank's neighbours on the same host can read."""
 
     def __init__(self, comm: MPI.Intracomm, host: MPI.Intracomm, before: int, after: int, num_bytes: int) -> None:
         before_here, after_here = _ranks_in(comm, [before, after], host)
@@ -231,8 +234,8 @@ class MPIRing(Ring):
 
     Args:
         comm: the ranks, in ring order; `MPI.COMM_WORLD` by default. It is duplicated; creation is collective.
-        chunk_bytes: the most payload in one message.
-        timeout_s: how long a neighbour may do nothing before a wait gives up.
+        chunk_bytes: bytes of payload in one message.
+        timeout_s: seconds that a neighbour may do nothing before a wait gives up.
     Raises:
         ValueError: a number is out of its range.
         RingError: the job was started by another MPI's `mpirun`, so that every process is alone.
@@ -266,7 +269,7 @@ class MPIRing(Ring):
         weakref.finalize(self, _free_requests, self._listening, self._greetings)
 
     def empty(self, length: int, dtype: npt.DTypeLike = np.float32) -> Array:
-        """A vector, uninitialised, that neighbours on the same host read in place. Collective.
+        """Make a vector, uninitialised, that neighbours on the same host read in place. Collective.
 
         Its memory is kept until the process ends, so allocate once and use it again. MPI takes it from where the system
         keeps shared memory (on Linux /dev/shm, of which a container may have little).
@@ -302,7 +305,7 @@ class MPIRing(Ring):
         num_bytes = 2 * (self.size - 1) * buffer.nbytes // self.size
         return Stats(num_bytes, int(self.size > 1))
 
-    def _place(self, plan: Plan, vector: Array) -> tuple[int, int]:
+    def _place(self, plan: CollectivePlan, vector: Array) -> tuple[int, int]:
         """The window that the successor can read `vector` in, and where in it; (-1, 0) if there is none."""
         if self.windows and plan.payload is None and plan.num_bytes >= SHARED_BYTES:
             address = vector.ctypes.data
@@ -311,7 +314,7 @@ class MPIRing(Ring):
                     return index, address - window.address
         return -1, 0
 
-    def _execute(self, plan: Plan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
+    def _execute(self, plan: CollectivePlan, codec: Codec, vector: Array, timeline: Timeline | None) -> Stats:
         if self._failure is not None:
             raise self._failure
         greeting = self._greetings.get(plan.description)
@@ -338,9 +341,9 @@ class MPIRing(Ring):
         return plan.stats
 
     def _waits(
-        self, plan: Plan, port: _Port, greeting: _Greeting, codec: Codec, vector: Array
+        self, plan: CollectivePlan, port: _Port, greeting: _Greeting, codec: Codec, vector: Array
     ) -> Generator[Wait, None, None]:
-        """Those of the algorithm, and those before which a call must not return."""
+        """The waits of the algorithm, and behind them those before which the call must not return."""
         yield from plan.start(port, codec, vector, self.size)
         yield Wait(greeting.request, plan.greeting_work, True)
         last = plan.work[-1] if plan.work else plan.greeting_work
@@ -349,8 +352,8 @@ class MPIRing(Ring):
         if port.shared:
             yield Wait(self.comm.Irecv((NOTHING, MPI.BYTE), self.successor, DONE_READING), last, True)
 
-    def _exchange(self, greeting: _Greeting, plan: Plan, vector: Array, timeline: Timeline | None) -> Stats:
-        """Two ranks and a small vector: each sends all of it, and both rounds of the ring become one step.
+    def _exchange(self, greeting: _Greeting, plan: CollectivePlan, vector: Array, timeline: Timeline | None) -> Stats:
+        """Sum a small vector between two ranks: each sends all of it, and both rounds of the ring become one step.
 
         The bytes are the same, half the latency is saved, and as a + b = b + a, so are the sums.
         """
@@ -367,7 +370,7 @@ class MPIRing(Ring):
             self._complete(Wait(greeting.request, plan.greeting_work, True), plan, timeline)
         return greeting.stats
 
-    def _hear_greeting(self, greeting: _Greeting, plan: Plan, timeline: Timeline | None) -> None:
+    def _hear_greeting(self, greeting: _Greeting, plan: CollectivePlan, timeline: Timeline | None) -> None:
         self._complete(Wait(self._listening, plan.greeting_work, False), plan, timeline)
         if self._heard_key.tobytes() != greeting.key.tobytes():
             theirs, ours = (
@@ -377,7 +380,7 @@ class MPIRing(Ring):
             )
             self._fail(RingMismatch(f"rank {self.predecessor} calls {theirs}; rank {self.rank} calls {ours}"))
 
-    def _complete(self, wait: Wait, plan: Plan, timeline: Timeline | None) -> None:
+    def _complete(self, wait: Wait, plan: CollectivePlan, timeline: Timeline | None) -> None:
         """Wait until the request is complete."""
         start_s = 0.0 if timeline is None else timeline.clock()
         test = wait.request.Test
@@ -389,7 +392,7 @@ class MPIRing(Ring):
         if timeline is not None:
             timeline.record("wait", start_s, timeline.clock(), wait.work)
 
-    def _wait(self, wait: Wait, plan: Plan) -> None:
+    def _wait(self, wait: Wait, plan: CollectivePlan) -> None:
         """Poll until the request is complete, somebody fails, or the deadline passes."""
         start = now = time.perf_counter()
         test, polls = wait.request.Test, 0
@@ -406,7 +409,7 @@ class MPIRing(Ring):
             if now - start >= self._spin_s:
                 time.sleep(min(max(SHORTEST_SLEEP_S, SLEEP_SHARE * (now - start)), LONGEST_SLEEP_S))
 
-    def _where(self, wait: Wait, plan: Plan) -> str:
+    def _where(self, wait: Wait, plan: CollectivePlan) -> str:
         peer = f"to send to rank {self.successor}" if wait.sending else f"for rank {self.predecessor}"
         return (
             f"rank {self.rank} waited {peer} in step {wait.work.step} (segment {wait.work.segment}) "
@@ -423,7 +426,7 @@ class MPIRing(Ring):
             time.sleep(0.001)
         raise error
 
-    def _hear_alarm(self, wait: Wait, plan: Plan) -> NoReturn:
+    def _hear_alarm(self, wait: Wait, plan: CollectivePlan) -> NoReturn:
         status = MPI.Status()
         self._alarm.Probe(status=status)
         text = bytearray(status.Get_count(MPI.BYTE))

@@ -21,21 +21,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ring.trace import Activity, Trace, TraceError, Transfer
+from ring.trace import Activity, RunTrace, TraceError, Transfer
 
-#: Of each event: which keys it must have besides "name", "ph", "pid" and "tid".
+#: Keys that an event must have besides "name", "ph", "pid" and "tid", by its phase (`ph`).
 REQUIRED: dict[str, tuple[str, ...]] = {
     "X": ("ts", "dur"),
     "s": ("ts", "id", "cat"),
     "f": ("ts", "id", "cat", "bp"),
     "M": ("args",),
 }
+#: Names of the events that describe processes and threads, and the key of what each says.
 METADATA = {
     "process_name": "name",
     "thread_name": "name",
     "process_sort_index": "sort_index",
     "thread_sort_index": "sort_index",
 }
+#: JavaScript holds whole numbers exactly up to this one.
 SAFE_INTEGER = 2**53
 
 
@@ -48,12 +50,15 @@ def _us(time_ns: int) -> float:
 
 
 def _ids(rank: int) -> tuple[int, int, int]:
-    """Of the process and its two threads. None is 0 or another's: readers know the main thread by its process's."""
+    """Ids of a worker's process and of its two threads, "computing" and "link".
+
+    None is 0 or another worker's. The main thread has its process's id, by which readers know it.
+    """
     return 10 * rank + 10, 10 * rank + 10, 10 * rank + 11
 
 
-def events(trace: Trace) -> dict[str, Any]:
-    """The whole file's content, in JSON's types; it passes `check`."""
+def events(trace: RunTrace) -> dict[str, Any]:
+    """Content of the file, in JSON's types; it passes `check`."""
     found: list[dict[str, Any]] = []
     for rank in range(trace.size):
         found += _names(rank, trace.size)
@@ -77,8 +82,8 @@ def _names(rank: int, size: int) -> Iterator[dict[str, Any]]:
         yield {"name": name, "ph": "M", "pid": process, "tid": thread, "args": {METADATA[name]: value}}
 
 
-def _slices(trace: Trace, rank: int) -> Iterator[dict[str, Any]]:
-    """What a worker did, what went over its link, and the arrows from there."""
+def _slices(trace: RunTrace, rank: int) -> Iterator[dict[str, Any]]:
+    """Slices for what a worker did and for what went over its link, and the arrows from there."""
     process, computing, link = _ids(rank)
     for activity in trace.activities[rank]:
         about = {name: getattr(activity, name) for name in ("call", "step", "segment", "chunk")}
@@ -156,10 +161,10 @@ def _target(message: Transfer, receiving: Receiving) -> Activity | None:
 def check(content: Mapping[str, Any]) -> None:
     """Hold a file's content against the format's rules.
 
-    Of every event: the keys that its phase must have, numbers that JSON can hold, times and durations not negative.
-    Of every thread: its slices are one after the other or nested, never overlapping by a part. Of every flow: it
-    starts once and ends once, not earlier, each in a slice of its thread. Of every process and thread: it has a name,
-    and a thread belongs to one process.
+    Every event has the keys that its phase must have, numbers that JSON can hold, and times and durations that are not
+    negative. The slices of a thread are one after the other or nested, never overlapping by a part. A flow starts once
+    and ends once, not earlier, each in a slice of its thread. Every process and thread has a name, and a thread belongs
+    to one process.
 
     Raises:
         TraceError: with the first event that breaks one.
@@ -251,7 +256,7 @@ def _outermost(thread: tuple[int, int], slices: Sequence[tuple[int, int]]) -> li
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """The file is there as a whole or not at all; compressed if its name ends in .gz, which Perfetto opens as it is."""
+    """Write the file, as a whole or not at all; compressed if its name ends in .gz, which Perfetto opens as it is."""
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
     partial = path.with_name(f".{path.name}.partial")
     try:

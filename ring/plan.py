@@ -1,4 +1,4 @@
-"""What every driver decides before a call: is it valid, where is it cut, in which memory does it work."""
+"""Plans of collectives, the same for every driver: checked arguments, where the vector is cut, and memory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from ring.algorithm import Port, Wait, Work, ring, schedule, steps
+from ring.algorithm import ChunkWork, Port, Wait, ring, schedule, steps
 from ring.codec import BYTES, DTYPES, INTEGERS, Array, Codec, Hop, Payload
 from ring.segments import Chunk, check_chunk_bytes, cut_segments
 
-#: Large enough to make the cost of a message small, small enough to pipeline and to stay in a second-level cache.
+#: Default payload of a message: large enough to make the cost of a message small, small enough to pipeline and to stay
+#: in a second-level cache.
 CHUNK_BYTES = 512 * 1024
-#: How many receives are posted ahead.
+#: Receives that are posted ahead.
 POSTED_RECEIVES = 3
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What one rank sent during one call.
+    """Traffic of one rank in one call.
 
     Attributes:
         bytes_sent: bytes of payload; headers are not counted.
@@ -34,18 +35,23 @@ class Stats:
 
 
 @dataclass
-class Plan:
+class CollectivePlan:
     """One call's cuts and memory; the same for every call of equal arguments.
 
     Attributes:
-        description: what ranks compare, in words.
+        operation: "all_reduce", "reduce_scatter" or "all_gather".
+        description: the call in words, which ranks compare.
+        mean: whether the sum is divided by the number of workers.
         first, last: the steps of the ring that the operation runs.
-        segments: the chunks of each.
+        segments: the chunks of each segment.
+        work: this rank's chunks and steps, in order.
+        sent: the chunks that this rank sends, in order.
         arriving: the chunks that the predecessor sends, in order.
-        num_bytes: the whole vector's payload.
+        stats: bytes and messages of `sent`.
+        num_bytes: length of the whole vector's payload.
         inbox: memory for chunks that arrive, shape (posted receives, largest chunk).
-        payload: memory for the payload; None if that is the vector's.
-        staged: as the codec's.
+        payload: memory for the payload; None if that is the vector's own.
+        staged: whether the codec is.
     """
 
     operation: str
@@ -54,7 +60,7 @@ class Plan:
     first: int
     last: int
     segments: Sequence[Sequence[Chunk]]
-    work: Sequence[Work]
+    work: Sequence[ChunkWork]
     sent: Sequence[Chunk]
     arriving: Sequence[Chunk]
     stats: Stats
@@ -64,9 +70,9 @@ class Plan:
     staged: bool
 
     @property
-    def greeting_work(self) -> Work:
-        """What a wait for the first message of a call belongs to."""
-        return self.work[0] if self.work else Work(self.first, 0, Chunk(0, 0, 0, 0), Hop(0, 1, self.first))
+    def greeting_work(self) -> ChunkWork:
+        """The work that a wait for the call's first message counts for."""
+        return self.work[0] if self.work else ChunkWork(self.first, 0, Chunk(0, 0, 0, 0), Hop(0, 1, self.first))
 
     def start(self, port: Port, codec: Codec, vector: Array, size: int) -> Generator[Wait, None, None]:
         """The algorithm, ready to run on `vector`."""
@@ -86,7 +92,7 @@ class Plan:
 
 
 def _brief(text: str, most: int = 160) -> str:
-    """The text, or if it is long its beginning and a digest, so that two that differ anywhere are told apart."""
+    """The text, or if it is long its beginning and a digest, by which texts that differ anywhere are told apart."""
     if len(text) <= most:
         return text
     return (
@@ -103,12 +109,16 @@ class Planner:
 
     def __init__(self, rank: int, size: int, keep: int = 8) -> None:
         self.rank, self.size, self._keep = rank, size, keep
-        self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Any, ...], CollectivePlan] = OrderedDict()
 
     def plan(
         self, operation: str, vector: Array, codec: Codec, op: str, chunk_bytes: int, bounds: Sequence[int] | None
-    ) -> Plan:
-        """Raises ValueError or TypeError where this rank's own arguments are invalid."""
+    ) -> CollectivePlan:
+        """The plan of a call, made or kept.
+
+        Raises:
+            ValueError, TypeError: this rank's own arguments are invalid.
+        """
         if not isinstance(vector, np.ndarray):
             raise TypeError(f"`vector` must be a NumPy array, got {type(vector).__name__}")
         if not isinstance(codec, Codec):
@@ -139,7 +149,7 @@ class Planner:
 
     def _make(
         self, operation: str, vector: Array, codec: Codec, op: str, chunk_bytes: int, bounds: Sequence[int] | None
-    ) -> Plan:
+    ) -> CollectivePlan:
         if not vector.dtype.isnative:
             raise TypeError(f"`vector` must have this machine's byte order, got dtype {vector.dtype.str}")
         if vector.ndim != 1:
@@ -160,7 +170,7 @@ class Planner:
         sent = [item.chunk for item in work if item.step < last]
         chunks = [chunk for segment in segments for chunk in segment]
         num_bytes = sum(chunk.num_bytes for chunk in chunks)
-        return Plan(
+        return CollectivePlan(
             operation=operation,
             description=f"{operation}({op}) of {len(vector)} {vector.dtype.name}, chunks of {chunk_bytes} bytes, "
             + ("" if bounds is None else f"segments at {_brief(str(list(bounds)))}, ")

@@ -1,4 +1,4 @@
-"""What `ring.calibrate` times: messages between neighbours, and computing on one rank or on all.
+"""The measurements of `ring.calibrate`: messages between neighbours, and computing on one rank or on all.
 
 Two ranks at a time are measured, a rank and its successor; the others sleep. With more ranks than cores MPI's own waits
 would keep the cores from those that are measured, so everything here polls and yields, as `ring.mpi` does, and every
@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ring.algorithm import Work
+from ring.algorithm import ChunkWork, Request
 from ring.codec import Array
 from ring.errors import RingTimeout
 from ring.fit import Floats, fit_line, quartiles
@@ -32,35 +32,35 @@ from ring.timeline import Timeline
 from ring.world import MPI
 
 TAG, TELL = 11, 12
-#: The share of its time that a stream must have waited for the link, for the link to be what limits it.
+#: Share of its time that a stream must have waited for the link, for the link to be what limits it.
 LINK_LIMITED = 0.3
 #: A wait for one message yields the core between tests for so long, then sleeps. In a stream it is time to sleep
 #: sooner, and longer, so that what the polling costs can be told from what the messages cost.
 SPIN_S, SLEEP_S, STREAMING_SPIN_S, STREAMING_SLEEP_S, HOLD_S = 0.1, 100e-6, 200e-6, 1e-3, 1e-3
-#: The fastest of so many round trips is one sample, unless they take longer than this; and of so many streams,
-#: which last so long, have at least and at most so many messages, and are repeated so often.
+#: One sample is the fastest of so many round trips, or of those that fit into so many seconds.
 ROUND_TRIPS, SAMPLE_TRIPS_S = 10, 0.05
-STREAMS, STREAM_S, LEAST_STREAMED, MOST_STREAMED, STREAM_REPEATS = 3, 0.01, 8, 4000, 11
+#: One sample is the fastest of so many streams, each of so many seconds and of so many messages at least and at most.
+STREAMS, STREAM_S, LEAST_STREAMED, MOST_STREAMED = 3, 0.01, 8, 4000
+#: Most samples of a stream; least samples of anything.
+STREAM_REPEATS = 11
 LEAST_REPEATS = 3
-#: Messages in flight: what the ring posts, and of small messages more, so that a link with some latency stays full.
+#: Most messages in flight up to this size, so that a link with some latency stays full. Of larger ones it is what the
+#: ring posts.
 SMALL_BYTES, SMALL_IN_FLIGHT = 64 * 1024, 16
-#: Memory that messages are taken from in turn, so that they are not always in a cache.
+#: Size of the memory that messages are taken from in turn, so that they are not always in a cache.
 MEMORY_BYTES = 16 << 20
-#: To find a token bucket: a rest, then one message of at least so many bytes and at most so long, so many times.
+#: How a token bucket is found: a rest of so many seconds, then one message of at least so many bytes that takes at most
+#: so many seconds, so many times.
 REST_S, LEAST_BURST, LONGEST_RESTED_S, BURST_REPEATS = 0.03, 4096, 0.1, 7
-#: To empty it: messages of this size.
+#: Size of the messages that empty a token bucket.
 BURST_BYTES = 4096
-#: Chunks of a few bytes, to find what the ring itself costs for each message.
+#: Size and number of the chunks that tell what the ring itself costs for each message.
 TINY_CHUNK_BYTES, TINY_CHUNKS = 256, 256
 
-#: Vectors that are computed on, and how long a sample of it takes.
+#: What is computed, on vectors of which sizes, and how many seconds a sample takes.
 RATES = ("add", "copy", "scale")
 VECTOR_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 SAMPLE_S = 0.01
-
-
-class Request(Protocol):
-    def Test(self) -> bool: ...
 
 
 @dataclass
@@ -68,10 +68,11 @@ class Stream:
     """Many messages from one rank to another, or both ways at once, as one of the two saw it; seconds per message.
 
     Attributes:
-        seconds: from the first post until the last was there.
-        late_s: from one to the next, of those that this rank received after the first quarter; 0 if it only sent.
-        busy_s: processor time of one that was sent or received.
-        queued_s: what this rank would have run, but other processes had the cores.
+        seconds: time from the first post until the last message was there.
+        late_s: time from one message to the next, of those that this rank received after the first quarter; 0 if it
+            only sent.
+        busy_s: processor time of a message that was sent or received.
+        queued_s: time in which this rank was ready to run, but other processes had the cores.
     """
 
     seconds: float
@@ -82,17 +83,17 @@ class Stream:
 
 @dataclass
 class LinkTimes:
-    """All that was measured between a rank and its successor; seconds.
+    """All that was measured between a rank and its successor; times are in seconds.
 
     Attributes:
-        sizes: of messages, bytes.
-        stream_sizes: those of them that the ring sends.
+        sizes: sizes of the messages of round trips, bytes.
+        stream_sizes: sizes of the messages of streams, bytes: those of `sizes` that the ring sends.
         one_way: half round trips, shape (repeats, sizes).
-        streams: per message, shape (repeats, stream sizes), by "one way" and "both ways".
-        busy: processor time per message and end, both ways at once, shape (repeats, stream sizes).
+        streams: times of a message, shape (repeats, stream sizes), by "one way" and "both ways".
+        busy: processor times of a message at an end, both ways at once, shape (repeats, stream sizes).
         waiting: share of a stream's time, one way, in which both ends waited for the link, shape as `busy`.
-        burst_bytes: what a rested link passes at once; 0 if nothing can be told. Otherwise that was emptied before each
-            message of `one_way`.
+        burst_bytes: bytes that a rested link passes at once; 0 if nothing can be told. If it is not 0, the token bucket
+            was emptied before each message of `one_way`.
     """
 
     sizes: list[int]
@@ -110,7 +111,7 @@ class LinkTimes:
 
     @property
     def bytes_per_s(self) -> float:
-        """Of a stream in one direction, of the largest messages."""
+        """Rate of a stream of the largest messages in one direction."""
         large = slice(-3, None)
         line = fit_line(
             self.stream_sizes[large], np.median(self.streams["one way"], axis=0)[large], through_origin=True
@@ -118,11 +119,13 @@ class LinkTimes:
         return 1 / line.slope
 
 
-class Probe:
-    """Times this rank's share of everything. All methods are collective.
+class CalibrationProbe:
+    """This rank's share of all measurements. All public methods are collective.
 
     Args:
-        timeout_s: how long a neighbour may do nothing before a wait gives up.
+        comm: the ranks that are measured.
+        sizes: sizes of the messages, bytes.
+        timeout_s: seconds that a neighbour may do nothing before a wait gives up.
     """
 
     def __init__(self, comm: MPI.Intracomm, sizes: Sequence[int], timeout_s: float) -> None:
@@ -156,7 +159,11 @@ class Probe:
             self._idle(start, what, sleep_s, spin_s, timeout_s)
 
     def _idle(self, start: float, what: str, sleep_s: float, spin_s: float, timeout_s: float) -> None:
-        """Once between two tests. Raises RingTimeout when there have been enough."""
+        """Yield the core or sleep, once between two tests of a request.
+
+        Raises:
+            RingTimeout: the wait that began at `start` has lasted for `timeout_s`.
+        """
         waited_s = time.perf_counter() - start
         if waited_s > timeout_s:
             raise RingTimeout(f"rank {self.comm.rank} waited {what} and gave up after {timeout_s:g} s")
@@ -168,7 +175,7 @@ class Probe:
             time.sleep(sleep_s)
 
     def _poll_costs(self) -> tuple[float, float]:
-        """CPU seconds of a test with nothing to find, and a yield or a sleep behind it; of the fastest polls."""
+        """CPU seconds of a test that finds nothing and the yield behind it, and the same with a sleep, at the least."""
         request = self.comm.Irecv((self._small_inbox[0], MPI.BYTE), self.comm.rank, TELL)
         costs = []
         for spin_s, polls in ((np.inf, 500), (0.0, 10)):
@@ -185,7 +192,7 @@ class Probe:
         return costs[0], costs[1]
 
     def _tell(self, values: Sequence[float], peer: int, telling: bool) -> list[float]:
-        """The telling rank's numbers, on both; as many as the other has."""
+        """Tell numbers to the peer. Returns the telling rank's on both; both have to give as many."""
         numbers = np.array(values, np.float64)
         if telling:
             self._wait(self.comm.Isend((numbers, MPI.DOUBLE), peer, TELL), f"to tell rank {peer} some numbers")
@@ -194,7 +201,7 @@ class Probe:
         return [float(number) for number in numbers]
 
     def _outgoing(self, size: int) -> Array:
-        """The next stretch of memory."""
+        """The next stretch of the memory that messages are taken from."""
         if self._next + size > len(self._memory):
             self._next = 0
         self._next += size
@@ -210,7 +217,7 @@ class Probe:
     # Round trips
 
     def _round_trips(self, size: int, count: int, peer: int, leading: bool) -> float:
-        """Half the time of the fastest of `count` round trips; the leading rank's is the one to use."""
+        """Half the time of the fastest of `count` round trips; only the leading rank's return value is valid."""
         fastest = np.inf
         what = f"for {size} bytes from rank {peer} (ping-pong)"
         for _ in range(count):
@@ -227,7 +234,11 @@ class Probe:
         return float(fastest)
 
     def _train(self, sizes: Sequence[int], peer: int, leading: bool) -> Floats:
-        """When each of these messages was there, sent one right behind the other; the other rank's are the ones."""
+        """Send messages of these sizes one right behind the other, from the leading rank to its peer.
+
+        Returns:
+            When each of them was there; only the peer's return value is valid.
+        """
         times = np.empty(len(sizes))
         what = f"for messages to or from rank {peer} (one behind the other)"
         if leading:
@@ -252,7 +263,7 @@ class Probe:
     # Streams
 
     def _stream(self, size: int, count: int, peer: int, sends: bool, receives: bool) -> Stream:
-        """`count` messages in each direction, and an empty one back if they go in one.
+        """Stream `count` messages in each direction, and an empty one back if they go in one.
 
         A token bucket is empty when a quarter of them is there.
         """
@@ -306,8 +317,8 @@ class Probe:
         """Measure the link from rank `first` to its successor.
 
         Args:
-            repeats: of everything, at most.
-            seconds: about how long round trips may take, and streams in one and in both directions.
+            repeats: most samples of everything.
+            seconds: about how many seconds round trips may take, and streams in one and in both directions.
         Returns:
             What was measured, on rank `first`; None on the others.
         """
@@ -337,7 +348,7 @@ class Probe:
             for last in (0, size):
                 *_, before, there = self._train([*filling, last], peer, leading)
                 gaps.append(there - before)
-            # Only the receiver knows; and what the bytes add comes on top of an empty message's way.
+            # Only the receiver knows. What the bytes add comes on top of what an empty message takes.
             added_s = self._tell([gaps[1] - gaps[0]], peer, not leading)[0]
             return self._round_trips(0, ROUND_TRIPS, peer, leading) + max(0.0, added_s)
 
@@ -365,7 +376,7 @@ class Probe:
         most: int,
         sample_s: float,
     ) -> tuple[int, dict[int, int]]:
-        """How many repeats of how many trips of each size fit into the time; the leading rank's word."""
+        """Number of samples, and of trips in a sample by size, that fit into the time; the leading rank decides."""
         counts = [max(1, min(most, int(sample_s / max(cost_s, 1e-9)))) for cost_s in once_s.values()]
         total_s = sum(count * cost_s for count, cost_s in zip(counts, once_s.values(), strict=True))
         fitting = max(min(repeats, LEAST_REPEATS), min(repeats, int(seconds / max(total_s, 1e-9))))
@@ -374,7 +385,7 @@ class Probe:
 
     def _measure_streams(self, times: LinkTimes, peer: int, leading: bool, repeats: int, seconds: float) -> None:
         def stream(size: int, count: int, both: bool) -> tuple[Stream, Stream]:
-            """This rank's view and the other's of one stream."""
+            """One stream, as this rank saw it and as the other did."""
             own = self._stream(size, count, peer, leading or both, not leading or both)
             told = [self._tell(astuple(own), peer, leading is way) for way in (True, False)]
             return own, Stream(*told[leading])
@@ -416,7 +427,7 @@ class Probe:
         times.streams = {name: np.array(row) for name, row in (late if times.link_limited else whole).items()}
 
     def _find_burst(self, times: LinkTimes, rate: float, peer: int, leading: bool) -> None:
-        """Time messages after a rest, and see how many of their bytes have not waited for the link."""
+        """Time messages after a rest, and set `times.burst_bytes` to how many bytes have not waited for the link."""
         sizes = [size for size in times.sizes if size >= LEAST_BURST and size / rate <= LONGEST_RESTED_S]
         rested_s = []
         for size in (0, *sizes):
@@ -471,7 +482,7 @@ class Probe:
 
 
 def _queued_s() -> float:
-    """How long this thread has been ready to run while others had the cores; 0 where the kernel doesn't tell."""
+    """Seconds in which this thread was ready to run while others had the cores; 0 where the kernel doesn't tell."""
     try:
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) * 1e-9
     except (OSError, IndexError, ValueError):
@@ -479,7 +490,7 @@ def _queued_s() -> float:
 
 
 def _waiting(first: Stream, second: Stream) -> float:
-    """Share of the time in which neither end worked, nor was kept from it by other processes."""
+    """Share of a stream's time in which neither end worked, nor was kept from it by other processes."""
     seconds = max(first.seconds, second.seconds)
     return max(0.0, 1 - (max(first.busy_s, second.busy_s) + first.queued_s + second.queued_s) / max(seconds, 1e-12))
 
@@ -490,12 +501,12 @@ def burst_bytes(sizes: Sequence[int], added_s: npt.ArrayLike, rate: float) -> in
     A message larger than the bucket waits for all of its bytes but those: size = burst + rate * time.
 
     Args:
-        sizes: of the messages, ascending.
-        added_s: seconds that each took longer than an empty one.
+        sizes: sizes of the messages, ascending.
+        added_s: seconds that each message took longer than an empty one.
         rate: bytes per second of the link.
     """
     free = np.asarray(sizes) - rate * np.asarray(added_s, np.float64)
-    # Those of which more than half has not waited may have passed as a whole.
+    # A message of which more than half has not waited may have passed as a whole.
     beyond = free[free < np.asarray(sizes) / 2]
     if not len(beyond):
         return int(free[-1])
@@ -504,14 +515,14 @@ def burst_bytes(sizes: Sequence[int], added_s: npt.ArrayLike, rate: float) -> in
 
 
 class _Waits(Timeline):
-    """Measures nothing but waits, so that it costs little itself."""
+    """Timeline that measures nothing but waits, so that it costs little itself."""
 
-    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
         function(*args)
 
 
 def _rate(name: str, size: int, repeats: int) -> list[float]:
-    """Bytes per CPU second, over a vector of `size` bytes chunk by chunk, as the ring goes through it."""
+    """Bytes per CPU second over a vector of `size` bytes, chunk by chunk as in the ring; one per repeat."""
     vector = np.ones(size // 4, np.float32)
     step = min(CHUNK_BYTES, size) // 4
     inbox = np.ones((POSTED_RECEIVES, step), np.float32)

@@ -1,4 +1,4 @@
-"""What a worker does in a collective, in order: written down by the algorithm itself, run without data."""
+"""Programs: what a worker does in a collective, in order, recorded from the algorithm as it runs without data."""
 
 from __future__ import annotations
 
@@ -7,38 +7,40 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ring.algorithm import Work, ring, schedule, steps
+from ring.algorithm import ChunkWork, ring, schedule, steps
 from ring.codec import Array, Codec, Payload
 from ring.segments import Chunk
 
 SEND, WAIT, WAIT_SENT = "send", "wait", "wait sent"
 
 
-class Operation(NamedTuple):
-    """One step of a program.
+class Instruction(NamedTuple):
+    """One instruction of a program.
 
     Attributes:
         kind: SEND; WAIT for the predecessor's message; WAIT_SENT until an earlier one has left; else a computation.
-        work: what it belongs to.
-        amounts: of a computation, see `Codec.amounts`; "scale" are the bytes of a vector that a mean divides.
+        work: the chunk and step that it is for.
+        amounts: how much is computed, as `Codec.amounts` says; "scale" are the bytes of a vector that a mean divides.
     """
 
     kind: str
-    work: Work
+    work: ChunkWork
     amounts: tuple[tuple[str, float], ...] = ()
 
 
-#: What `Codec.amounts` is called with, and what it returns.
+#: The type of `Codec.amounts`.
 Amounts = Callable[[str, Array, int, Payload], Sequence[tuple[str, float]]]
 
 
 def amounts_of(
-    amounts: Amounts, kind: str, work: Work, function: Callable[..., Any], vector: Array, payload: Payload
+    amounts: Amounts, kind: str, work: ChunkWork, function: Callable[..., Any], vector: Array, payload: Payload
 ) -> Sequence[tuple[str, float]]:
-    """How much a computation that the algorithm asks its port for computes; `Codec.amounts`, or a mean's division.
+    """Amounts of a computation that the algorithm asks its port for: `Codec.amounts`, or those of a mean's division.
 
     Args:
-        vector, payload: as a whole; neither is looked into.
+        amounts: the codec's, or what is called instead.
+        kind, work, function: as `Port.compute` gets them.
+        vector, payload: the whole vector and its payload; neither is looked into.
     """
     chunk = work.chunk
     values = vector[chunk.start : chunk.stop]
@@ -48,7 +50,7 @@ def amounts_of(
 
 
 class _Pending:
-    """A message of which nothing is known, so that the algorithm says that it waits."""
+    """A request that is never complete, so that the algorithm yields every wait."""
 
     def Test(self) -> bool:
         return False
@@ -58,29 +60,29 @@ PENDING = _Pending()
 
 
 class _Recorder:
-    """The port of an algorithm that only says what it would do."""
+    """Port that writes down what the algorithm asks for, and does none of it."""
 
     def __init__(self, amounts: Amounts, vector: Array, payload: Payload) -> None:
-        self.operations: list[Operation] = []
+        self.instructions: list[Instruction] = []
         self._amounts, self._vector, self._payload = amounts, vector, payload
 
-    def receive(self, buffer: Payload, work: Work) -> _Pending:
+    def receive(self, buffer: Payload, work: ChunkWork) -> _Pending:
         return PENDING
 
-    def send(self, buffer: Payload, work: Work) -> _Pending:
-        self.operations.append(Operation(SEND, work))
+    def send(self, buffer: Payload, work: ChunkWork) -> _Pending:
+        self.instructions.append(Instruction(SEND, work))
         return PENDING
 
-    def fetch(self, buffer: Payload, work: Work) -> Payload:
+    def fetch(self, buffer: Payload, work: ChunkWork) -> Payload:
         return buffer
 
-    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
         amounts = amounts_of(self._amounts, kind, work, function, self._vector, self._payload)
-        last = self.operations[-1] if self.operations else None
+        last = self.instructions[-1] if self.instructions else None
         if last is not None and (last.kind, last.work) == (kind, work):
-            self.operations[-1] = last._replace(amounts=(*last.amounts, *amounts))
+            self.instructions[-1] = last._replace(amounts=(*last.amounts, *amounts))
         else:
-            self.operations.append(Operation(kind, work, tuple(amounts)))
+            self.instructions.append(Instruction(kind, work, tuple(amounts)))
 
 
 def record(
@@ -93,13 +95,13 @@ def record(
     *,
     mean: bool,
     amounts: Amounts | None = None,
-) -> list[Operation]:
-    """The program of one worker.
+) -> list[Instruction]:
+    """Record the program of one worker.
 
     Args:
-        codec: it encodes and decodes nothing here.
+        codec: the vector's codec, which encodes and decodes nothing here.
         operation, segments: as for `ring.algorithm.schedule`; there is a segment for each worker.
-        amounts: instead of the codec's own.
+        amounts: called instead of the codec's own.
     Cost: the algorithm's own steps, no memory as long as the vector.
     """
     size = len(segments)
@@ -120,8 +122,8 @@ def record(
         mean=mean,
         size=size,
     ):
-        recorder.operations.append(Operation(WAIT_SENT if wait.sending else WAIT, wait.work))
-    return recorder.operations
+        recorder.instructions.append(Instruction(WAIT_SENT if wait.sending else WAIT, wait.work))
+    return recorder.instructions
 
 
 def record_all(
@@ -132,6 +134,6 @@ def record_all(
     segments: Sequence[Sequence[Chunk]],
     *,
     mean: bool,
-) -> list[list[Operation]]:
-    """The programs of all workers, by rank; see `record`."""
+) -> list[list[Instruction]]:
+    """Record the programs of all workers, by rank; see `record`."""
     return [record(codec, length, dtype, operation, segments, rank, mean=mean) for rank in range(len(segments))]

@@ -1,4 +1,4 @@
-"""Where a vector is cut: segments (one per worker) of chunks (one per message).
+"""Cuts of a vector: segments (one per worker) of chunks (one per message).
 
 Everything here is arithmetic on (length, size, chunk size, codec), so that every rank and every driver cuts alike.
 Cuts balance the bytes on the wire, not the elements: where a codec compresses parts of the vector by different
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-#: What is compressed goes in chunks of about so many elements at most: nothing hides the encoding of the first chunk
-#: and the decoding of the last, and with one chunk in a segment nothing else is hidden either.
+#: Most elements in a chunk of what is compressed, about: nothing hides the encoding of the first chunk and the decoding
+#: of the last, and with one chunk in a segment nothing else is hidden either.
 CHUNK_ELEMENTS = 256 * 1024
 
 
@@ -58,7 +58,7 @@ class Chunk(NamedTuple):
 
 
 class PayloadMap:
-    """Translates between elements of the vector and bytes of its payload."""
+    """Translation between elements of the vector and bytes of its payload."""
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self._regions = tuple(region for region in regions if region.length)
@@ -68,7 +68,7 @@ class PayloadMap:
         self.num_bytes = self._bytes[-1]
 
     def byte_at(self, element: int) -> int:
-        """Bytes of the payload before `element`, which must be a place where the vector may be cut."""
+        """Bytes of the payload before `element`, at which it must be allowed to cut the vector."""
         if element == self.length:
             return self.num_bytes
         index = bisect_right(self._elements, element) - 1
@@ -77,7 +77,7 @@ class PayloadMap:
         return self._bytes[index] + units * self._regions[index].unit_bytes
 
     def cut_near(self, byte: int) -> int:
-        """An element at which a cut comes closest to `byte`."""
+        """The element at which a cut comes closest to `byte`."""
         if byte <= 0:
             return 0
         if byte >= self.num_bytes:
@@ -98,7 +98,11 @@ class PayloadMap:
 
 
 def check_chunk_bytes(chunk_bytes: int) -> None:
-    """Raises ValueError if it is no whole number of at least 1."""
+    """Check that `chunk_bytes` is a whole number of at least 1.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
         raise ValueError(f"`chunk_bytes` must be a whole number of at least 1, got {chunk_bytes!r}")
 
@@ -109,11 +113,11 @@ def cut_segments(
     """The chunks of each of the `size` segments; a segment may be empty.
 
     Args:
-        regions: what the codec says of the vector.
+        regions: the regions of the vector, as the codec says.
         size: number of workers.
         chunk_bytes: the most bytes of payload in a chunk, to within a unit. Of what takes less than two bytes an
             element, a chunk also has no more than about CHUNK_ELEMENTS, or chunk_bytes / 2 elements if these are more.
-        bounds: size + 1 ascending elements to cut the segments at, instead of equal payloads.
+        bounds: size + 1 ascending elements at which the segments are cut; by default their payloads are equal.
     """
     payload = PayloadMap(regions)
     if bounds is None:
@@ -124,7 +128,7 @@ def cut_segments(
 
 
 def cut_segment(payload: PayloadMap, index: int, size: int, chunk_bytes: int) -> list[Chunk]:
-    """One of the segments that `cut_segments` makes, without the others."""
+    """The chunks of one of the segments that `cut_segments` makes, without the others."""
     start, stop = (payload.cut_near(payload.num_bytes * part // size) for part in (index, index + 1))
     return _cut_chunks(payload, start, stop, chunk_bytes)
 

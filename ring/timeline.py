@@ -1,4 +1,4 @@
-"""Where the time went, whatever the clock: this machine's, or that of an emulated cluster."""
+"""Timelines: where a worker's time went, by this machine's clock or by that of an emulated cluster."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from ring.algorithm import Work
+    from ring.algorithm import ChunkWork
 
 
-class Span(NamedTuple):
-    """From when to when a worker did one thing; within a collective, for which one (`call`) and for what."""
+class TimeSpan(NamedTuple):
+    """A time in which a worker did one thing; in a collective, with the call's number and the work that it was for."""
 
     kind: str
     start_s: float
     end_s: float
     call: int
-    work: Work | None
+    work: ChunkWork | None
 
 
-class Sent(NamedTuple):
+class SentMessage(NamedTuple):
     """A message to the successor: when it was posted, began to leave, and had left.
 
     This machine's clock knows the first only, so that there all three are equal.
     """
 
     call: int
-    work: Work
+    work: ChunkWork
     posted_s: float
     departed_s: float
     left_s: float
 
 
-class Received(NamedTuple):
-    """A message from the predecessor, and when it was there (by this machine's clock: when it was found there)."""
+class ReceivedMessage(NamedTuple):
+    """A message from the predecessor, and when it had arrived (by this machine's clock: when it was found)."""
 
     call: int
-    work: Work
+    work: ChunkWork
     arrived_s: float
 
 
-def compute_unmeasured(kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
-    """What `Timeline.compute` is to callers that don't ask where the time went."""
+def compute_unmeasured(kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
+    """Call `function(*args)`, for callers that don't ask where the time went; compare `Timeline.compute`."""
     function(*args)
 
 
@@ -60,7 +60,7 @@ class Timeline:
         virtual: the same worker's timeline by an emulated cluster's clock; it gets the same spans.
 
     Attributes:
-        spans, sent, received: empty unless `keep`; in the order in which they ended.
+        spans, sent, received: single spans and messages, in the order in which they ended; empty unless `keep`.
         call: the number of the collective that is running or was last, from 1 on.
     """
 
@@ -72,19 +72,19 @@ class Timeline:
         virtual: Timeline | None = None,
     ) -> None:
         self.clock, self.keep, self.virtual = clock, keep, virtual
-        self.spans: list[Span] = []
-        self.sent: list[Sent] = []
-        self.received: list[Received] = []
+        self.spans: list[TimeSpan] = []
+        self.sent: list[SentMessage] = []
+        self.received: list[ReceivedMessage] = []
         self.call = 0
         self._totals: dict[str, float] = defaultdict(float)
 
-    def record(self, kind: str, start_s: float, end_s: float, work: Work | None = None) -> None:
+    def record(self, kind: str, start_s: float, end_s: float, work: ChunkWork | None = None) -> None:
         """Account for a span that the caller has measured by this timeline's clock."""
         self._totals[kind] += end_s - start_s
         if self.keep:
-            self.spans.append(Span(kind, start_s, end_s, self.call, work))
+            self.spans.append(TimeSpan(kind, start_s, end_s, self.call, work))
 
-    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
         """Call `function(*args)` and account for it as `kind`."""
         start_s = self.clock()
         function(*args)
@@ -103,28 +103,28 @@ class Timeline:
                 self.virtual.record(kind, virtual_s, self.virtual.clock())
 
     def begin_call(self) -> None:
-        """A collective begins; its spans have the next number."""
+        """Begin a collective: its spans have the next number."""
         self.call += 1
         if self.virtual is not None:
             self.virtual.begin_call()
 
-    def mark_sent(self, work: Work) -> None:
-        """A message to the successor was posted just now."""
+    def mark_sent(self, work: ChunkWork) -> None:
+        """Keep that a message to the successor was posted just now."""
         now_s = self.clock()
-        self.sent.append(Sent(self.call, work, now_s, now_s, now_s))
+        self.sent.append(SentMessage(self.call, work, now_s, now_s, now_s))
 
-    def mark_received(self, work: Work) -> None:
-        """The predecessor's message for `work` was found to be there just now."""
-        self.received.append(Received(self.call, work, self.clock()))
+    def mark_received(self, work: ChunkWork) -> None:
+        """Keep that the predecessor's message for `work` was found just now."""
+        self.received.append(ReceivedMessage(self.call, work, self.clock()))
 
     def fork(self) -> Timeline:
-        """An empty one by the same clocks, that goes on counting calls; to be given back to `absorb`."""
+        """An empty timeline by the same clocks that goes on counting calls; to be given back to `absorb`."""
         fork = Timeline(self.clock, keep=self.keep, virtual=None if self.virtual is None else self.virtual.fork())
         fork.call = self.call
         return fork
 
     def absorb(self, fork: Timeline) -> None:
-        """Add what another one by the same clocks has."""
+        """Add what another timeline by the same clocks has."""
         for kind, seconds in fork._totals.items():
             self._totals[kind] += seconds
         self.spans += fork.spans

@@ -1,9 +1,9 @@
-"""What happened in a run, from the kept timelines of all its workers, whatever their clock.
+"""The trace of a run: what happened, from the kept timelines of all its workers, whatever their clock.
 
     with trace.keeping(timeline):                      # on every worker: spans and messages are kept in here
         ring.all_reduce(vector, codec, timeline=timeline)
     rows = trace.records(timeline)                     # JSON types: gather them, from MPI's ranks or lockstep's threads
-    run = Trace("wall", [rows of every rank])          # or Trace("virtual", …) of every `timeline.virtual`
+    run = RunTrace("wall", [rows of every rank])       # or RunTrace("virtual", …) of every `timeline.virtual`
     print(critical_path(run).describe())
 
 By an emulated cluster's clock everything is known exactly. By this machine's, a message is known to be on its way from
@@ -22,24 +22,24 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
-from ring.algorithm import Work
+from ring.algorithm import ChunkWork
 from ring.timeline import Timeline
 
 Clock = Literal["wall", "virtual"]
-#: Times are kept to so many decimals of a second.
+#: Decimals of a second to which times are kept.
 DECIMALS = 9
 #: Links (or workers) share alike if none holds more than so many times the mean of all, and none less than half of it.
 ALIKE = 1.6
-#: What is named on its own when the critical path is put in words: at least this share, and at most so many.
+#: Least share of the critical path that is named on its own when the path is put in words, and the most such shares.
 LEAST_SHARE, MOST_NAMED = 0.1, 3
 
 
 class TraceError(ValueError):
-    """What was recorded contradicts itself, or isn't what is asked for."""
+    """A record that contradicts itself, or lacks what is asked for."""
 
 
 class Activity(NamedTuple):
-    """A span of a worker; within a collective, with what it was for: `chunk` is the chunk's first element."""
+    """A span of a worker, and within a collective what it was for; `chunk` is the chunk's first element."""
 
     kind: str
     start_s: float
@@ -85,9 +85,9 @@ def keeping(timeline: Timeline) -> Iterator[None]:
 
 
 def records(timeline: Timeline) -> dict[str, Any]:
-    """What a worker's timeline has kept, in JSON's types: one of `Trace`'s `workers`."""
+    """Records of a worker's timeline in JSON's types: one of `RunTrace`'s `workers`."""
 
-    def place(work: Work | None) -> list[int | None]:
+    def place(work: ChunkWork | None) -> list[int | None]:
         return [None, None, None] if work is None else [work.step, work.segment, work.chunk.start]
 
     return {
@@ -104,18 +104,18 @@ def records(timeline: Timeline) -> dict[str, Any]:
     }
 
 
-class Trace:
+class RunTrace:
     """All workers' timelines on one axis of time, which begins with the first thing that was recorded.
 
     Args:
         clock: "wall", or "virtual" for an emulated cluster's.
-        workers: of each rank what `records` says; they may cover several calls or iterations.
-        about: what else to remember, in JSON's types.
+        workers: the `records` of each rank; they may cover several calls or iterations.
+        about: anything else to remember, in JSON's types.
 
     Attributes:
-        activities: of each rank, by time; they don't overlap.
-        transfers: of each rank, those that it sent, in that order. A message of which one end was not recorded is left
-            out.
+        activities: activities of each rank, by time; they don't overlap.
+        transfers: messages of each rank as their sender, in that order. A message of which one end was not recorded is
+            left out.
         exact: whether it is known when a message was on its link, which the wall clock can't tell.
 
     Raises:
@@ -174,10 +174,10 @@ class Trace:
         return transfers
 
     def span(self, call: int | None = None) -> tuple[float, float]:
-        """From when to when something was recorded, of one collective or of everything.
+        """First and last moment that was recorded, of one collective or of everything.
 
         Raises:
-            TraceError: nothing was.
+            TraceError: nothing was recorded.
         """
         times = [
             time_s
@@ -198,7 +198,7 @@ class Trace:
         return min(times), max(times)
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` makes the same trace of: JSON's types, times from the trace's beginning."""
+        """The trace in JSON's types, for `from_json`; times count from the trace's beginning."""
         return {
             "clock": self.clock,
             "about": self.about,
@@ -213,7 +213,7 @@ class Trace:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Trace:
+    def from_json(cls, value: Mapping[str, Any]) -> RunTrace:
         return cls(value["clock"], value["workers"], value["about"])
 
 
@@ -223,19 +223,19 @@ Interval = tuple[float, float]
 
 
 class Communication(NamedTuple):
-    """Of one worker, seconds.
+    """Communication of one worker, in seconds.
 
-    exposed: it waited.
-    hidden: it computed while a message from or to it was on its way, that is from `departed_s` to `arrived_s`; by the
-        wall clock an upper bound, because messages are found late.
+    exposed: time in which it waited.
+    hidden: time in which it computed while a message from or to it was on its way, that is from `departed_s` to
+        `arrived_s`; by the wall clock an upper bound, because messages are found late.
     """
 
     exposed_s: float
     hidden_s: float
 
 
-def communication(trace: Trace, start_s: float | None = None, end_s: float | None = None) -> list[Communication]:
-    """Of each worker, between two times (by default, the trace's first and last)."""
+def communication(trace: RunTrace, start_s: float | None = None, end_s: float | None = None) -> list[Communication]:
+    """Communication of each worker, between two times (by default, the trace's first and last)."""
     start_s, end_s = _bounds(trace, start_s, end_s)
     result = []
     for rank, activities in enumerate(trace.activities):
@@ -248,8 +248,8 @@ def communication(trace: Trace, start_s: float | None = None, end_s: float | Non
     return result
 
 
-def utilisation(trace: Trace, start_s: float | None = None, end_s: float | None = None) -> list[float] | None:
-    """Of each link (by its sender), the share of the time in which a message was on it; None by the wall clock."""
+def utilisation(trace: RunTrace, start_s: float | None = None, end_s: float | None = None) -> list[float] | None:
+    """Share of the time in which a message was on each link (by its sender); None by the wall clock."""
     if not trace.exact:
         return None
     start_s, end_s = _bounds(trace, start_s, end_s)
@@ -257,13 +257,13 @@ def utilisation(trace: Trace, start_s: float | None = None, end_s: float | None 
     return [sum(end - start for start, end in parts) / (end_s - start_s) if end_s > start_s else 0.0 for parts in busy]
 
 
-def _bounds(trace: Trace, start_s: float | None, end_s: float | None) -> Interval:
+def _bounds(trace: RunTrace, start_s: float | None, end_s: float | None) -> Interval:
     first_s, last_s = trace.span()
     return first_s if start_s is None else start_s, last_s if end_s is None else end_s
 
 
 def _union(intervals: Sequence[Interval], start_s: float, end_s: float) -> list[Interval]:
-    """What they cover between two times: disjoint, in order."""
+    """Union of intervals between two times: disjoint, in order."""
     union: list[Interval] = []
     for start, end in sorted(intervals):
         start, end = max(start, start_s), min(end, end_s)
@@ -291,14 +291,14 @@ def _overlap_s(ones: Sequence[Interval], others: Sequence[Interval]) -> float:
 # --- the critical path -----------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """A stretch of the critical path, and what holds it.
+class PathPart(NamedTuple):
+    """A part of the critical path, held by a worker or by a link.
 
-    on: "rank" if the worker does (`kind` is what it did, or "other" if that was not recorded, or "wait" if it is not
-        known for what it waited), "link" if the link from it to its successor does.
-    kind: on a link, "transfer" while the message is on it; "queue" while others are, or the port isn't free; "latency"
-        from when it has left until it is there, with what jitter and the uplinks of racks add; by the wall clock,
-        which can't tell these, "on its way".
+    on: "rank" if the worker holds it, "link" if the link from it to its successor does.
+    kind: on a worker, what it did, or "other" if that was not recorded, or "wait" if it is not known for what it
+        waited. On a link, "transfer" while the message is on it; "queue" while others are, or the port isn't free;
+        "latency" from when it has left until it is there, with what jitter and the uplinks of racks add; by the wall
+        clock, which can't tell these, "on its way".
     """
 
     on: Literal["rank", "link"]
@@ -309,7 +309,7 @@ class Part(NamedTuple):
 
 
 class _Claim(NamedTuple):
-    """What one or all of the links or workers hold of the critical path, in seconds and in words."""
+    """The share of the critical path that one or all of the links or workers hold, in seconds and in words."""
 
     on: str
     seconds: float
@@ -317,14 +317,14 @@ class _Claim(NamedTuple):
 
 
 class CriticalPath(NamedTuple):
-    """What the end of a span of time depended on, back to its start without a gap.
+    """The critical path: what the end of a span of time depended on, back to its start without a gap.
 
     Attributes:
-        parts: by time.
-        size: workers.
+        parts: parts of the path, by time.
+        size: number of workers.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[PathPart]
     size: int
 
     @property
@@ -332,7 +332,7 @@ class CriticalPath(NamedTuple):
         return self.parts[-1].end_s - self.parts[0].start_s if self.parts else 0.0
 
     def totals(self, on: Literal["rank", "link"]) -> list[dict[str, float]]:
-        """Of each worker or link, seconds by kind. All of both add up to `seconds`."""
+        """Seconds by kind of each worker or link. Those of all workers and links add up to `seconds`."""
         totals: list[dict[str, float]] = [defaultdict(float) for _ in range(self.size)]
         for part in self.parts:
             if part.on == on:
@@ -340,7 +340,7 @@ class CriticalPath(NamedTuple):
         return [dict(kinds) for kinds in totals]
 
     def describe(self) -> str:
-        """Where the time is, in a sentence: shares of the whole, largest first."""
+        """A sentence that says where the time is: shares of the whole, largest first."""
         if not self.seconds:
             return "The critical path has no length."
         claims = sorted((*self._claims("link"), *self._claims("rank")), key=lambda claim: -claim.seconds)
@@ -354,7 +354,7 @@ class CriticalPath(NamedTuple):
         return f"Of {format_s(self.seconds)}, {'; '.join(texts)}."
 
     def _claims(self, on: Literal["rank", "link"]) -> list[_Claim]:
-        """Of each link or worker by itself, or of all together if they share alike."""
+        """Claims of each link or worker by itself, or of all together if they share alike."""
         totals = self.totals(on)
         sums = [sum(kinds.values()) for kinds in totals]
         whole, largest = sum(sums), max(range(self.size), key=sums.__getitem__)
@@ -377,7 +377,7 @@ class CriticalPath(NamedTuple):
         return f"rank {rank}" if on == "rank" else f"rank {rank}'s link to rank {(rank + 1) % self.size}"
 
     def _share(self, kinds: Mapping[str, float]) -> str:
-        """ "71% of the time (transfer 60%, queue 11%)"."""
+        """Words for a share, such as "71% of the time (transfer 60%, queue 11%)"."""
         ordered = sorted(kinds.items(), key=lambda item: -item[1])
         shown = [f"{kind} {value / self.seconds:.0%}" for kind, value in ordered if value >= 0.005 * self.seconds]
         detail = f" ({ordered[0][0]})" if len(shown) < 2 else f" ({', '.join(shown)})"
@@ -385,15 +385,15 @@ class CriticalPath(NamedTuple):
 
 
 def format_s(seconds: float) -> str:
-    """With a fitting unit: "12.3 ms"."""
+    """Text of a time with a fitting unit, such as "12.3 ms"."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if abs(seconds) * scale >= 1 or unit == "µs":
             return f"{seconds * scale:,.{0 if abs(seconds) * scale >= 100 else 3 if unit == 's' else 1}f} {unit}"
     raise AssertionError
 
 
-def critical_path(trace: Trace, start_s: float | None = None, end_s: float | None = None) -> CriticalPath:
-    """What the end of a span of time depended on (by default, of all that was recorded).
+def critical_path(trace: RunTrace, start_s: float | None = None, end_s: float | None = None) -> CriticalPath:
+    """Find what the end of a span of time depended on (by default, of all that was recorded).
 
     It is found from the end, beginning with the worker that ends last. Whatever a worker computes depends on what it
     did before. A wait depends on the message: the path goes back over its latency, its time on the link and its
@@ -412,18 +412,18 @@ def critical_path(trace: Trace, start_s: float | None = None, end_s: float | Non
     waits = _Waits(trace)
 
     def before(rank: int, time_s: float) -> Activity | None:
-        """The last activity that began before."""
+        """The rank's last activity that began before."""
         index = bisect_left(starts[rank], time_s) - 1
         return trace.activities[rank][index] if index >= 0 else None
 
-    parts: list[Part] = []
+    parts: list[PathPart] = []
     now_s = end_s
 
     def go_back(on: Literal["rank", "link"], rank: int, kind: str, to_s: float) -> None:
         nonlocal now_s
         to_s = max(to_s, start_s)
         if to_s < now_s:
-            parts.append(Part(on, rank, kind, to_s, now_s))
+            parts.append(PathPart(on, rank, kind, to_s, now_s))
             now_s = to_s
 
     def last_end_s(rank: int) -> float:
@@ -463,9 +463,9 @@ def critical_path(trace: Trace, start_s: float | None = None, end_s: float | Non
 
 
 class _Waits:
-    """What workers waited for."""
+    """Causes of the workers' waits."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: RunTrace) -> None:
         self._trace, self._exact = trace, trace.exact
         self._sent = [{(m.call, m.step, m.chunk): m for m in sent} for sent in trace.transfers]
         self._first_step: dict[int, int] = {}
@@ -500,7 +500,7 @@ class _Waits:
         return message if not self._exact or message.left_s >= wait.end_s else None
 
     def greeting(self, rank: int, wait: Activity, now_s: float) -> float | None:
-        """When the predecessor's greeting was sent, as far as that is known: at the latest with its first message."""
+        """Moment at which the predecessor sent its greeting, as far as known: at the latest with its first message."""
         if not self._is_greeting(rank, wait):
             return None
         return max((time_s for time_s in self._began[rank - 1][wait.call] if time_s <= now_s), default=now_s)

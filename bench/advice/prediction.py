@@ -21,7 +21,7 @@ from bench.advice.model import Profile
 from bench.virtual.ddp_iteration import Bucket, BucketRound, Iteration, Load, iteration
 from ring import dry
 from ring.cluster import Cluster
-from ring.codec import Identity
+from ring.codec import IdentityCodec
 
 
 class FittedNetwork:
@@ -44,10 +44,12 @@ class FittedNetwork:
             cluster, share = (self.cluster, 1.0) if reduce else (self._gathering, 0.5)
             many = cluster.homogeneous and cluster.nodes >= dry.LEAST_NODES
             run = dry.closed_form if many else dry.all_reduce  # within 1 %
-            found = run(cluster, Identity(), -(-num_bytes // 4))
+            found = run(cluster, IdentityCodec(), -(-num_bytes // 4))
             busy_s = sum(seconds for kind, seconds in found.seconds.items() if kind != "wait")
             longer = 1.0 if reduce else self._gather_factor
-            more_s = share * run(cluster, Identity(), cluster.nodes).time_s if self._even_steps and not reduce else 0.0
+            more_s = (
+                share * run(cluster, IdentityCodec(), cluster.nodes).time_s if self._even_steps and not reduce else 0.0
+            )
             self._loads[sent] = Load(longer * share * found.time_s + more_s, share * busy_s)
         return self._loads[sent]
 

@@ -10,7 +10,7 @@ from bench.common.files import file_name
 from bench.job.report import Clock
 from ring import perfetto
 from ring.timeline import Timeline
-from ring.trace import Trace, critical_path, records
+from ring.trace import RunTrace, critical_path, records
 
 
 def trace_name(method: str, clock: Clock) -> str:
@@ -37,7 +37,7 @@ def write(folder: Path, method: str, clocks: Sequence[Clock], said: Sequence[Map
     lines = []
     for clock in clocks:
         name = clock.key or "wall"
-        trace = Trace("virtual" if clock.key else "wall", [ranks[name] for ranks in said], {"method": method})
+        trace = RunTrace("virtual" if clock.key else "wall", [ranks[name] for ranks in said], {"method": method})
         content = perfetto.events(trace)
         perfetto.check(content)
         path = folder / trace_name(method, clock)

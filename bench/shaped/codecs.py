@@ -9,7 +9,7 @@ import numpy as np
 from gradiveq.codec import PCACodec
 from gradiveq.pca import Basis, Group, LayerBasis
 from gradiveq.qsgd import QSGD
-from ring.codec import Codec, Identity
+from ring.codec import Codec, IdentityCodec
 
 #: K and d of the linear codec: ratio 8.
 SLICE_SIZE, COMPONENTS = 256, 32
@@ -25,7 +25,7 @@ def linear(length: int) -> PCACodec:
 
 
 METHODS: dict[str, Callable[[int], Codec]] = {
-    "rar": lambda length: Identity(),
+    "rar": lambda length: IdentityCodec(),
     "qsgd": lambda length: QSGD(),
     "linear": linear,
 }

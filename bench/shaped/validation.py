@@ -51,7 +51,7 @@ from ring.cluster import Cluster, Link, Node, as_table
 from ring.emulator import Emulator
 from ring.machine import usable_cores
 from ring.plan import CHUNK_BYTES
-from ring.program import Operation, record_all
+from ring.program import Instruction, record_all
 from ring.segments import cut_segments
 
 SIZES = tuple(64 * 1024 * 4**power for power in range(6))
@@ -121,7 +121,7 @@ class Model:
     def __init__(self, rates: Mapping[str, float], bursts: Mapping[int, int], cores: int) -> None:
         self._rates, self._bursts, self._cores = dict(rates), dict(bursts), cores
         self.parameters = self.BEGIN
-        self._programs: dict[tuple[str, int, int], list[list[Operation]]] = {}
+        self._programs: dict[tuple[str, int, int], list[list[Instruction]]] = {}
 
     def cluster(self, hosts: int, rate_mbps: int) -> Cluster:
         share, burst, codecs, latency_us, call_us, overhead_us, copy_us = self.parameters
@@ -150,7 +150,7 @@ class Model:
                 begin_s = statistics.mean(clocks_s)
         return (statistics.mean(clocks_s) - begin_s) / EMULATED_CALLS
 
-    def _program(self, cell: Cell) -> list[list[Operation]]:
+    def _program(self, cell: Cell) -> list[list[Instruction]]:
         key = cell.method, cell.size_bytes, cell.hosts
         if key not in self._programs:
             length = cell.size_bytes // FLOAT32.itemsize

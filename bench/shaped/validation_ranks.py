@@ -28,7 +28,7 @@ from mpi4py import MPI
 
 from bench.shaped.codecs import METHODS
 from ring.abort import end_together
-from ring.algorithm import Work
+from ring.algorithm import ChunkWork
 from ring.codec import Array, Codec
 from ring.mpi import MPIRing
 from ring.plan import Stats
@@ -48,7 +48,7 @@ class _Meter(Timeline):
         self.found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._payload = np.broadcast_to(np.zeros(1, np.uint8), (vector.nbytes,))
 
-    def compute(self, kind: str, work: Work, function: Callable[..., Any], *args: Any) -> None:
+    def compute(self, kind: str, work: ChunkWork, function: Callable[..., Any], *args: Any) -> None:
         start_s = self.clock()
         function(*args)
         spent_s = self.clock() - start_s

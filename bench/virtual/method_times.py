@@ -18,7 +18,7 @@ from gradiveq.methods import QSGDRing
 from gradiveq.pca import PCAConfig
 from ring import dry
 from ring.cluster import Cluster, ClusterError
-from ring.codec import Codec, Composite, Identity
+from ring.codec import Codec, Composite, IdentityCodec
 from ring.plan import CHUNK_BYTES
 
 #: Kinds of all-reduces of the gradient: plain, quantised, compressed by PCA.
@@ -58,10 +58,10 @@ class Gradient:
     def codec(self, phase: str) -> tuple[Codec, int]:
         """What encodes it, and the most bytes of a message; as in `Aggregator`."""
         if phase == "rar":
-            return Identity(), CHUNK_BYTES
+            return IdentityCodec(), CHUNK_BYTES
         if phase == "compress":
             return gradient_sizes(self.blocks, PCAConfig(ratio=self.ratio), CONTROLS), CHUNK_BYTES
-        quantised = Composite([(self.length - CONTROLS, self.qsgd.codec()), (CONTROLS, Identity())])
+        quantised = Composite([(self.length - CONTROLS, self.qsgd.codec()), (CONTROLS, IdentityCodec())])
         return quantised, CHUNK_BYTES if self.qsgd.pipelined else sys.maxsize
 
     def payload_bytes(self, phase: str) -> int:
@@ -92,7 +92,7 @@ class Gradient:
     def share_s(self, cluster: Cluster, run: DryRun = dry.all_reduce) -> float:
         """Seconds to gather the bases, once per window: half of an all-reduce of as many bytes without its adds."""
         gathering = dataclasses.replace(cluster, rates={**cluster.rates, "add": sys.float_info.max})
-        return run(gathering, Identity(), self.basis_bytes // 4).time_s / 2
+        return run(gathering, IdentityCodec(), self.basis_bytes // 4).time_s / 2
 
     def aggregation_s(self, cluster: Cluster, run: DryRun = dry.all_reduce, *, share: bool = True) -> dict[str, float]:
         """Seconds per iteration that each method takes to aggregate, GradiVeQ's as the mean over a window.

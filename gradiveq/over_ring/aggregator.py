@@ -31,7 +31,7 @@ from gradiveq.methods import Method, applied
 from gradiveq.over_ring.driver import CONTROLS, RingDriver
 from gradiveq.over_ring.staging import Mirror
 from gradiveq.report import FitError, NonFiniteGradient, Report, listed
-from ring.codec import Identity
+from ring.codec import IdentityCodec
 from ring.handle import Ring
 from ring.plan import Planner
 from ring.segments import check_chunk_bytes
@@ -134,7 +134,7 @@ class Aggregator:
             self._packed = self._mirror.values[: self.layout.length]
             self._kernels = DeviceKernels(self._mirror.device)
         vector = self._driver.vector
-        plain = Planner(ring.rank, ring.size).plan("all_reduce", vector, Identity(), "mean", self._chunk_bytes, None)
+        plain = Planner(ring.rank, ring.size).plan("all_reduce", vector, IdentityCodec(), "mean", self._chunk_bytes, None)
         self._dense_bytes = plain.stats.bytes_sent
         self._family = make_family(method, self.layout.blocks, rank=ring.rank, size=ring.size, seed=seed)
 

@@ -40,7 +40,7 @@ from gradiveq.over_ring.qsgd import QSGD
 from gradiveq.over_ring.staging import Mirror, OnDevice, StagedLayers, staged_plain
 from gradiveq.pca.coding import Bases
 from ring.algorithm import owned_segment
-from ring.codec import Codec, Composite, Identity
+from ring.codec import Codec, Composite, IdentityCodec
 from ring.handle import Ring
 from ring.plan import Stats
 from ring.timeline import Timeline
@@ -96,7 +96,7 @@ class RingDriver:
         self.vector: Vector = ring.empty(bucket.length + CONTROLS) if mirror is None else mirror.host
         self.gradient = self.vector[: bucket.length]
         self.timeline = Timeline()
-        self._plain = Identity() if mirror is None else staged_plain(mirror, bucket.length, chunk_bytes)
+        self._plain = IdentityCodec() if mirror is None else staged_plain(mirror, bucket.length, chunk_bytes)
         # Forms of a method or of bases that take a while to make, by what they are of.
         self._coded: tuple[Bases, Composite, Mapping[str, PCACodec], StagedLayers | None] | None = None
         self._quantised: tuple[QSGDRing, StagedQSGD | None] | None = None
@@ -319,7 +319,7 @@ class RingDriver:
         staged_qsgd = self._staged_qsgd(asked)
         if staged_qsgd is not None:
             return replace(staged_qsgd, codec=quantised), self._message_bytes(asked)
-        return Composite([(self.bucket.length, quantised), (CONTROLS, Identity())]), self._message_bytes(asked)
+        return Composite([(self.bucket.length, quantised), (CONTROLS, IdentityCodec())]), self._message_bytes(asked)
 
     def _message_bytes(self, method: QSGDRing) -> int:
         return self.chunk_bytes if method.pipelined else sys.maxsize

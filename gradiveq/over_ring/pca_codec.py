@@ -21,7 +21,7 @@ from gradiveq.flatten import Block, slice_sizes
 from gradiveq.pca.basis import Basis, LayerBasis
 from gradiveq.pca.config import Float32, PCAConfig, SliceGroup
 from gradiveq.pca.loss import Loss
-from ring.codec import Array, Codec, Composite, Hop, Identity, Payload
+from ring.codec import Array, Codec, Composite, Hop, IdentityCodec, Payload
 from ring.segments import Region
 
 #: OpenBLAS takes its path for small matrices up to this many multiplications.
@@ -265,11 +265,11 @@ def _compose(blocks: Sequence[Block], layers: Mapping[str, Codec], trailing: int
     for block in blocks:
         if block.name in layers:
             if rest:
-                parts.append((rest, Identity()))
+                parts.append((rest, IdentityCodec()))
             parts.append((block.length, layers[block.name]))
             rest = 0
         else:
             rest += block.length
     if rest + trailing:
-        parts.append((rest + trailing, Identity()))
+        parts.append((rest + trailing, IdentityCodec()))
     return Composite(parts)

@@ -29,7 +29,7 @@ from torch import Tensor
 from gradiveq.over_ring import qsgd_triton
 from gradiveq.over_ring.qsgd import QSGD
 from gradiveq.over_ring.staging import Mirror, OnDevice
-from ring.codec import Array, Composite, Hop, Identity, Payload
+from ring.codec import Array, Composite, Hop, IdentityCodec, Payload
 from ring.handle import Ring
 from ring.plan import Stats
 from ring.segments import Region
@@ -81,7 +81,7 @@ class StagedQSGD(OnDevice):
     ) -> tuple[Stats, list[float]]:
         vector = self.mirror.host[: self.length + len(controls)]
         vector[self.length :] = controls
-        parts = Composite([(self.length, self), (len(controls), Identity())])
+        parts = Composite([(self.length, self), (len(controls), IdentityCodec())])
         stats = ring.all_reduce(vector, parts, chunk_bytes=chunk_bytes, timeline=timeline)
         with timeline.span("decode"):
             self.mirror.lane.settle()

@@ -43,7 +43,7 @@ from gradiveq.device.host_copy import HostCopy
 from gradiveq.flatten import Block, Vector
 from gradiveq.pca.coding import Bases
 from gradiveq.pca.projection import Projection, squares
-from ring.codec import Array, Codec, Hop, Identity, Payload
+from ring.codec import Array, Codec, Hop, IdentityCodec, Payload
 from ring.handle import Ring
 from ring.plan import Stats
 from ring.timeline import Timeline
@@ -182,7 +182,7 @@ class OnDevice(Codec):
         """
 
 
-class Staged(Identity, OnDevice):
+class Staged(IdentityCodec, OnDevice):
     """The mean over the workers of a vector on a device, by way of pinned memory in which the ring works.
 
     As a codec of the ring it encodes nothing: `encode` waits until a chunk has been copied to the host, `decode` begins

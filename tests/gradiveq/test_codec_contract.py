@@ -17,7 +17,7 @@ import pytest
 from gradiveq.codec import PCACodec, gradient_codec
 from gradiveq.flatten import Block
 from gradiveq.qsgd import QSGD
-from ring import Codec, Composite, Hop, Identity, Stats
+from ring import Codec, Composite, Hop, IdentityCodec, Stats
 from ring.codec import Array
 from ring.lockstep import LockstepRing, run
 from tests.support.bases import fitted
@@ -59,7 +59,7 @@ def pca(fit_slices: str) -> Callable[[int], Codec]:
 def quantised_and_exact(length: int) -> Codec:
     """What a sampling iteration uses: the gradients quantised, two control values as they are."""
     exact = min(2, length)
-    return Composite([(length - exact, QSGD(bucket=16)), (exact, Identity())])
+    return Composite([(length - exact, QSGD(bucket=16)), (exact, IdentityCodec())])
 
 
 def compressed_and_exact(length: int) -> Codec:
@@ -72,12 +72,12 @@ def compressed_and_exact(length: int) -> Codec:
 def all_three(length: int) -> Codec:
     layer = length // 2
     parts: list[tuple[int, Codec]] = [(layer, PCACodec(fitted(layer, "all")))] if layer else []
-    return Composite([*parts, (length - layer - layer // 2, QSGD(bucket=16)), (layer // 2, Identity())])
+    return Composite([*parts, (length - layer - layer // 2, QSGD(bucket=16)), (layer // 2, IdentityCodec())])
 
 
 SUBJECTS = [
     *(
-        Subject(f"identity-{np.dtype(dtype).name}", lambda length: Identity(), dtype)
+        Subject(f"identity-{np.dtype(dtype).name}", lambda length: IdentityCodec(), dtype)
         for dtype in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
     ),
     *(
@@ -188,7 +188,7 @@ def test_finite_stays_finite(subject: Subject) -> None:
         for kind, vector in inputs(subject, length).items():
             result = decode(codec, encode(codec, vector), vector, 1)
             assert np.isfinite(result.astype(float)).all(), (length, kind)
-            if isinstance(codec, Identity):
+            if isinstance(codec, IdentityCodec):
                 assert result.tobytes() == vector.tobytes(), (length, kind)
 
 

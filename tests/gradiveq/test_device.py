@@ -22,7 +22,7 @@ from gradiveq.powersgd import PowerSGD
 from gradiveq.running_noise import RunningNoise
 from gradiveq.specs import parse
 from ring.cluster import Cluster
-from ring.codec import Identity
+from ring.codec import IdentityCodec
 from ring.handle import Ring
 from ring.lockstep import run
 from ring.timeline import Timeline
@@ -199,7 +199,7 @@ def test_refused() -> None:
 def test_the_rings_staging_calls_come_once_for_each_chunk() -> None:
     """Of each element `encode` before it is used, and `decode` when it is the mean; nothing is missed or repeated."""
 
-    class Counting(Identity):
+    class Counting(IdentityCodec):
         staged = True
 
         def __init__(self, length: int) -> None:

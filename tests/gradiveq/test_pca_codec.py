@@ -13,7 +13,7 @@ from gradiveq.flatten import Block
 from gradiveq.loss import Loss
 from gradiveq.pca import Basis, Float32, LayerBasis, PCAConfig, PCASampler, groups
 from ring import lockstep
-from ring.codec import Hop, Identity
+from ring.codec import Hop, IdentityCodec
 from ring.handle import Ring
 from ring.segments import PayloadMap
 
@@ -235,7 +235,7 @@ def bases() -> list[LayerBasis]:
 def test_gradient_codec_parts() -> None:
     codec, layers = gradient_codec(BLOCKS, bases(), trailing=2)
     assert list(layers) == ["a"]  # b's ratio is 1
-    assert [(length, type(part)) for length, part in codec.parts] == [(96, PCACodec), (36, Identity)]
+    assert [(length, type(part)) for length, part in codec.parts] == [(96, PCACodec), (36, IdentityCodec)]
     assert sum(r.num_bytes for r in codec.regions(132, np.dtype(np.float32))) == 4 * (4 * 5 + 36)
     codec, layers = gradient_codec(BLOCKS, bases()[1:])
     assert not layers

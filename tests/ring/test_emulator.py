@@ -12,9 +12,10 @@ import pytest
 
 from gradiveq.codec import PCASizes
 from gradiveq.qsgd import QSGD
-from ring import Codec, Composite, Identity, dry, lockstep
+from ring import Codec, Composite, IdentityCodec, RingMismatch, dry, lockstep
 from ring.cluster import Cluster, ClusterError, Racks, parse
 from ring.codec import Array, Hop, Payload
+from ring.emulator import Emulator
 from ring.timeline import Timeline
 from ring.virtual import VirtualRing
 from tests.support.processes import Launch
@@ -53,7 +54,7 @@ def in_virtual_time(
         timeline = Timeline(virtual=Timeline(virtual.clock, keep=True))
         for _ in range(calls):
             vector = np.full(length, virtual.rank + 1, np.float32)
-            virtual.all_reduce(vector, codec or Identity(), chunk_bytes=chunk_bytes, timeline=timeline, op=op)
+            virtual.all_reduce(vector, codec or IdentityCodec(), chunk_bytes=chunk_bytes, timeline=timeline, op=op)
         assert timeline.virtual is not None
         return virtual.clock() * 1e3, timeline.virtual
 
@@ -112,7 +113,7 @@ def test_half_duplex_ports_take_turns() -> None:
 
 def test_half_duplex_ports_take_turns_in_pairs() -> None:
     """Of four nodes, two links that share no port are always busy: 6 messages out and 6 in, of 400 ms each."""
-    half = dry.all_reduce(cluster(4, link={"full_duplex": False}), Identity(), 400_000)
+    half = dry.all_reduce(cluster(4, link={"full_duplex": False}), IdentityCodec(), 400_000)
     assert half.time_s == pytest.approx(12 * 0.4, rel=0.01)
 
 
@@ -177,16 +178,16 @@ def test_packet_loss_is_lost_bandwidth() -> None:
 
 def test_racks_share_their_uplinks() -> None:
     """Every link crosses between two racks of two, so that two messages at a time want each uplink."""
-    alone = dry.all_reduce(cluster(4), Identity(), 4000).time_s
+    alone = dry.all_reduce(cluster(4), IdentityCodec(), 4000).time_s
     racks = {"size": 2, "uplink_gbps": 0.008}
-    neighbours = dry.all_reduce(cluster(4, racks=racks), Identity(), 4000).time_s
-    scattered = dry.all_reduce(cluster(4, racks={**racks, "placement": "round-robin"}), Identity(), 4000).time_s
+    neighbours = dry.all_reduce(cluster(4, racks=racks), IdentityCodec(), 4000).time_s
+    scattered = dry.all_reduce(cluster(4, racks={**racks, "placement": "round-robin"}), IdentityCodec(), 4000).time_s
     assert alone == pytest.approx(3 * (4 + 1 + 4e-3 * 1e3) * 1e-3 + 3 * (4 + 1) * 1e-3)
     assert neighbours == pytest.approx(alone)  # one link out of each rack: it has the uplink for itself
     # 12 messages of 4 ms pass each uplink, and the last one has 1 ms of latency; without racks it is 42 ms in all
     assert 49e-3 <= scattered <= 1.1 * 49e-3
     wide = {"size": 2, "uplink_gbps": 0.016, "placement": "round-robin"}
-    assert dry.all_reduce(cluster(4, racks=wide), Identity(), 4000).time_s == pytest.approx(alone, rel=0.1)
+    assert dry.all_reduce(cluster(4, racks=wide), IdentityCodec(), 4000).time_s == pytest.approx(alone, rel=0.1)
 
 
 def test_an_uplink_is_taken_when_a_message_departs() -> None:
@@ -196,7 +197,7 @@ def test_an_uplink_is_taken_when_a_message_departs() -> None:
     received = in_virtual_time(slow, 400, chunk_bytes=100)[3][1].received
     assert received[0].arrived_s * 1e3 == pytest.approx(0.1 + 1)
     wide = cluster(4, racks={"size": 2, "uplink_gbps": 0.016, "placement": "round-robin"})
-    alone, beside = (dry.all_reduce(c, Identity(), 40_000, chunk_bytes=1000).time_s for c in (cluster(4), wide))
+    alone, beside = (dry.all_reduce(c, IdentityCodec(), 40_000, chunk_bytes=1000).time_s for c in (cluster(4), wide))
     assert beside == pytest.approx(alone, rel=0.01)  # as wide as its links together
 
 
@@ -310,6 +311,103 @@ def test_state_goes_on_where_it_was() -> None:
         assert went_on == resumed > 0
 
 
+#: Clocks of ranks 0, 1 and the last, from when each worker had an emulator of its own.
+RECORDED = {
+    6: ("0x1.e492bc2fc6975p-6", "0x1.056c508b32cecp-5", "0x1.f566490a350d5p-6"),
+    32: ("0x1.0697aeddce7e7p-3", "0x1.0cc144028e516p-3", "0x1.04883fd502271p-3"),
+    48: ("0x1.863305100a3c0p-3", "0x1.8c61522a6f422p-3", "0x1.842396073de4ap-3"),
+}
+
+
+@pytest.mark.parametrize("nodes", RECORDED)
+def test_many_workers_have_one_emulator_and_the_clocks_of_one_each(nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Cluster] = []
+
+    def counted(described: Cluster) -> Emulator:
+        made.append(described)
+        return Emulator(described)
+
+    monkeypatch.setattr("ring.virtual.Emulator", counted)
+    described = cluster(
+        nodes,
+        link={"burst_bytes": 300},
+        node={"overhead_us": 3.0, "call_us": 20.0, "overlap_slowdown": 1.5},
+        override={"node": {"1": {"slowdown": 3.0}}, "link": {"0": {"bandwidth_gbps": 0.005}}},
+    )
+
+    def contribution(rank: int, length: int) -> Array:
+        return ((np.arange(length) * 7 + 3 * rank) % 31).astype(np.float32)
+
+    def work(ring: lockstep.LockstepRing) -> float:
+        virtual = VirtualRing(ring, described, processor_time=lambda: 0.0)
+        for length in (1000, 7):
+            vector = contribution(ring.rank, length)
+            virtual.all_reduce(vector, chunk_bytes=64, op="mean")
+            total = sum((contribution(rank, length) for rank in range(nodes)), np.zeros(length, np.float32))
+            np.testing.assert_array_equal(vector, total / np.float32(nodes))
+            with virtual.taking(1e-3):
+                pass
+        return virtual.clock()
+
+    found = lockstep.run(nodes, work)
+    assert made == [described]
+    assert (found[0].hex(), found[1].hex(), found[-1].hex()) == RECORDED[nodes]
+
+
+@pytest.mark.parametrize("codec", [IdentityCodec(), QSGD()], ids=["identity", "per-hop"])
+def test_64_workers_take_what_sizes_alone_say(codec: Codec) -> None:
+    described = random_cluster(random.Random(4), 64, alike=False)
+    estimate = dry.all_reduce(described, codec, 10_000, chunk_bytes=500)
+    measured = in_virtual_time(described, 10_000, codec, 500)
+    assert estimate.time_s * 1e3 == max(clock_ms for clock_ms, _ in measured)
+    assert estimate.messages == sum(len(timeline.sent) for _, timeline in measured)
+
+
+def test_a_state_that_a_worker_loads_is_its_own_until_all_are_there() -> None:
+    """Workers of one process have one emulator; one that is late still sees what it had."""
+    described = cluster(2, link={"burst_bytes": 500})
+
+    def work(ring: lockstep.LockstepRing) -> tuple[Any, ...]:
+        virtual = VirtualRing(ring, described, processor_time=lambda: 0.0)
+        virtual.all_reduce(np.ones(1000, np.float32))
+        earlier = virtual.state_dict()
+        virtual.all_reduce(np.ones(1000, np.float32))
+        later = virtual.state_dict()
+        if ring.rank == 0:
+            virtual.load_state_dict(earlier)
+            assert virtual.state_dict() == earlier
+        ring.barrier()
+        if ring.rank == 1:
+            assert virtual.state_dict() == later != earlier
+            virtual.load_state_dict(earlier)
+        virtual.all_reduce(np.ones(1000, np.float32))
+        return later, virtual.state_dict()
+
+    for later, again in lockstep.run(2, work):
+        assert later == again
+
+
+def test_workers_that_go_on_from_different_states_are_told() -> None:
+    def work(ring: lockstep.LockstepRing) -> None:
+        virtual = VirtualRing(ring, cluster(), processor_time=lambda: 0.0)
+        state = virtual.state_dict()
+        virtual.barrier()
+        if ring.rank == 0:
+            virtual.load_state_dict(state)
+        virtual.barrier()
+
+    with pytest.raises(RingMismatch, match="different states of the cluster's links"):
+        lockstep.run(2, work)
+
+
+def test_workers_of_one_process_emulate_one_cluster() -> None:
+    def work(ring: lockstep.LockstepRing) -> VirtualRing:
+        return VirtualRing(ring, cluster(name=f"number {ring.rank}"))
+
+    with pytest.raises(ClusterError, match=r"rank (\d) emulates the cluster number \1, other ranks number"):
+        lockstep.run(2, work)
+
+
 def random_cluster(rng: random.Random, nodes: int, *, alike: bool) -> Cluster:
     rates = {"add": 10 ** rng.uniform(8.5, 10), "copy": 4e9, "scale": 4e9}
     for kind in ("encode", "recode", "decode"):
@@ -334,7 +432,7 @@ def random_cluster(rng: random.Random, nodes: int, *, alike: bool) -> Cluster:
 
 
 def random_codec(rng: random.Random, length: int) -> Codec:
-    return rng.choice([Identity(), QSGD(), PCASizes("a", 256, [(length, 32)])])
+    return rng.choice([IdentityCodec(), QSGD(), PCASizes("a", 256, [(length, 32)])])
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -346,7 +444,10 @@ def test_dry_is_what_data_gives(seed: int) -> None:
     if rng.random() < 0.5:  # then event by event
         shared: dict[str, Any] = rng.choice([{"racks": Racks(2, 1.0, "round-robin")}, {"shared_cores": 2}])
         described = replace(described, **shared)
-    codec, chunk_bytes = rng.choice([Identity(), QSGD(), Composite([(length, QSGD())])]), rng.choice([3000, 1 << 30])
+    codec, chunk_bytes = (
+        rng.choice([IdentityCodec(), QSGD(), Composite([(length, QSGD())])]),
+        rng.choice([3000, 1 << 30]),
+    )
     op = rng.choice(["sum", "mean"])
     estimate = dry.all_reduce(described, codec, length, chunk_bytes=chunk_bytes, op=op)
     measured = in_virtual_time(described, length, codec, chunk_bytes, op=op)
@@ -379,7 +480,7 @@ def test_the_closed_form_of_unlike_segments() -> None:
     """Half of the vector costs nothing to compute: not within 1 %, but near."""
     for seed in range(10):
         described = random_cluster(random.Random(seed), 100, alike=True)
-        codec = Composite([(500_000, QSGD()), (500_000, Identity())])
+        codec = Composite([(500_000, QSGD()), (500_000, IdentityCodec())])
         counted, closed = (how(described, codec, 1_000_000) for how in (dry.all_reduce, dry.closed_form))
         assert closed.time_s == pytest.approx(counted.time_s, rel=0.15)
 
@@ -391,16 +492,16 @@ def test_the_closed_form_says_where_it_does_not_hold() -> None:
         {"override": {"node": {"1": {"slowdown": 2.0}}}},
     ):
         with pytest.raises(ClusterError, match="all alike"):
-            dry.closed_form(cluster(100, **more), Identity(), 1000)
+            dry.closed_form(cluster(100, **more), IdentityCodec(), 1000)
     with pytest.raises(ClusterError, match="needs 64 `nodes` or more, got 6"):
-        dry.closed_form(cluster(6), Identity(), 1000)
+        dry.closed_form(cluster(6), IdentityCodec(), 1000)
 
 
 def test_a_thousand_nodes_are_counted_and_a_million_are_not() -> None:
     """100 MB in chunks of 64 KiB: 4 million messages."""
-    thousand = dry.all_reduce(cluster(1024), Identity(), 25_000_000, chunk_bytes=65_536)
+    thousand = dry.all_reduce(cluster(1024), IdentityCodec(), 25_000_000, chunk_bytes=65_536)
     assert (thousand.messages, thousand.closed_form) == (2 * 1023 * 1024 * 2, False)
-    million = dry.all_reduce(cluster(1_000_000), Identity(), 25_000_000, chunk_bytes=65_536)
+    million = dry.all_reduce(cluster(1_000_000), IdentityCodec(), 25_000_000, chunk_bytes=65_536)
     assert million.closed_form
     # 100 bytes in each of 2(N-1) steps: 0.1 ms on the link, 1 ms of latency, and half of the time 0.1 ms to add
     assert million.time_s == pytest.approx(2 * 999_999 * 1.15e-3, rel=0.01)
@@ -408,14 +509,14 @@ def test_a_thousand_nodes_are_counted_and_a_million_are_not() -> None:
 
 def test_arguments_of_dry_runs() -> None:
     with pytest.raises(ValueError, match="`op` must be 'sum' or 'mean', got 'max'"):
-        dry.all_reduce(cluster(), Identity(), 10, op="max")
+        dry.all_reduce(cluster(), IdentityCodec(), 10, op="max")
     with pytest.raises(ValueError, match="`chunk_bytes` must be a whole number of at least 1, got 0"):
-        dry.all_reduce(cluster(), Identity(), 10, chunk_bytes=0)
-    assert dry.all_reduce(cluster(1), Identity(), 10).time_s == 0
-    assert dry.all_reduce(cluster(3), Identity(), 0).messages == 0
-    assert dry.all_reduce(cluster(10_000), Identity(), 0).messages == 0
+        dry.all_reduce(cluster(), IdentityCodec(), 10, chunk_bytes=0)
+    assert dry.all_reduce(cluster(1), IdentityCodec(), 10).time_s == 0
+    assert dry.all_reduce(cluster(3), IdentityCodec(), 0).messages == 0
+    assert dry.all_reduce(cluster(10_000), IdentityCodec(), 0).messages == 0
     with pytest.raises(ClusterError, match="10000 nodes send 199,980,000 messages, at most 1,000,000 can be counted"):
-        dry.all_reduce(cluster(10_000, racks={"size": 10}), Identity(), 100_000)
+        dry.all_reduce(cluster(10_000, racks={"size": 10}), IdentityCodec(), 100_000)
 
 
 MPI_AND_LOCKSTEP = """
@@ -425,7 +526,7 @@ MPI_AND_LOCKSTEP = """
     from ring import lockstep
     from ring.abort import end_together
     from ring.cluster import parse
-    from ring.codec import Identity
+    from ring.codec import IdentityCodec
     from ring.mpi import MPIRing
     from ring.timeline import Timeline
     from ring.virtual import VirtualRing
@@ -439,7 +540,7 @@ MPI_AND_LOCKSTEP = """
         timeline = Timeline(virtual=Timeline(ring.clock, keep=True))
         found = []
         for length in (0, 1, 1001, 300_000):
-            for codec in (Identity(), QSGD()):
+            for codec in (IdentityCodec(), QSGD()):
                 for vector in (np.empty(length, np.float32), ring.empty(length)):
                     vector[:] = np.random.default_rng([ring.rank, length]).standard_normal(length)
                     plain = vector.copy()

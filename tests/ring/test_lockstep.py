@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring import Codec, Composite, Identity, RingError, RingMismatch, Timeline
+from ring import Codec, Composite, IdentityCodec, RingError, RingMismatch, Timeline
 from ring.algorithm import owned_segment, schedule
 from ring.lockstep import LockstepRing, run
 from ring.segments import Region, cut_segments
@@ -101,7 +101,7 @@ def test_per_hop_codec_encodes_the_sum_at_every_hop(size, length, chunk_bytes) -
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_composite_applies_each_codec_to_its_part(size: int, linear: bool) -> None:
     lossy: Codec = PairSums() if linear else HalfPerHop()
-    codec = Composite([(101, lossy), (50, Identity())])
+    codec = Composite([(101, lossy), (50, IdentityCodec())])
     assert codec.linear is linear
 
     def together(ring: LockstepRing):
@@ -121,10 +121,10 @@ def test_composite_applies_each_codec_to_its_part(size: int, linear: bool) -> No
 
 def test_composite_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(ValueError, match="cover 5 elements, the vector has 6"):
-        run(2, lambda ring: ring.all_reduce(np.zeros(6), Composite([(5, Identity())])))
+        run(2, lambda ring: ring.all_reduce(np.zeros(6), Composite([(5, IdentityCodec())])))
 
 
-@pytest.mark.parametrize("codec", [Identity(), PairSums(), HalfPerHop()], ids=["identity", "linear", "per-hop"])
+@pytest.mark.parametrize("codec", [IdentityCodec(), PairSums(), HalfPerHop()], ids=["identity", "linear", "per-hop"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_mean_divides_by_size(codec: Codec, size: int) -> None:
     def work(ring: LockstepRing):
@@ -226,7 +226,7 @@ def test_a_barrier_is_no_all_reduce() -> None:
 
 def test_long_descriptions_are_told_apart() -> None:
     def work(ring: LockstepRing) -> None:
-        codec = Composite([(1, PairSums())] * 59 + [(1, Identity() if ring.rank else PairSums())])
+        codec = Composite([(1, PairSums())] * 59 + [(1, IdentityCodec() if ring.rank else PairSums())])
         ring.all_reduce(np.zeros(60), codec)
 
     with pytest.raises(RingMismatch, match=r"digest (\w+)\).*digest (?!\1)") as caught:
@@ -331,3 +331,66 @@ def test_an_exception_on_one_worker_ends_all() -> None:
 def test_a_worker_that_never_comes_is_noticed() -> None:
     with pytest.raises(RingError, match=r"within 0\.2 s"):
         run(2, lambda ring: time.sleep(0.6) if ring.rank else ring.barrier(), timeout_s=0.2)
+
+
+def test_one_object_for_all_workers() -> None:
+    """The first that asks makes it; the second object that anybody asks for is another one."""
+    made: list[list[int]] = []
+
+    def make() -> list[int]:
+        made.append([len(made)])
+        return made[-1]
+
+    results = run(5, lambda ring: (ring.shared(make), ring.shared(make), ring._meeting._shared))
+    assert len(made) == 2
+    for first, second, kept in results:
+        assert first is results[0][0]
+        assert second is results[0][1]
+        assert first is not second
+        assert not kept
+
+
+def test_something_is_computed_once_from_the_rows_of_all() -> None:
+    calls: list[int] = []
+
+    def work(ring: LockstepRing):
+        def function(rows, own):
+            calls.append(ring.rank)
+            assert rows.tolist() == [[rank, -rank] for rank in range(3)]
+            return [f"{own[rank]} of {sorted(own)}" for rank in range(3)]
+
+        return ring.compute_once([ring.rank, -ring.rank], f"worker {ring.rank}", function)
+
+    assert run(3, work) == [f"worker {rank} of [0, 1, 2]" for rank in range(3)]
+    assert len(calls) == 1
+
+
+def test_what_fails_for_all_is_raised_on_each() -> None:
+    caught: list[int] = []
+
+    def work(ring: LockstepRing) -> None:
+        def function(rows, own):
+            raise KeyError("nothing fits")
+
+        try:
+            ring.compute_once([1.0], None, function)
+        except KeyError:
+            caught.append(ring.rank)
+
+    run(3, work)
+    assert sorted(caught) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (lambda ring: ring.barrier(), r"ranks \[1\] call all_reduce\(sum\) of 1 float32"),
+        (lambda ring: ring.compute_once([1.0, 2.0], None, None), r"ranks \[1\] call .* from 2 numbers of each rank"),
+    ],
+)
+def test_what_is_computed_once_is_computed_by_all(other, said: str) -> None:
+    def work(ring: LockstepRing) -> None:
+        other(ring) if ring.rank == 1 else ring.compute_once([1.0], None, lambda rows, own: [0, 0, 0])
+
+    with pytest.raises(RingMismatch, match=rf"ranks \[0, 2\] call .* from 1 numbers of each rank; {said}"):
+        run(3, work)

@@ -18,7 +18,7 @@ COMPARE = """
     import ml_dtypes
     import numpy as np
     from mpi4py import MPI
-    from ring import Composite, Identity
+    from ring import Composite, IdentityCodec
     from ring.lockstep import run
     from ring.abort import end_together
     from ring.mpi import MPIRing
@@ -34,12 +34,12 @@ COMPARE = """
         for length in (0, 1, 5, 6, 1001, 40_000, 300_000)
         for dtype in dtypes
         for codec in (
-            Identity(), PairSums(), HalfPerHop(), QSGD(seed=3), Composite([(length, QSGD())]),
+            IdentityCodec(), PairSums(), HalfPerHop(), QSGD(seed=3), Composite([(length, QSGD())]),
             *([PCACodec(fitted(length, "first"))] if length in (1001, 40_000) and dtype == np.float32 else []),
         )
         for chunk_bytes in ((16, 1 << 18) if length < 200 else (1 << 14, sys.maxsize))
         for op in ("sum", "mean")
-        if (dtype == np.float32 or isinstance(codec, Identity)) and (op == "sum" or length in (5, 40_000, 300_000))
+        if (dtype == np.float32 or isinstance(codec, IdentityCodec)) and (op == "sum" or length in (5, 40_000, 300_000))
     ]
 
     def contribution(rank, length, dtype):

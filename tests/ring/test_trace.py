@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ring import Codec, Identity, Timeline, perfetto
+from ring import Codec, IdentityCodec, Timeline, perfetto
 from ring.cluster import Cluster, Link, Node
 from ring.lockstep import LockstepRing, run
 from ring.trace import (
     CriticalPath,
-    Trace,
+    RunTrace,
     TraceError,
     communication,
     critical_path,
@@ -49,10 +49,10 @@ def split(row: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*row[:4], list(row[4:]))
 
 
-def one_message(clock: str = "virtual") -> Trace:
+def one_message(clock: str = "virtual") -> RunTrace:
     """Rank 0 encodes for 1 s and sends; 2 s on the link, 0.5 s latency; rank 1 waits for it from 0.5 s on and adds."""
     times = (1.0, 1.0, 3.0) if clock == "virtual" else (1.0, 1.0, 1.0)
-    return Trace(
+    return RunTrace(
         clock,
         [
             worker([("encode", 0.0, 1.0, 0), ("update", 1.0, 2.25, None)], sent=[(0, *times)]),
@@ -125,7 +125,7 @@ def test_by_the_wall_clock_the_link_holds_all_from_posting_to_finding():
 
 def test_a_message_found_without_waiting_is_not_on_the_path():
     """With overlap: what arrives while the receiver computes costs nothing."""
-    trace = Trace(
+    trace = RunTrace(
         "virtual",
         [
             worker([("encode", 0.0, 1.0, 0)], sent=[(0, 1.0, 1.0, 3.0)]),
@@ -138,7 +138,7 @@ def test_a_message_found_without_waiting_is_not_on_the_path():
 
 def test_queueing_counts_for_the_link_and_the_path_goes_on_from_posting():
     """Two chunks of 2 s each are posted at 1 s and 1.5 s: the second leaves only when the first has."""
-    trace = Trace(
+    trace = RunTrace(
         "virtual",
         [
             worker(
@@ -158,7 +158,7 @@ def test_queueing_counts_for_the_link_and_the_path_goes_on_from_posting():
 
 
 def test_waiting_until_a_message_has_left_goes_back_to_posting_it():
-    trace = Trace(
+    trace = RunTrace(
         "virtual",
         [
             worker(
@@ -176,7 +176,7 @@ def test_waiting_until_a_message_has_left_goes_back_to_posting_it():
 
 
 def test_by_the_wall_clock_a_wait_to_send_is_the_links_until_the_message_was_found():
-    trace = Trace(
+    trace = RunTrace(
         "wall",
         [
             worker(
@@ -197,7 +197,7 @@ def test_by_the_wall_clock_a_wait_to_send_is_the_links_until_the_message_was_fou
 
 def test_a_straggler_holds_the_path_though_others_wait():
     """Rank 1 of 3 computes for 8 s, then it takes a second to each next rank; rank 0 ends last."""
-    trace = Trace(
+    trace = RunTrace(
         "virtual",
         [
             worker([("encode", 0.0, 1.0, 0), ("wait", 1.0, 11.0, 2)], received=[(2, 11.0)]),
@@ -219,7 +219,7 @@ def test_a_straggler_holds_the_path_though_others_wait():
 
 
 def test_time_that_nobody_recorded_and_waits_for_nobody_knows_what_are_the_workers_own():
-    trace = Trace("virtual", [worker([("encode", 0.0, 1.0, 0), ("wait", 2.0, 3.0, 5), ("add", 3.5, 4.0, 5)])])
+    trace = RunTrace("virtual", [worker([("encode", 0.0, 1.0, 0), ("wait", 2.0, 3.0, 5), ("add", 3.5, 4.0, 5)])])
     assert parts(critical_path(trace)) == [
         ("rank", 0, "encode", 0.0, 1.0),
         ("rank", 0, "other", 1.0, 2.0),
@@ -235,7 +235,7 @@ def test_time_that_nobody_recorded_and_waits_for_nobody_knows_what_are_the_worke
 @pytest.mark.parametrize(("posted_s", "sent_s"), [(5.0625, 5.0625), (6.0, 5.0)])
 def test_over_mpi_a_late_rank_is_found_behind_the_wait_for_its_greeting(posted_s: float, sent_s: float):
     """Rank 0 is 5 s late. Its greeting leaves with its first message, or if that comes later, when it began."""
-    trace = Trace(
+    trace = RunTrace(
         "wall",
         [
             worker(
@@ -256,31 +256,31 @@ def test_over_mpi_a_late_rank_is_found_behind_the_wait_for_its_greeting(posted_s
 
 def test_ranks_that_wait_for_each_others_greetings_end():
     spans = [("wait", 0.0, 2.0, 0), ("add", 2.0, 3.0, 0)]
-    path = critical_path(Trace("wall", [worker(spans), worker(spans)]))
+    path = critical_path(RunTrace("wall", [worker(spans), worker(spans)]))
     assert path.seconds == 3.0
     assert sum(part.end_s - part.start_s for part in path.parts) == 3.0
 
 
 def test_contradictions_are_refused():
     with pytest.raises(TraceError, match=r"rank 0: .*kind='add'.* begins before .*kind='encode'.* has ended"):
-        Trace("virtual", [worker([("encode", 0.0, 1.0, 0), ("add", 0.5, 2.0, 0)])])
+        RunTrace("virtual", [worker([("encode", 0.0, 1.0, 0), ("add", 0.5, 2.0, 0)])])
     with pytest.raises(TraceError, match="not in order; do the ranks' clocks differ"):
-        Trace("wall", [worker([], sent=[(0, 2.0, 2.0, 2.0)]), worker([], received=[(1, 1.0)])])
+        RunTrace("wall", [worker([], sent=[(0, 2.0, 2.0, 2.0)]), worker([], received=[(1, 1.0)])])
     with pytest.raises(TraceError, match="`clock` must be 'wall' or 'virtual', got 'cpu'"):
-        Trace("cpu", [])
+        RunTrace("cpu", [])
     with pytest.raises(TraceError, match="nothing was recorded of collective number 2"):
         one_message().span(2)
 
 
 def test_times_count_from_the_first_record_and_survive_json():
-    shifted = Trace(
+    shifted = RunTrace(
         "virtual",
         [worker([("encode", 1e5 + 0.25, 1e5 + 1.0, 0)]), worker([("encode", 1e5, 1e5 + 0.5, 0)])],
         {"seed": 3},
     )
     assert [activities[0].start_s for activities in shifted.activities] == [0.25, 0.0]
     for trace in (shifted, one_message(), one_message("wall")):
-        again = Trace.from_json(json.loads(json.dumps(trace.as_json())))
+        again = RunTrace.from_json(json.loads(json.dumps(trace.as_json())))
         assert again.activities == trace.activities
         assert again.transfers == trace.transfers
         assert (again.clock, again.about) == (trace.clock, trace.about)
@@ -309,7 +309,7 @@ def cluster(size: int, **changes: Any) -> Cluster:
 
 def virtual_run(
     described: Cluster, codec: Codec, length: int = 30_000, calls: int = 1, chunk_bytes: int = 4096
-) -> Trace:
+) -> RunTrace:
     def work(ring: LockstepRing) -> dict[str, Any]:
         virtual = VirtualRing(ring, described, processor_time=lambda: 0.0)
         timeline = Timeline(virtual=Timeline(virtual.clock))
@@ -323,10 +323,10 @@ def virtual_run(
         assert not timeline.keep
         return records(timeline.virtual)
 
-    return Trace("virtual", run(described.nodes, work))
+    return RunTrace("virtual", run(described.nodes, work))
 
 
-def assert_without_gaps(trace: Trace) -> None:
+def assert_without_gaps(trace: RunTrace) -> None:
     path = critical_path(trace)
     start_s, end_s = trace.span()
     assert path.parts[0].start_s == start_s
@@ -337,7 +337,7 @@ def assert_without_gaps(trace: Trace) -> None:
     assert sum(held) == pytest.approx(end_s - start_s, rel=1e-9)
 
 
-CODECS = [Identity(), PairSums(), HalfPerHop()]
+CODECS = [IdentityCodec(), PairSums(), HalfPerHop()]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: type(codec).__name__)
@@ -367,7 +367,7 @@ def test_of_real_runs_waits_end_when_their_message_arrives():
 
 def test_alike_links_are_said_to_share_and_a_slow_one_is_named():
     def path_of(described: Cluster) -> CriticalPath:
-        trace = virtual_run(described, Identity(), 300_000, calls=2)
+        trace = virtual_run(described, IdentityCodec(), 300_000, calls=2)
         return critical_path(trace, *trace.span(3))
 
     alike = path_of(cluster(6)).describe()
@@ -406,7 +406,7 @@ def test_traces_of_lockstep_by_the_wall_clock():
         ring.all_reduce(np.ones(5000, np.float32), PairSums(), timeline=timeline, chunk_bytes=1000)
         return records(timeline)
 
-    trace = Trace("wall", run(3, work))
+    trace = RunTrace("wall", run(3, work))
     assert_without_gaps(trace)
     perfetto.check(perfetto.events(trace))
 
@@ -417,7 +417,7 @@ def test_traces_over_mpi(mpirun: Callable[..., Any], tmp_path: Path):
         """
         import json, pathlib, numpy as np
         from mpi4py import MPI
-        from ring import Identity, Timeline
+        from ring import IdentityCodec, Timeline
         from ring.mpi import MPIRing
         from ring.trace import keeping, records
         from tests.support.toy_codecs import HalfPerHop, PairSums
@@ -428,7 +428,7 @@ def test_traces_over_mpi(mpirun: Callable[..., Any], tmp_path: Path):
         shared = ring.empty(60_000)
         shared[:] = 1
         with keeping(timeline):
-            for codec in (Identity(), PairSums(), HalfPerHop()):
+            for codec in (IdentityCodec(), PairSums(), HalfPerHop()):
                 ring.all_reduce(np.ones(50_000, np.float32), codec, timeline=timeline, chunk_bytes=20_000)
             ring.all_reduce(shared, timeline=timeline, chunk_bytes=20_000)
         rows = comm.gather(records(timeline))
@@ -437,7 +437,7 @@ def test_traces_over_mpi(mpirun: Callable[..., Any], tmp_path: Path):
         """,
     )
     assert result.returncode == 0, result.stderr
-    trace = Trace("wall", json.loads((tmp_path / "rows.json").read_text()))
+    trace = RunTrace("wall", json.loads((tmp_path / "rows.json").read_text()))
     assert_without_gaps(trace)
     perfetto.check(perfetto.events(trace))
     assert {message.call for message in trace.transfers[0]} == {1, 2, 3, 4}
@@ -470,7 +470,7 @@ def test_slices_flows_and_names():
 
 
 def test_by_the_wall_clock_messages_of_a_link_follow_each_other():
-    trace = Trace(
+    trace = RunTrace(
         "wall",
         [
             worker([("encode", 0.0, 1.0, 0)], sent=[(0, 1.0, 1.0, 1.0, 0), (0, 1.0, 1.0, 1.0, 7)]),

@@ -236,7 +236,7 @@ def measured(
     import numpy as np
 
     from ring.timeline import Timeline
-    from ring.trace import Trace, keeping, records
+    from ring.trace import RunTrace, keeping, records
     from ring.virtual import VirtualRing
 
     exact = gradient.astype(np.float64)
@@ -256,7 +256,7 @@ def measured(
             stats = used.all_reduce(vector, codec, timeline=timeline, chunk_bytes=chunk_bytes)
         if number >= WARM_CALLS:
             kept.append(records(timeline if timeline.virtual is None else timeline.virtual))
-    runs = [Trace("wall" if cluster is None else "virtual", rows) for rows in zip(*workers.gather(kept), strict=True)]
+    runs = [RunTrace("wall" if cluster is None else "virtual", rows) for rows in zip(*workers.gather(kept), strict=True)]
     lengths = [end_s - start_s for start_s, end_s in (run.span() for run in runs)]
     median = lengths.index(statistics.median_low(lengths))
     return {
@@ -277,7 +277,7 @@ def write_all(record: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
     """Everything about a run; also prints it. Returns the paths."""
     from bench.common.files import plain, write_atomically
     from ring import perfetto
-    from ring.trace import Trace
+    from ring.trace import RunTrace
 
     folder.mkdir(parents=True, exist_ok=True)
     print("\n\n".join(report(panel) for panel in record["panels"]), end="\n\n")
@@ -285,7 +285,7 @@ def write_all(record: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
     write_atomically(path, (json.dumps(plain(record), allow_nan=False, separators=(",", ":")) + "\n").encode())
     written = [path, draw(record, path.with_suffix(".png"))]
     for panel in record["panels"]:
-        content = perfetto.events(Trace.from_json(panel["trace"]))
+        content = perfetto.events(RunTrace.from_json(panel["trace"]))
         perfetto.check(content)
         suffix = ".gz" if len(json.dumps(content)) > LARGE_BYTES else ""
         written.append(folder / f"{name}-{panel['method']}.perfetto.json{suffix}")
@@ -298,9 +298,9 @@ def report(panel: Mapping[str, Any]) -> str:
     from tabulate import tabulate
 
     from bench.drawing.styles import METHOD_LABELS
-    from ring.trace import Trace, communication, critical_path, utilisation
+    from ring.trace import RunTrace, communication, critical_path, utilisation
 
-    trace = Trace.from_json(panel["trace"])
+    trace = RunTrace.from_json(panel["trace"])
     busy = utilisation(trace)
     rows = [
         [rank, 1e3 * own.exposed_s, 1e3 * own.hidden_s, None if busy is None else 100 * busy[rank]]

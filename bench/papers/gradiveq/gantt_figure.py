@@ -15,7 +15,7 @@ from bench.common.files import read_object
 from bench.common.texts import commit_text, machine_text, sentences
 from bench.drawing import page
 from bench.drawing.styles import GROUP_COLORS
-from ring.trace import Activity, Trace, communication, critical_path
+from ring.trace import Activity, RunTrace, communication, critical_path
 
 #: Kinds of activities -> colours; those of `bench.drawing.styles` where it has them.
 COLORS = {
@@ -54,7 +54,7 @@ def redraw(path: Path) -> list[Path]:
 
 def draw(record: Mapping[str, Any], path: Path) -> Path:
     """Write the picture of a record of `bench.gantt` to a PNG."""
-    traces = [Trace.from_json(panel["trace"]) for panel in record["panels"]]
+    traces = [RunTrace.from_json(panel["trace"]) for panel in record["panels"]]
     ends_s = [trace.span()[1] for trace in traces]
     scale, unit = (1e3, "ms") if max(ends_s) < 10 else (1.0, "s")
     size = record["ranks"]
@@ -95,7 +95,7 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
         return page.write_figure(figure, path)
 
 
-def _whole(axis: Axes, trace: Trace, scale: float) -> None:
+def _whole(axis: Axes, trace: RunTrace, scale: float) -> None:
     """All ranks, the first at the top, and the critical path through them."""
     for rank in range(trace.size):
         place = trace.size - 1 - rank
@@ -150,7 +150,7 @@ def _bars(axis: Axes, activities: Sequence[Activity], bottom: float, height: flo
         )
 
 
-def _on_the_link(trace: Trace, rank: int, step: int | None = None) -> list[tuple[float, float]]:
+def _on_the_link(trace: RunTrace, rank: int, step: int | None = None) -> list[tuple[float, float]]:
     """When messages (of one step) held a link; by the wall clock, from posting (or finding the one before) on."""
     spans, free_s = [], 0.0
     for message in trace.transfers[rank]:
@@ -174,7 +174,7 @@ def _messages(
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-def _detail(trace: Trace) -> tuple[int, float, float]:
+def _detail(trace: RunTrace) -> tuple[int, float, float]:
     """A step of rank 0 in the reduce-scatter: its number, and from when to when its messages and computations last."""
     step = max(1, trace.size // 2)
     spans = [(activity.start_s, activity.end_s) for activity in trace.activities[0] if activity.step == step]
@@ -183,7 +183,7 @@ def _detail(trace: Trace) -> tuple[int, float, float]:
     return step, min(start_s for start_s, _ in spans), max(end_s for _, end_s in spans)
 
 
-def _one_step(axis: Axes, trace: Trace, step: int, start_s: float, length_s: float, scale: float) -> None:
+def _one_step(axis: Axes, trace: RunTrace, step: int, start_s: float, length_s: float, scale: float) -> None:
     """What comes, what is computed, what goes: of rank 0 in one step, as in the paper's figure."""
     lanes = {"receives": 2.0, "computes": 1.0, "sends": 0.0}
 
@@ -230,7 +230,7 @@ def _legend(kinds: set[str], exact: bool) -> list[Any]:
     return handles
 
 
-def _caption(record: Mapping[str, Any], traces: Sequence[Trace]) -> str:
+def _caption(record: Mapping[str, Any], traces: Sequence[RunTrace]) -> str:
     environment, cluster = record["environment"], record["cluster"]
     found = [f"({letter}) {critical_path(trace).describe()}" for letter, trace in zip("ab", traces, strict=True)]
     machine = machine_text(environment, record)

@@ -19,7 +19,7 @@ from bench.papers.gradiveq import gantt, gantt_figure
 from ring import Codec, Timeline, perfetto
 from ring.cluster import Cluster, Link
 from ring.lockstep import LockstepRing, run
-from ring.trace import Trace, keeping, records
+from ring.trace import RunTrace, keeping, records
 from ring.virtual import VirtualRing
 from tests.support.processes import ROOT, Launch
 from tests.support.toy_codecs import HalfPerHop, PairSums
@@ -46,7 +46,7 @@ def recorded(codec: Codec, virtual: bool, chunk_bytes: int) -> dict[str, Any]:
             emulated.all_reduce(np.ones(3000, np.float32), codec, timeline=timeline, chunk_bytes=chunk_bytes)
         return records(timeline.virtual if virtual else timeline)
 
-    return Trace("virtual" if virtual else "wall", run(3, work)).as_json()
+    return RunTrace("virtual" if virtual else "wall", run(3, work)).as_json()
 
 
 def record(virtual: bool) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_a_picture_is_drawn_from_a_record_and_again_with_the_same_bytes(
 
 
 def test_the_detail_covers_the_steps_messages_and_computations():
-    trace = Trace.from_json(record(True)["panels"][0]["trace"])
+    trace = RunTrace.from_json(record(True)["panels"][0]["trace"])
     step, start_s, end_s = gantt_figure._detail(trace)
     assert step == 1
     received = next(m for m in trace.transfers[2] if m.step == 0)
@@ -160,7 +160,7 @@ def assert_written(folder: Path, name: str, clock: str, ranks: int) -> None:
     assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert written["ranks"] == ranks
     for panel in written["panels"]:
-        trace = Trace.from_json(panel["trace"])
+        trace = RunTrace.from_json(panel["trace"])
         assert (trace.clock, trace.size) == (clock, ranks)
         assert 0 < panel["loss"] < 1
         assert sum(m.num_bytes for m in trace.transfers[0]) == panel["bytes_sent"]
@@ -169,7 +169,7 @@ def assert_written(folder: Path, name: str, clock: str, ranks: int) -> None:
         (path,) = folder.glob(f"{name}-{panel['method']}.perfetto.json*")
         data = path.read_bytes()
         perfetto.check(json.loads(gzip.decompress(data) if path.suffix == ".gz" else data))
-    qsgd, gradiveq = (Trace.from_json(panel["trace"]) for panel in written["panels"])
+    qsgd, gradiveq = (RunTrace.from_json(panel["trace"]) for panel in written["panels"])
     assert len(qsgd.transfers[0]) == 2 * ranks - 2
     assert len(gradiveq.transfers[0]) > 2 * ranks - 2
     assert {a.kind for a in qsgd.activities[0]} - {"wait"} == {"encode", "recode", "decode"}

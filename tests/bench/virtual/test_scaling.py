@@ -17,7 +17,7 @@ from bench.virtual.method_times import METHODS, PHASES, Gradient, build, iterati
 from bench.virtual.scaling import PAYS, Point, Sweep, crossings, stretches
 from ring import dry
 from ring.cluster import Cluster, ClusterError, Node, Racks, read, write
-from ring.codec import Identity
+from ring.codec import IdentityCodec
 from tests.support.redrawn import check_drawn_again
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_point_is_the_mean_over_a_window(gradient: Gradient) -> None:
     point = sweep.at(6)
     each = {phase: gradient.aggregation(sweep.base, phase).time_s for phase in PHASES}
     adding_nothing = replace(sweep.base, rates={**sweep.base.rates, "add": 1e300})
-    bases = dry.all_reduce(adding_nothing, Identity(), gradient.basis_bytes // 4)
+    bases = dry.all_reduce(adding_nothing, IdentityCodec(), gradient.basis_bytes // 4)
     window = 100 * each["qsgd"] + 400 * each["compress"] + bases.time_s / 2
     computing_s = 0.216667
     assert point.iteration_s["rar"] == pytest.approx(computing_s + each["rar"])
