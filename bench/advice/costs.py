@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gradiveq.ddp.flaws import Codes
+from gradiveq.ddp.scheme import Scheme, Traffic, Work
+from gradiveq.windows import basis_state
 from torch import Tensor, nn
 from torch.futures import Future
 from tqdm import tqdm
@@ -29,15 +32,12 @@ from gradiveq.compressors.half import Half
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.randomk import RandomK
 from gradiveq.ddp.bucket import Parameters, Plan
-from gradiveq.ddp.flaws import Codes
-from gradiveq.ddp.group import Group
 from gradiveq.ddp.layers import compressible_layers
 from gradiveq.ddp.methods import make_scheme
-from gradiveq.ddp.scheme import Scheme, Traffic, Work
+from gradiveq.ddp.process_group import Group
 from gradiveq.flatten import slice_sizes
 from gradiveq.methods import Compressed, GradiVeQ, Method, Plain
 from gradiveq.pca import Basis, LayerBasis, groups, held_bytes
-from gradiveq.windows import basis_state
 
 #: How plain DDP is called among the methods.
 PLAIN = "plain DDP"

@@ -22,10 +22,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from gradiveq.ddp.flaws import CODE_BYTES
 from torch import nn
 
 from gradiveq.compressors.base import Compressor
-from gradiveq.ddp.flaws import CODE_BYTES
 from gradiveq.ddp.methods import DDPMethod
 from gradiveq.flatten import Block, Layout, slice_sizes
 from gradiveq.methods import Compressed, GradiVeQ, Plain

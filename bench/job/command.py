@@ -332,7 +332,7 @@ class JobRun:
 
     def _run_methods(self) -> int:
         from bench.job.checkpoint import CheckpointError, Checkpoints
-        from gradiveq.aggregator import FitError, NonFiniteGradient
+        from gradiveq.over_ring.aggregator import FitError, NonFiniteGradient
 
         checkpoints: Checkpoints = self.workers.attempt(lambda: Checkpoints(self.folder, self.ring), CheckpointError)
         self._say("\n".join(f"* {note}" for note in self.notes))

@@ -46,12 +46,12 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
   resumed run it goes on. Skipped iterations are not in it.
 * `virtual_seconds` are an iteration's on the cluster, "measure" likewise not in `virtual_s`. "overhead" is processor
   time of messages, which only clusters have.
-* `losses` is there in iterations in which the aggregator measured any (`gradiveq.aggregator.Report.losses`).
+* `losses` is there in iterations in which the aggregator measured any (`gradiveq.over_ring.aggregator.Report.losses`).
 * `compression` is there if the method has a compressor, in iterations that weren't skipped: what `exchange.Measures`
   says of rank 0 (norm and errors are squared), and "relative_error", compression_error over norm. "payload_bytes" is
   what the rank itself has to say; how often that travels is in `bytes_sent`.
-* `window` is an entry of `gradiveq.aggregator.Aggregator.window_log`: per layer d, ratio, in-sample and held-out loss,
-  and so on; or what ACCORDION or a threshold's formula has decided (`gradiveq.accordion`, `gradiveq.switching`). Its
+* `window` is an entry of `gradiveq.over_ring.aggregator.Aggregator.window_log`: per layer d, ratio, in-sample and held-out loss,
+  and so on; or what ACCORDION or a threshold's formula has decided (`gradiveq.exchange.critical_regimes`, `gradiveq.switching`). Its
   line comes when the window is complete, which is after the next window's first iteration.
 
 **summary.json**

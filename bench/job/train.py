@@ -26,10 +26,10 @@ from torch.nn import functional
 
 from bench.data import Batches, Dataset, evaluation_batches
 from bench.job.record import KINDS, grouped
-from gradiveq.aggregator import Aggregator
-from gradiveq.exchange import Measures
+from gradiveq.exchange.error_memory import Measures
 from gradiveq.flatten import Vector
 from gradiveq.methods import Method, applied
+from gradiveq.over_ring.aggregator import Aggregator
 from gradiveq.running_noise import RunningNoise
 from ring.cluster import Cluster
 from ring.handle import Ring
@@ -185,7 +185,7 @@ class Trainer:
         method: how gradients are aggregated.
         nonfinite: "fail", or "skip" to leave out a step to which some rank has no finite gradient: then weights and
             batch norm's statistics are as before it on all ranks.
-        device: where the model is; if it is a GPU, gradients are encoded and decoded there (`gradiveq.device`).
+        device: where the model is; if it is a GPU, gradients are encoded and decoded there (`gradiveq.over_ring.staging`).
         gpu_aware: MPI reads and writes the GPU's memory itself.
         trace: keep what happened in the last iteration of the phase in `TRACED` in the timeline, for `ring.trace`.
         cluster: of as many nodes as there are ranks; its clock runs beside this machine's, within `step` only. What is

@@ -1,7 +1,7 @@
 """How fast one core compresses, in a few minutes: `python -m bench.compressor_throughput [--out FOLDER]`.
 
 Every registered compressor on vectors of normally distributed numbers: `compress`, `decompress`, and where payloads are
-gathered `add_to`. Then the exact selection of the k largest (`gradiveq.compressors.select.top_k`) beside `torch.topk`
+gathered `add_to`. Then the exact selection of the k largest (`gradiveq.arrays.select.top_k`) beside `torch.topk`
 of the magnitudes and the elements that it points at.
 
 Seconds are the thread's own CPU time with one thread; what else wants the core doesn't count, though it takes caches
@@ -34,9 +34,9 @@ from bench.common.environment import environment
 from bench.common.files import write_atomically, write_json
 from bench.common.statistics import Quartiles, half_range_text
 from bench.kernels.qsgd_throughput import SAMPLE_S, seconds_per_call
+from gradiveq.arrays.select import top_k
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
 from gradiveq.compressors.base import Float32
-from gradiveq.compressors.select import top_k
 from gradiveq.methods import Compressed
 from gradiveq.specs import parse
 from ring.machine import usable_cores

@@ -1,7 +1,7 @@
 """How near a device comes to its limits, in a minute or two: `python -m bench.device [--device cuda] [--out FOLDER]`.
 
 What GradiVeQ, QSGD (if Triton is there) and the half-precision compressor do with a gradient on a device
-(`gradiveq.device`, `gradiveq.projection`, `gradiveq.qsgd_triton`, `gradiveq.ddp.native`), copies between it and the
+(`gradiveq.over_ring.staging`, `gradiveq.pca.projection`, `gradiveq.over_ring.qsgd_triton`, `gradiveq.ddp.native`), copies between it and the
 host, and a whole exchange of one worker with itself: encode, copy to the host, a ring of one, copy back, decode.
 
     limit of memory    a copy of a large vector on the device: its bytes are read and written
@@ -40,11 +40,11 @@ from bench.common.statistics import Quartiles, half_range_text
 from gradiveq.compressors.base import Draw
 from gradiveq.compressors.half import Half
 from gradiveq.ddp import native
-from gradiveq.device import Mirror, OnDevice, StagedLayers, staged_plain
 from gradiveq.flatten import Block
+from gradiveq.over_ring.qsgd import QSGD
+from gradiveq.over_ring.staging import Mirror, OnDevice, StagedLayers, staged_plain
 from gradiveq.pca import Basis, Group, LayerBasis
-from gradiveq.projection import Projection
-from gradiveq.qsgd import QSGD
+from gradiveq.pca.projection import Projection
 from ring.handle import Ring
 from ring.lockstep import run
 from ring.machine import processor
@@ -112,8 +112,8 @@ def _quantisation(
     device: torch.device, gradient: torch.Tensor, out: torch.Tensor, ring: Ring
 ) -> Iterator[TimedOperation]:
     """QSGD's kernels: a hop of the ring, and its end. Nothing where the host would do it."""
-    from gradiveq.device_qsgd import StagedQSGD, pays
-    from gradiveq.qsgd_triton import decode, recode
+    from gradiveq.over_ring.qsgd_triton import decode, recode
+    from gradiveq.over_ring.staged_qsgd import StagedQSGD, pays
 
     codec, whole = QSGD(), gradient.nbytes
     if not pays(codec, len(gradient), device):

@@ -20,8 +20,8 @@ from itertools import pairwise
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from gradiveq.codec import gradient_codec
 from gradiveq.flatten import Block, default_slice_size
+from gradiveq.over_ring.pca_codec import gradient_codec
 from gradiveq.pca import Basis, Float32, GroupSamples, LayerBasis, PCAConfig, groups
 from ring.codec import Composite, Hop
 from ring.segments import PayloadMap

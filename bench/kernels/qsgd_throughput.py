@@ -21,7 +21,7 @@ import numpy as np
 
 from bench.common.command_line import description
 from bench.common.statistics import Quartiles
-from gradiveq.qsgd import QSGD
+from gradiveq.over_ring.qsgd import QSGD
 from ring.codec import Hop
 
 COLUMNS = ("encode", "reduce", "decode", "encode+decode", "copy")

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gradiveq.codec import PCACodec
+from gradiveq.over_ring.pca_codec import PCACodec
+from gradiveq.over_ring.qsgd import QSGD
 from gradiveq.pca import Basis, Group, LayerBasis
-from gradiveq.qsgd import QSGD
 from ring.codec import Codec, IdentityCodec
 
 #: K and d of the linear codec: ratio 8.

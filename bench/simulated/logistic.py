@@ -32,11 +32,11 @@ import numpy.typing as npt
 import scipy.linalg
 from scipy.sparse.linalg import eigsh
 
+from gradiveq.arrays.float32 import LARGEST
+from gradiveq.arrays.jit import jit
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
-from gradiveq.float32 import LARGEST
-from gradiveq.jit import jit
-from gradiveq.message import LENGTH_BYTES
+from gradiveq.exchange.message import LENGTH_BYTES
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

@@ -11,10 +11,10 @@ import numpy as np
 from torch import nn
 
 from bench.models import MODELS
-from gradiveq.aggregator import CONTROLS
-from gradiveq.codec import gradient_sizes
 from gradiveq.flatten import Block, Layout, slice_sizes
 from gradiveq.methods import QSGDRing
+from gradiveq.over_ring.aggregator import CONTROLS
+from gradiveq.over_ring.pca_codec import gradient_sizes
 from gradiveq.pca import PCAConfig
 from ring import dry
 from ring.cluster import Cluster, ClusterError

@@ -18,10 +18,10 @@ from torch.nn import functional
 from bench.data import Batches, Dataset
 from bench.job.train import Settings
 from bench.models import MODELS
-from gradiveq.codec import PCACodec, gradient_codec
 from gradiveq.flatten import Layout, slice_sizes
+from gradiveq.over_ring.pca_codec import PCACodec, gradient_codec
+from gradiveq.over_ring.qsgd import QSGD
 from gradiveq.pca import Basis, Float32, LayerBasis, PCAConfig, groups
-from gradiveq.qsgd import QSGD
 from ring.codec import Codec, Hop
 from ring.fit import fit_line, flag, quartiles, relative_errors, table
 from ring.plan import CHUNK_BYTES
@@ -233,7 +233,7 @@ def qsgd_cases(gradient: Float32, repeats: int) -> Iterator[Case]:
 
 def layer_cases(layout: Layout, gradient: Float32, ratio: float, repeats: int) -> Iterator[Case]:
     """Encoding and decoding some slices of each kind of layer, again and again: its basis stays in the caches."""
-    offsets = {block.name: block.offset for block in layout.blocks}
+    offsets = {block.name: block.start for block in layout.blocks}
     seen = set()
     for basis in bases(layout, gradient, ratio):
         k, d = basis.slice_size, len(basis.bases[0].components_)
@@ -266,7 +266,7 @@ def bases(layout: Layout, gradient: Float32, ratio: float) -> Iterator[LayerBasi
                 drawn[k, d] = np.ascontiguousarray(np.linalg.qr(columns)[0].T)
             basis = Basis(drawn[k, d], np.ones(d, np.float32), float(k))
             whole = groups(block.name, block.length, k)
-            mean = gradient[block.offset : block.stop].copy()
+            mean = gradient[block.start : block.stop].copy()
             yield LayerBasis(block.name, block.length, k, mean, whole, (basis,) * len(whole))
 
 

@@ -35,7 +35,7 @@ from bench.common.texts import commit_text, machine_text, sentences
 from bench.drawing import page
 from bench.drawing.styles import METHOD_LABELS, method_color, method_style
 from bench.virtual.method_times import FLOAT32, METHODS, PHASES, DryRun, Gradient, build, iteration_s
-from gradiveq.aggregator import CONTROLS
+from gradiveq.over_ring.aggregator import CONTROLS
 from ring import dry
 from ring.cluster import Cluster, ClusterError, as_table
 from ring.cluster import parse as parse_cluster

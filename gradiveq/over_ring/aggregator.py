@@ -134,7 +134,9 @@ class Aggregator:
             self._packed = self._mirror.values[: self.layout.length]
             self._kernels = DeviceKernels(self._mirror.device)
         vector = self._driver.vector
-        plain = Planner(ring.rank, ring.size).plan("all_reduce", vector, IdentityCodec(), "mean", self._chunk_bytes, None)
+        plain = Planner(ring.rank, ring.size).plan(
+            "all_reduce", vector, IdentityCodec(), "mean", self._chunk_bytes, None
+        )
         self._dense_bytes = plain.stats.bytes_sent
         self._family = make_family(method, self.layout.blocks, rank=ring.rank, size=ring.size, seed=seed)
 

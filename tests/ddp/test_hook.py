@@ -17,19 +17,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from gradiveq.ddp.flaws import NOT_FINITE, REPLACED, UNKNOWN, Codes, any_flaw, flaw, is_hard, story, votes
+from gradiveq.ddp.memory import Memory, summed
 from torch.nn.parallel import DistributedDataParallel
 
-from gradiveq.codec import PCACodec
 from gradiveq.compressors.topk import TopK
 from gradiveq.ddp.bucket import Place, Plan
-from gradiveq.ddp.flaws import NOT_FINITE, REPLACED, UNKNOWN, Codes, any_flaw, flaw, is_hard, story, votes
-from gradiveq.ddp.group import Group
-from gradiveq.ddp.memory import Memory, summed
+from gradiveq.ddp.process_group import Group
 from gradiveq.ddp.state import State
 from gradiveq.flatten import Block
-from gradiveq.loss import Loss
+from gradiveq.over_ring.pca_codec import PCACodec
 from gradiveq.pca import PCAConfig, PCASampler
-from gradiveq.projection import Projection, squares
+from gradiveq.pca.loss import Loss
+from gradiveq.pca.projection import Projection, squares
 from ring.codec import Hop
 from tests.ddp.checks import CHECKS
 from tests.support.ddp_harness import Net

@@ -14,6 +14,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from gradiveq.ddp.compressors import CompressorScheme
+from gradiveq.ddp.flaws import NOT_FINITE, OVERFLOWED, Codes, flaw, flaw_on_device
+from gradiveq.ddp.lowrank import PowerSGDScheme
+from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
+from gradiveq.ddp.scheme import Rounds, Scheme, Traffic, Work, plain_rounds
+from gradiveq.ddp.windows import WindowsScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -28,14 +34,8 @@ from gradiveq.compressors.base import Draw, Float32
 from gradiveq.compressors.identity import Identity
 from gradiveq.ddp import native, native_bits
 from gradiveq.ddp.bucket import Parameters, Place, Plan
-from gradiveq.ddp.compressors import CompressorScheme
-from gradiveq.ddp.flaws import NOT_FINITE, OVERFLOWED, Codes, flaw, flaw_on_device
 from gradiveq.ddp.layers import compressible_layers
-from gradiveq.ddp.lowrank import PowerSGDScheme
-from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
-from gradiveq.ddp.scheme import Rounds, Scheme, Traffic, Work, plain_rounds
 from gradiveq.ddp.state import State
-from gradiveq.ddp.windows import WindowsScheme
 from gradiveq.ddp.wire import array_of
 from gradiveq.methods import Compressed
 from gradiveq.powersgd import PowerSGD

@@ -25,7 +25,7 @@ from gradiveq.compressors.base import Draw
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.randomk import RandomK
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import ErrorFeedback
+from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.methods import Compressed
 from gradiveq.powersgd import PowerSGD
 from gradiveq.specs import parse

@@ -46,7 +46,7 @@ def test_bitwise_as_on_the_host(method: Any) -> None:
 @pytest.mark.parametrize("changed", [{}, {"pipelined": False}, {"bits": 8, "bucket": 7}])
 def test_qsgd_quantised_there(changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """And by themselves in `test_device_qsgd`, which runs them here as well."""
-    monkeypatch.setattr("gradiveq.device_qsgd.FROM_ELEMENTS", 1)
+    monkeypatch.setattr("gradiveq.over_ring.staged_qsgd.FROM_ELEMENTS", 1)
     assert_bitwise(*both(QSGDRing(**({"bucket": 16} | changed)), 4, chunk_bytes=64, device=GPU))
 
 

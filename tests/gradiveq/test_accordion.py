@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gradiveq.accordion import CriticalRegimes, Span
+from gradiveq.exchange.critical_regimes import CriticalRegimes, Span
 
 Vector = npt.NDArray[np.float32]
 LAYERS = [Span("a", 0, 3), Span("b", 3, 10), Span("c", 10, 12)]

@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gradiveq.codec import PCACodec, gradient_codec
 from gradiveq.flatten import Block
-from gradiveq.qsgd import QSGD
+from gradiveq.over_ring.pca_codec import PCACodec, gradient_codec
+from gradiveq.over_ring.qsgd import QSGD
 from ring import Codec, Composite, Hop, IdentityCodec, Stats
 from ring.codec import Array
 from ring.lockstep import LockstepRing, run

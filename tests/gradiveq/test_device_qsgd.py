@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradiveq.strategy import Direct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.kernels import device as bench_device
 from gradiveq import QSGDRing
-from gradiveq.device import Lane
-from gradiveq.qsgd import QSGD
-from gradiveq.strategy import Direct
+from gradiveq.over_ring.qsgd import QSGD
+from gradiveq.over_ring.staging import Lane
 from ring.codec import Hop
 from tests.support.aggregators import noise
 from tests.support.on_devices import CPU, assert_bitwise, both
@@ -163,7 +163,7 @@ def test_no_float_crosses_the_bus(on_device: None, monkeypatch: pytest.MonkeyPat
             copied.append(("to the device", host.dtype, host.nbytes))
             super().push(target, host)
 
-    monkeypatch.setattr("gradiveq.device.Lane", Counting)
+    monkeypatch.setattr("gradiveq.over_ring.staging.Lane", Counting)
     size = 2
     both(QSGDRing(bucket=16), 1, noise, size=size)
     assert {dtype for _, dtype, _ in copied} == {torch.int32}

@@ -21,9 +21,9 @@ from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
 from gradiveq.exchange import ErrorFeedback, Master, Part, Worker, exchange_here
+from gradiveq.exchange.message import LENGTH_BYTES, pack, unpack
+from gradiveq.exchange.parts import group_parts, layer_parts, model_parts
 from gradiveq.flatten import Layout
-from gradiveq.message import LENGTH_BYTES, pack, unpack
-from gradiveq.parts import group_parts, layer_parts, model_parts
 
 Vector = npt.NDArray[np.float32]
 LENGTH, WORKERS, STEPS = 40, 3, 12
@@ -330,7 +330,7 @@ def test_layers_and_the_model() -> None:
     layout = Layout(model())
     parts = layer_parts(layout.blocks, TopK(), [("*.bias", Identity()), ("3.weight", Half())])
     assert [(part.name, part.start, part.stop) for part in parts] == [
-        (block.name, block.offset, block.stop) for block in layout.blocks
+        (block.name, block.start, block.stop) for block in layout.blocks
     ]
     assert {part.name: part.compressor for part in parts} == {
         "0.weight": TopK(),

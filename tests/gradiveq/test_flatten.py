@@ -59,7 +59,7 @@ def test_unpack_inverts_pack(shapes: list[list[int]], dtype: torch.dtype) -> Non
         p.grad = torch.randn(p.shape, generator=generator).to(dtype)
     before = [gradient(p).clone() for p in model.parameters()]
     layout = Layout(model)
-    assert [b.offset for b in layout.blocks] == list(np.cumsum([0, *(b.length for b in layout.blocks)]))[:-1]
+    assert [b.start for b in layout.blocks] == list(np.cumsum([0, *(b.length for b in layout.blocks)]))[:-1]
     vector = np.full(layout.length, np.nan, np.float32)
     layout.pack(vector)
     assert all(torch.equal(gradient(p), old) for p, old in zip(model.parameters(), before, strict=True))

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gradiveq.codec import PCACodec, gradient_codec
 from gradiveq.flatten import Block
-from gradiveq.loss import Loss
+from gradiveq.over_ring.pca_codec import PCACodec, gradient_codec
 from gradiveq.pca import Basis, Float32, LayerBasis, PCAConfig, PCASampler, groups
+from gradiveq.pca.loss import Loss
 from ring import lockstep
 from ring.codec import Hop, IdentityCodec
 from ring.handle import Ring

@@ -50,13 +50,13 @@ def noise(rank: int, call: int, length: int = LENGTH, decay: bool = False) -> Ve
 
 def storage_matrix(block: Block, vector: Any) -> Any:
     """(outputs, inputs), its columns in the order of the vector: (h, w, depth) of a convolution."""
-    part = vector[block.offset : block.stop]
+    part = vector[block.start : block.stop]
     rows, columns = matrix_shape(block.shape)
     return part.reshape(columns, rows).T if block.compressed else part.reshape(rows, columns)
 
 
 def write(block: Block, vector: Any, matrix: Any) -> None:
-    vector[block.offset : block.stop] = (matrix.T if block.compressed else matrix).reshape(-1)
+    vector[block.start : block.stop] = (matrix.T if block.compressed else matrix).reshape(-1)
 
 
 class Restated:
@@ -200,7 +200,7 @@ def test_a_layer_that_would_not_be_smaller_goes_uncompressed_and_exactly() -> No
     powersgd_here(workers, gradients, out, 0)
     mean = (gradients[0] + gradients[1] + gradients[2]) / np.float32(3)
     for block in BLOCKS:
-        place = slice(block.offset, block.stop)
+        place = slice(block.start, block.stop)
         if method.rank_of(block.shape) is None:
             assert (out[place] == mean[place]).all()
             assert (workers[0].state_dict()["memory"][place] == 0).all()
@@ -325,11 +325,11 @@ def test_overflow_is_found_on_all_and_changes_nothing(where: str) -> None:
     block = next(block for block in BLOCKS if block.name == where)
     gradients = [noise(rank, 1) for rank in range(2)]
     for gradient in gradients:
-        gradient[block.offset : block.stop] = 3e38
+        gradient[block.start : block.stop] = 3e38
     with pytest.raises(OverflowError, match="overflows float32 in call 1"):
         powersgd_here(workers, gradients, out, 1)
-    assert not np.isfinite(out[block.offset : block.stop]).any()
-    assert np.isfinite(np.delete(out, slice(block.offset, block.stop))).all()
+    assert not np.isfinite(out[block.start : block.stop]).any()
+    assert np.isfinite(np.delete(out, slice(block.start, block.stop))).all()
     for worker, state in zip(workers, before, strict=True):
         assert worker.state_dict()["total_error"] == state["total_error"]
         assert (worker.state_dict()["memory"] == state["memory"]).all()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from gradiveq.qsgd import QSGD, Norm, level_variance
+from gradiveq.over_ring.qsgd import QSGD, Norm, level_variance
 from ring.codec import Array, Hop
 
 FLOAT32 = np.dtype(np.float32)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradiveq.methods import METHODS, GradiVeQ, Plain, QSGDRing
+from gradiveq.pca.schedule import CHECK_EVERY, LossWatch, Schedule, majority
 from gradiveq.powersgd import PowerSGD
-from gradiveq.schedule import CHECK_EVERY, LossWatch, Schedule, majority
 
 
 def phases(schedule: Schedule, count: int, **advance: bool) -> list[str]:

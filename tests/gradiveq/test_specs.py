@@ -13,7 +13,7 @@ from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import ErrorFeedback
+from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Plain, QSGDRing
 from gradiveq.powersgd import PowerSGD
 from gradiveq.specs import describe, known_names, parse, settled

@@ -15,10 +15,10 @@ import torch
 from bench.job.checkpoint import restored, storable
 from bench.job.report import threshold_text
 from gradiveq import Aggregator, NonFiniteGradient, Report
-from gradiveq.accordion import CriticalRegimes, Span
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.identity import Identity
 from gradiveq.exchange import ErrorFeedback, Worker, exchange_here
+from gradiveq.exchange.critical_regimes import CriticalRegimes, Span
 from gradiveq.flatten import Layout
 from gradiveq.methods import Accordion, AutoThreshold, Compressed, Method, applied
 from gradiveq.noise import NoiseWindow, auto_threshold, simple_threshold
@@ -248,7 +248,7 @@ def test_accordion_is_its_two_settings() -> None:
     workers = [
         Worker(low, layout.length, rank=rank, size=size, seed=5, feedback=ErrorFeedback()) for rank in range(size)
     ]
-    regimes = CriticalRegimes([Span(b.name, b.offset, b.stop) for b in layout.blocks], interval=4, window=2)
+    regimes = CriticalRegimes([Span(b.name, b.start, b.stop) for b in layout.blocks], interval=4, window=2)
     out = np.empty(layout.length, np.float32)
     densities = set()
     for iteration in range(iterations):

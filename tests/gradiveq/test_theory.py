@@ -25,7 +25,7 @@ from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.terngrad import TernGrad
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import Part
+from gradiveq.exchange.parts import Part
 from gradiveq.theory import Measured, error_bound, lemma1, measure, noise, squared_norm
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=150)

@@ -83,7 +83,10 @@ def test_all_can_be_imported_that_needs_no_extra(installed: Installed, tmp_path:
     assert all(file.startswith(environment) for file in out["where"])
     assert not out["extras"]
     mpi = {f"ring.{name}" for name in ("abort", "bench", "calibrate", "mpi", "probe", "world")}
-    triton = {"gradiveq.device_qsgd", "gradiveq.qsgd_triton"}  # which torch's builds for GPUs bring along
+    triton = {
+        "gradiveq.over_ring.staged_qsgd",
+        "gradiveq.over_ring.qsgd_triton",
+    }  # which torch's builds for GPUs bring along
     assert {name for name in out["missing"] if not name.startswith("bench.")} - triton == mpi
     for name, said in out["missing"].items():
         expected = "triton" if name in triton else r"pip install 'gradiveq\[\w+\]'"

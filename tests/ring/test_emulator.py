@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradiveq.codec import PCASizes
-from gradiveq.qsgd import QSGD
+from gradiveq.over_ring.pca_codec import PCASizes
+from gradiveq.over_ring.qsgd import QSGD
 from ring import Codec, Composite, IdentityCodec, RingMismatch, dry, lockstep
 from ring.cluster import Cluster, ClusterError, Racks, parse
 from ring.codec import Array, Hop, Payload
@@ -522,7 +522,7 @@ def test_arguments_of_dry_runs() -> None:
 MPI_AND_LOCKSTEP = """
     import numpy as np
     from mpi4py import MPI
-    from gradiveq.qsgd import QSGD
+    from gradiveq.over_ring.qsgd import QSGD
     from ring import lockstep
     from ring.abort import end_together
     from ring.cluster import parse

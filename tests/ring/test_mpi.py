@@ -22,9 +22,9 @@ COMPARE = """
     from ring.lockstep import run
     from ring.abort import end_together
     from ring.mpi import MPIRing
-    from gradiveq.qsgd import QSGD
+    from gradiveq.over_ring.qsgd import QSGD
     from tests.support.bases import fitted
-    from gradiveq.codec import PCACodec
+    from gradiveq.over_ring.pca_codec import PCACodec
     from tests.support.toy_codecs import HalfPerHop, PairSums
 
     end_together()

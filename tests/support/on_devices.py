@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradiveq import GradiVeQ, Plain, Report
-from gradiveq.device import Lane
+from gradiveq.over_ring.staging import Lane
 from ring.lockstep import run
 from tests.support.aggregators import assert_same_bits, noise, subspace, train
 

@@ -189,8 +189,8 @@ def fitted(ring: Ring, dataset: Any, options: argparse.Namespace) -> tuple[Array
     from bench.job.train import Settings, Trainer
     from bench.models import resnet32
     from gradiveq import Plain
-    from gradiveq.codec import gradient_codec
     from gradiveq.flatten import Layout, slice_sizes
+    from gradiveq.over_ring.pca_codec import gradient_codec
     from gradiveq.pca import PCAConfig, PCASampler
 
     model = resnet32(dataset.num_classes, seed=options.seed)
@@ -256,7 +256,9 @@ def measured(
             stats = used.all_reduce(vector, codec, timeline=timeline, chunk_bytes=chunk_bytes)
         if number >= WARM_CALLS:
             kept.append(records(timeline if timeline.virtual is None else timeline.virtual))
-    runs = [RunTrace("wall" if cluster is None else "virtual", rows) for rows in zip(*workers.gather(kept), strict=True)]
+    runs = [
+        RunTrace("wall" if cluster is None else "virtual", rows) for rows in zip(*workers.gather(kept), strict=True)
+    ]
     lengths = [end_s - start_s for start_s, end_s in (run.span() for run in runs)]
     median = lengths.index(statistics.median_low(lengths))
     return {

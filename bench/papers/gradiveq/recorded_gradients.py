@@ -86,7 +86,7 @@ class GradientRecorder:
             return False
         self._layout.pack(self._vector)
         for name, block in self._blocks.items():
-            self._values[name][self.recorded] = self._vector[block.offset : block.stop]
+            self._values[name][self.recorded] = self._vector[block.start : block.stop]
         self.recorded += 1
         return True
 

@@ -15,9 +15,10 @@ from bench.data.libsvm import load_libsvm
 from bench.papers.hard_threshold import tasks
 from bench.simulated import logistic
 from bench.simulated.training import Aggregation, CompressedMean, ExactMean, Observer, Step, simulate
-from gradiveq.accordion import CriticalRegimes, Span
 from gradiveq.compressors import COMPRESSORS, Compressor
-from gradiveq.exchange import ErrorFeedback, Part
+from gradiveq.exchange.critical_regimes import CriticalRegimes, Span
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.parts import Part
 from gradiveq.flatten import Layout
 
 Spec = Mapping[str, Any]
@@ -77,7 +78,7 @@ def _network(spec: Spec, checkpoint: Path) -> dict[str, Any]:
     per_epoch = task.iterations_per_epoch
     iterations = max(1, round(spec["epochs"] * per_epoch))
     rate = schedule(spec, per_epoch)
-    layers = [Part(block.name, block.offset, block.stop, _IDENTITY) for block in Layout(task.model).blocks]
+    layers = [Part(block.name, block.start, block.stop, _IDENTITY) for block in Layout(task.model).blocks]
     aggregation, observers = _aggregation(spec, layers, rate, iterations)
     record_every = max(1, iterations // POINTS)
     result = simulate(
@@ -181,7 +182,7 @@ def threshold_for(least: float, length: int) -> float:
 
 
 class AccordionObserver(Observer):
-    """Gives each layer the compressor that `gradiveq.accordion` chooses for its regime.
+    """Gives each layer the compressor that `gradiveq.exchange.critical_regimes` chooses for its regime.
 
     Args:
         aggregation: whose workers' parts are replaced.

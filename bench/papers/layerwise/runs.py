@@ -25,9 +25,8 @@ from bench.simulated.training import (
 )
 from gradiveq import theory
 from gradiveq.compressors import COMPRESSORS
-from gradiveq.exchange import Part
+from gradiveq.exchange.parts import Part, layer_parts, model_parts
 from gradiveq.flatten import Layout
-from gradiveq.parts import layer_parts, model_parts
 
 #: Records and measurements of a run, so that it can be drawn.
 POINTS = 25

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from bench import figures
 from bench.clusters import names
-from bench.emulation import MOST_THREADS, choose, note
+from bench.drawing import page as figure_page
+from bench.job import figures as run_figures
+from bench.job.emulated_cluster import MOST_THREADS, choose, note
+from bench.job.report import text
 from bench.report import text
 from ring import perfetto
 from ring.cluster import ClusterError, parse, read
@@ -35,11 +37,6 @@ from tests.support.jobs import (
     write_idx,
 )
 
-from bench.clusters import names
-from bench.drawing import page as figure_page
-from bench.job import figures as run_figures
-from bench.job.emulated_cluster import MOST_THREADS, choose, note
-from bench.job.report import text
 pytestmark = pytest.mark.slow
 
 #: Processor time that isn't in the table counts for almost nothing, so that seconds are the same in every run.

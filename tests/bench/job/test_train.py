@@ -31,8 +31,8 @@ from bench.job.train import (
     weights_digest,
 )
 from bench.models import resnet_cifar
-from gradiveq.aggregator import NonFiniteGradient
 from gradiveq.methods import GradiVeQ, Method, Plain, QSGDRing
+from gradiveq.over_ring.aggregator import NonFiniteGradient
 from gradiveq.running_noise import RunningNoise, estimate_here
 from gradiveq.specs import parse
 from ring.cluster import Cluster, Link, Node

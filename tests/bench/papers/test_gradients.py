@@ -43,7 +43,7 @@ def test_order_is_that_of_the_flattening(tmp_path):
         layout.pack(vector)
         for name, rows in expected.items():
             block = blocks[f"{name}.weight"]
-            rows.append(vector[block.offset : block.stop])
+            rows.append(vector[block.start : block.stop])
     recorder.save(tmp_path / "g.npz", ABOUT)
     recording = gradients.load(tmp_path / "g.npz")
     assert recording.shapes == {"conv1": (3, 3, 3, 16), "layer2.0.conv1": (3, 3, 16, 32)}

@@ -42,9 +42,9 @@ from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import ErrorFeedback, Part
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.parts import Part, layer_parts
 from gradiveq.flatten import Layout
-from gradiveq.parts import layer_parts
 from gradiveq.specs import parse as parse_method
 from ring.handle import Ring
 from ring.lockstep import run as run_in_lockstep

@@ -15,10 +15,10 @@ from bench.models import resnet_cifar
 from bench.papers.gradiveq import timing as paper_timing
 from bench.papers.gradiveq.stated_times import COMPRESS, PAPER, SAMPLE, WINDOW
 from bench.virtual.method_times import Gradient
-from gradiveq.aggregator import CONTROLS, Aggregator
-from gradiveq.codec import gradient_codec
 from gradiveq.flatten import slice_sizes
 from gradiveq.methods import GradiVeQ, Plain, QSGDRing
+from gradiveq.over_ring.aggregator import CONTROLS, Aggregator
+from gradiveq.over_ring.pca_codec import gradient_codec
 from gradiveq.pca import Basis, LayerBasis, PCAConfig, groups
 from ring import lockstep
 from ring.cluster import Cluster

@@ -24,7 +24,8 @@ from bench.simulated.training import Aggregation, ExactMean, Images, Observer, S
 from gradiveq import Aggregator
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.terngrad import TernGrad
-from gradiveq.exchange import ErrorFeedback, Part
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.parts import Part
 from gradiveq.flatten import Layout
 from gradiveq.methods import Compressed
 from gradiveq.running_noise import RunningNoise, estimate_here
@@ -65,7 +66,7 @@ def network(*, batch_norm: bool = False, dropout: float = 0.0, seed: int = 0) ->
 
 
 def parts(model: nn.Module, compressor: Any = None) -> list[Part]:
-    return [Part(block.name, block.offset, block.stop, compressor or Identity()) for block in Layout(model).blocks]
+    return [Part(block.name, block.start, block.stop, compressor or Identity()) for block in Layout(model).blocks]
 
 
 def weights(model: nn.Module) -> Tensor:

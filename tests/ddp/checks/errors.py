@@ -15,7 +15,7 @@ from gradiveq import GradiVeQ, Plain, QSGDRing
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import ErrorFeedback
+from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.methods import Accordion, AutoThreshold, Compressed
 from gradiveq.powersgd import PowerSGD
 from gradiveq.report import FitError

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
@@ -17,7 +18,6 @@ from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.topk import TopK
-from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
 from gradiveq.flatten import Block
 from gradiveq.methods import Compressed, takes_mean

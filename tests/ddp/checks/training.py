@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
 from torch import Tensor, nn
 
 import gradiveq.ddp as ddp
@@ -17,8 +18,7 @@ from gradiveq import GradiVeQ, NonFiniteGradient, Plain
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.topk import TopK
-from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
-from gradiveq.exchange import ErrorFeedback
+from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.methods import Compressed
 from gradiveq.powersgd import PowerSGD
 from tests.ddp.checks.methods import FULL_RANK, windows

@@ -27,7 +27,7 @@ from gradiveq.compressors import COMPRESSORS, Compressor, Constants, Draw
 from gradiveq.compressors.base import Array, Float32
 from gradiveq.compressors.identity import Identity
 from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
-from gradiveq.message import LENGTH_BYTES
+from gradiveq.exchange.message import LENGTH_BYTES
 from gradiveq.theory import error_bound, lemma1, measure, squared_norm
 
 SIZE = 3

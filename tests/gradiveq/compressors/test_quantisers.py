@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from gradiveq.arrays.reductions import largest, standard_deviation, sum_of_magnitudes, sum_of_squares
 from gradiveq.compressors import Compressor, Draw
 from gradiveq.compressors.base import Array, Float32
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.integer import Integer
 from gradiveq.compressors.natural import Natural
 from gradiveq.compressors.qsgd_gather import QSGDGather
-from gradiveq.compressors.reductions import largest, standard_deviation, sum_of_magnitudes, sum_of_squares
 from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.terngrad import TernGrad
 

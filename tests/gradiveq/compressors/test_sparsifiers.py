@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradiveq.arrays.bits import pack, packed_bytes, unpack
+from gradiveq.arrays.select import at_least, top_k
 from gradiveq.compressors import select
 from gradiveq.compressors.adacomp import AdaComp
 from gradiveq.compressors.adaptive import Adaptive
 from gradiveq.compressors.base import Compressor, Draw
-from gradiveq.compressors.bits import pack, packed_bytes, unpack
 from gradiveq.compressors.randomk import RandomK
-from gradiveq.compressors.select import at_least, top_k
 from gradiveq.compressors.sparse import decode_positions, encode_positions, positions_bytes
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
