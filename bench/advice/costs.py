@@ -20,9 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gradiveq.ddp.flaws import Codes
-from gradiveq.ddp.scheme import Scheme, Traffic, Work
-from gradiveq.windows import basis_state
 from torch import Tensor, nn
 from torch.futures import Future
 from tqdm import tqdm
@@ -31,13 +28,19 @@ from bench.advice.model import Assigned, Profile, Task, assign_buckets, profile
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.randomk import RandomK
-from gradiveq.ddp.bucket import Parameters, Plan
+from gradiveq.ddp.bucket import Parameters
+from gradiveq.ddp.driver import Delivery, carried
 from gradiveq.ddp.layers import compressible_layers
-from gradiveq.ddp.methods import make_scheme
-from gradiveq.ddp.process_group import Group
-from gradiveq.flatten import slice_sizes
+from gradiveq.ddp.methods import make_hook_family
+from gradiveq.ddp.process_group import ProcessGroup
+from gradiveq.exchange.family import Family
+from gradiveq.exchange.flaws import Codes
+from gradiveq.exchange.requests import Iteration
+from gradiveq.flatten import Bucket, slice_sizes
 from gradiveq.methods import Compressed, GradiVeQ, Method, Plain
-from gradiveq.pca import Basis, LayerBasis, groups, held_bytes
+from gradiveq.pca import Basis, LayerBasis, held_bytes
+from gradiveq.pca.basis import basis_state
+from gradiveq.sizes import sized_bases
 
 #: How plain DDP is called among the methods.
 PLAIN = "plain DDP"
@@ -123,7 +126,7 @@ class MethodCost:
         return sum(sent.num_bytes for bucket in self.buckets for one in bucket.rounds for sent in one.sent)
 
 
-class Alone(Group):
+class Alone(ProcessGroup):
     """A process group of `size` in which nothing is sent: sums are this worker's own, and all gathered are alike.
 
     Attributes:
@@ -257,7 +260,7 @@ def _run(
     method: Method, model: nn.Module, buckets: Sequence[Assigned], size: int, repeats: int, also: Sequence[str]
 ) -> MethodCost:
     group, parameters = Alone(size), Parameters(model)
-    scheme = make_scheme(
+    family = make_hook_family(
         method,  # type: ignore[arg-type]
         model,
         parameters,
@@ -267,48 +270,49 @@ def _run(
         min_ratio=1.0,
         also=also,
     )
-    plans = [parameters.plan(SimpleNamespace(parameters=lambda of=of: of.parameters)) for of in buckets]
+    contents = [parameters.contents(SimpleNamespace(parameters=lambda of=of: of.parameters)) for of in buckets]
     bases: dict[str, LayerBasis] = {}
     if isinstance(method, GradiVeQ):
         bases = {basis.name: basis for basis in random_bases(method, model, parameters, also)}
-        scheme.load_state_dict(_compressing(bases))
-    buffers = [_filled(plan, parameters) for plan in plans]
+        family.load_state_dict(_compressing(bases))
+    buffers = [_filled(one, parameters) for one in contents]
     codes = Codes(size, len(parameters.names))
     rows = []
     for repeat in range(repeats):
-        scheme.begin(START + repeat, Traffic())
+        family.skip()
+        now = Iteration(START + repeat)
         works = [
-            Work(plan, buffer.clone(), START + repeat, index, 0, None, group, codes)
-            for index, (plan, buffer) in enumerate(zip(plans, buffers, strict=True))
+            Delivery(one, buffer.clone(), now, index, 0, None, group, codes)
+            for index, (one, buffer) in enumerate(zip(contents, buffers, strict=True))
         ]
-        rows.append([_exchanged(scheme, work, group) for work in works])
+        rows.append([_exchanged(family, work, group) for work in works])
         if not isinstance(method, GradiVeQ):
-            scheme.end(True)
+            family.accept(now)
     found = []
-    for index, plan in enumerate(plans):
+    for index, one in enumerate(contents):
         runs = [row[index] for row in rows[1:]]
         computing = [median(column) for column in zip(*(spent for spent, _ in runs), strict=True)]
         sent = runs[-1][1]
         # A varying payload's length is that of the last run.
         rounds = tuple(RoundCost(s, tuple(what)) for s, what in zip(computing[:-1], sent, strict=True))
-        multiplications = sum(_multiplications(bases[name]) for name in plan.names if name in bases)
-        found.append(BucketCost(rounds, computing[-1], 0.0, plan.length, multiplications))
+        multiplications = sum(_multiplications(bases[name]) for name in one.names if name in bases)
+        found.append(BucketCost(rounds, computing[-1], 0.0, one.length, multiplications))
     by_rates = isinstance(method, Plain | GradiVeQ) or (
         isinstance(method, Compressed) and isinstance(method.compressor, ONE_PASS) and method.master is None
     )
     if isinstance(method, GradiVeQ):
         return MethodCost(tuple(found), *_gradiveq_memory(method, bases), by_rates=by_rates)
-    return MethodCost(tuple(found), _tensor_bytes(scheme.state_dict()), by_rates=by_rates)
+    return MethodCost(tuple(found), _tensor_bytes(family.state_dict()), by_rates=by_rates)
 
 
-def _exchanged(scheme: Scheme, work: Work, group: Alone) -> tuple[list[float], list[list[SentBytes]]]:
+def _exchanged(family: Family, work: Delivery, group: Alone) -> tuple[list[float], list[list[SentBytes]]]:
     """One bucket's exchange: seconds before each round and after the last; what each round sends."""
     spent: list[float] = []
     sent: list[list[SentBytes]] = []
     group.sent, group.spent_s = [], 0.0
     begin = time.thread_time()
     _is_finite(work.buffer)  # as the State does on both ends
-    rounds = scheme.rounds(work)
+    rounds = carried(family, work)
     while True:
         begun = next(rounds, None)
         spent.append(time.thread_time() - begin - group.spent_s)
@@ -327,13 +331,13 @@ def _is_finite(values: Tensor) -> bool:
     return bool(torch.linalg.vector_norm(values, torch.inf).isfinite())
 
 
-def _filled(plan: Plan, parameters: Parameters) -> Tensor:
+def _filled(contents: Bucket, parameters: Parameters) -> Tensor:
     """A bucket with the model's gradients."""
-    buffer = torch.zeros(plan.length)
-    for place in plan.places:
-        gradient = parameters.tensors[place.index].grad
+    buffer = torch.zeros(contents.length)
+    for block in contents.blocks:
+        gradient = parameters.tensors[block.index].grad
         if gradient is not None:
-            place.view(buffer).copy_(gradient)
+            block.view(buffer).copy_(gradient)
     return buffer
 
 
@@ -346,26 +350,16 @@ def random_bases(method: GradiVeQ, model: nn.Module, parameters: Parameters, als
     drawn: dict[tuple[int, int], Basis] = {}
     generator = np.random.default_rng(0)
     layers = compressible_layers(model, parameters, also)
-    sizes = slice_sizes(layers, method.slice_size)
-    bases = []
-    for layer in layers:
-        k = sizes[layer.name]
+    for k in slice_sizes(layers, method.slice_size).values():
         d = method.pca.wanted_components(k)
-        if d is None:
-            raise ValueError("with a loss threshold it depends on the data what GradiVeQ sends: give it a ratio")
-        if (k, d) not in drawn:
+        if d is not None and (d, k) not in drawn:
             components = generator.standard_normal((d, k), dtype=np.float32) / np.float32(np.sqrt(k))
-            drawn[k, d] = Basis(components, np.ones(d, np.float32), float(k))
-        cut = groups(layer.name, layer.length, k, method.reuse)
-        mean = np.zeros(layer.length, np.float32)
-        basis = LayerBasis(layer.name, layer.length, k, mean, cut, (drawn[k, d],) * len(cut))
-        if basis.ratio >= 1:
-            bases.append(basis)
-    return bases
+            drawn[d, k] = Basis(components, np.ones(d, np.float32), float(k))
+    return [basis for basis in sized_bases(method, layers, drawn) if basis.ratio > 1]
 
 
 def _compressing(bases: Mapping[str, LayerBasis]) -> dict[str, Any]:
-    """The state of GradiVeQ's scheme in the middle of a window, as a checkpoint has it."""
+    """The state of GradiVeQ's family in the middle of a window, as a checkpoint has it."""
     return {
         "windows": {
             "schedule": {"phase": "compress", "done": 1, "window": 0},
@@ -375,6 +369,10 @@ def _compressing(bases: Mapping[str, LayerBasis]) -> dict[str, Any]:
         },
         "sampler": None,
         "fit_due": False,
+        "iteration": START,
+        "memory": {},
+        "momentum": {},
+        "total_error": 0.0,
         "bases": [_as_tensors(basis_state(basis)) for basis in bases.values()],
     }
 

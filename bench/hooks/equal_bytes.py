@@ -20,17 +20,17 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-from gradiveq.ddp.flaws import CODE_BYTES
 from torch import nn
 
 from gradiveq.compressors.base import Compressor
 from gradiveq.ddp.methods import DDPMethod
+from gradiveq.exchange.flaws import CODE_BYTES
 from gradiveq.flatten import Block, Layout, slice_sizes
 from gradiveq.methods import Compressed, GradiVeQ, Plain
 from gradiveq.pca import check_components, groups
 from gradiveq.powersgd import PowerSGD
+from gradiveq.sizes import Handed, bases_handed, handed
 from gradiveq.specs import parse, settled
 
 TORCH = "torch:"
@@ -48,25 +48,6 @@ RATIOS, FRACTIONS = (1.0, 1e4), (1e-5, 1.0)
 DIGITS = 3
 #: What is further than this from the bytes that are wanted is not compared at equal bytes.
 TOLERANCE = 0.12
-
-
-class Handed(NamedTuple):
-    """Bytes that one rank hands to collectives of each kind."""
-
-    all_reduce: float = 0.0
-    all_gather: float = 0.0
-    broadcast: float = 0.0
-
-    def plus(self, other: Handed) -> Handed:
-        return Handed(*(a + b for a, b in zip(self, other, strict=True)))
-
-    def times(self, factor: float) -> Handed:
-        return Handed(*(factor * value for value in self))
-
-    def sent(self, size: int) -> float:
-        """What of it a rank sends; of a single rank, what one of two would."""
-        others = max(2, size) - 1
-        return others * (self.all_gather + (2 * self.all_reduce + self.broadcast) / (others + 1))
 
 
 @dataclass(frozen=True)
@@ -130,25 +111,10 @@ def iteration_bytes(text: str, blocks: Sequence[Block]) -> Handed:
     method = method_of(text, 0)
     if method is None:
         method = PowerSGD(int(text.rpartition(":")[2]), min_compression_rate=TORCH_MIN_RATE)
-    if isinstance(method, PowerSGD):
-        return Handed(all_reduce=sum(method.payload_bytes(block.shape) for block in blocks))
-    if isinstance(method, GradiVeQ):
-        return Handed(all_reduce=4 * (elements - _convolutions(blocks) + _coded(method, blocks)))
-    if isinstance(method, Compressor):
-        method = Compressed(method)
-    if isinstance(method, Compressed):
-        plain = [replace(block, compressed=False) for block in blocks]
-        reduced = gathered = 0
-        for part in method.parts(plain):
-            size, as_is = part.compressor.payload_bytes(part.length), 4 * part.length
-            if part.compressor.fixed_size and size > as_is:  # `State(min_ratio=1)` leaves such a layer alone
-                reduced += as_is
-            elif part.compressor.collective == "all_reduce":
-                reduced += size
-            else:
-                gathered += size
-        return Handed(all_reduce=reduced, all_gather=gathered + CODE_BYTES if gathered else 0)
-    return Handed(all_reduce=4 * elements)
+    # As the hook has them: no convolution in the order of Fig. 3a, but for GradiVeQ.
+    as_stored = blocks if isinstance(method, GradiVeQ) else [replace(block, compressed=False) for block in blocks]
+    found = handed(method, as_stored)
+    return found.plus(Handed(all_gather=CODE_BYTES)) if found.all_gather else found
 
 
 def run_bytes(text: str, blocks: Sequence[Block], length: Length) -> Handed:
@@ -168,39 +134,9 @@ def run_bytes(text: str, blocks: Sequence[Block], length: Length) -> Handed:
         whole, rest = divmod(length.iterations - uncompressed, method.sample + method.compress)
         uncompressed += whole * method.sample + min(rest, method.sample)
         windows = whole + (rest > method.sample)
-        bases = Handed(broadcast=4.0 * windows * _bases(method, method.sample, blocks))
+        bases = bases_handed(method, blocks, method.sample).times(windows)
     compressed = iteration_bytes(text, blocks).times(length.iterations - uncompressed)
     return dense.times(uncompressed).plus(compressed).plus(bases).times(1 / length.iterations)
-
-
-def _convolutions(blocks: Sequence[Block]) -> int:
-    return sum(block.length for block in blocks if block.compressed)
-
-
-def _components(method: GradiVeQ, slice_size: int) -> int:
-    wanted = method.pca.wanted_components(slice_size)
-    if wanted is None:
-        raise ValueError("`ratio` or `n_components` must be given: a loss threshold doesn't tell the bytes before")
-    return wanted
-
-
-def _coded(method: GradiVeQ, blocks: Sequence[Block]) -> int:
-    """Floats of all convolutions."""
-    return sum(
-        group.num_slices * _components(method, k)
-        for block, k in _sliced(method, blocks)
-        for group in groups(block.name, block.length, k, method.pca.reuse)
-    )
-
-
-def _bases(method: GradiVeQ, samples: int, blocks: Sequence[Block]) -> int:
-    """Floats that are broadcast once a window (`gradiveq.pca.PCASampler.share`)."""
-    floats = 0
-    for block, k in _sliced(method, blocks):
-        d = _components(method, k)
-        each = 1 + d + d * (k if method.fit_slices == "all" else min(k, samples))
-        floats += each * len(groups(block.name, block.length, k, method.pca.reuse))
-    return floats
 
 
 def _check(method: GradiVeQ, samples: int, blocks: Sequence[Block]) -> None:

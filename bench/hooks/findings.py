@@ -12,8 +12,9 @@ from tabulate import tabulate
 from bench.common.statistics import Quartiles, spread_text
 from bench.common.texts import number
 from bench.experiments.findings import select
-from bench.hooks.equal_bytes import PLAIN, Entry, Handed
+from bench.hooks.equal_bytes import PLAIN, Entry
 from bench.hooks.runs import SAMPLING, TIME, TRAIN
+from gradiveq.sizes import Handed
 
 Runs = Mapping[str, Mapping[str, Any]]
 #: An accuracy counts as reached at plain DDP's mean less so much.

@@ -38,9 +38,10 @@ from bench.common.launch import INTERRUPTED
 from bench.common.learning_rate import rise_and_fall
 from bench.data import Batches, Dataset, evaluation_batches, load
 from bench.experiments.grid import GridError, run_grid
-from bench.hooks.equal_bytes import CASTS, PLAIN, TORCH_MIN_RATE, TORCH_POWERSGD, Handed, method_of
+from bench.hooks.equal_bytes import CASTS, PLAIN, TORCH_MIN_RATE, TORCH_POWERSGD, method_of
 from bench.models import MODELS
 from gradiveq.methods import GradiVeQ
+from gradiveq.sizes import Handed
 
 TRAIN, TIME = "train", "time"
 EVALUATION_BATCH = 250

@@ -1,7 +1,7 @@
 """How near a device comes to its limits, in a minute or two: `python -m bench.device [--device cuda] [--out FOLDER]`.
 
 What GradiVeQ, QSGD (if Triton is there) and the half-precision compressor do with a gradient on a device
-(`gradiveq.over_ring.staging`, `gradiveq.pca.projection`, `gradiveq.over_ring.qsgd_triton`, `gradiveq.ddp.native`), copies between it and the
+(`gradiveq.over_ring.staging`, `gradiveq.pca.projection`, `gradiveq.over_ring.qsgd_triton`, `gradiveq.device`), copies between it and the
 host, and a whole exchange of one worker with itself: encode, copy to the host, a ring of one, copy back, decode.
 
     limit of memory    a copy of a large vector on the device: its bytes are read and written
@@ -39,11 +39,11 @@ from bench.common.files import write_atomically, write_json
 from bench.common.statistics import Quartiles, half_range_text
 from gradiveq.compressors.base import Draw
 from gradiveq.compressors.half import Half
-from gradiveq.ddp import native
 from gradiveq.flatten import Block
 from gradiveq.over_ring.qsgd import QSGD
 from gradiveq.over_ring.staging import Mirror, OnDevice, StagedLayers, staged_plain
-from gradiveq.pca import Basis, Group, LayerBasis
+from gradiveq.pca import Basis, LayerBasis, SliceGroup
+from gradiveq.pca.coding import Bases
 from gradiveq.pca.projection import Projection
 from ring.handle import Ring
 from ring.lockstep import run
@@ -77,7 +77,7 @@ def basis(length: int, slice_size: int) -> LayerBasis:
     components = np.linalg.qr(generator.standard_normal((slice_size, d)))[0].T.astype(np.float32)
     one = Basis(np.ascontiguousarray(components), np.ones(d, np.float32), float(slice_size))
     mean = generator.standard_normal(length, dtype=np.float32)
-    return LayerBasis("layer", length, slice_size, mean, (Group("layer", 0, length, slice_size),), (one,))
+    return LayerBasis("layer", length, slice_size, mean, (SliceGroup("layer", 0, length, slice_size),), (one,))
 
 
 def operations(device: torch.device, length: int, square: int, ring: Ring) -> list[TimedOperation]:
@@ -88,7 +88,7 @@ def operations(device: torch.device, length: int, square: int, ring: Ring) -> li
     pageable = torch.empty(length)
     left, right, product = (torch.randn(square, square, device=device) for _ in range(3))
     half, whole = Half(), 4 * length
-    halved = native.compress(half, gradient, DRAW)
+    halved = half.compress_tensor(gradient, DRAW)
     found = [
         TimedOperation("memory: copy", 2 * whole, 0, lambda: out.copy_(gradient)),
         TimedOperation("product", 0, 2 * square**3, lambda: torch.mm(left, right, out=product)),
@@ -96,8 +96,8 @@ def operations(device: torch.device, length: int, square: int, ring: Ring) -> li
         TimedOperation("to the host, pageable", whole, 0, lambda: pageable.copy_(gradient)),
         TimedOperation("from the host, pinned", whole, 0, mirror.to_device),
         TimedOperation("from the host, pageable", whole, 0, lambda: out.copy_(pageable)),
-        TimedOperation("half: compress", whole + whole // 2, 0, lambda: native.compress(half, gradient, DRAW)),
-        TimedOperation("half: decompress", whole // 2 + whole, 0, lambda: native.decompress(half, halved, out, DRAW)),
+        TimedOperation("half: compress", whole + whole // 2, 0, lambda: half.compress_tensor(gradient, DRAW)),
+        TimedOperation("half: decompress", whole // 2 + whole, 0, lambda: half.decompress_tensor(halved, out, DRAW)),
     ]
     plain = staged_plain(Mirror(length, device), length, CHUNK_BYTES)
     found.append(TimedOperation("exchange: plain", 2 * whole, 0, _exchange(plain, ring)))
@@ -144,7 +144,7 @@ def _projection(
     flops = 2 * projection.multiplications
     mirror = Mirror(length, device)
     mirror.values.copy_(gradient)
-    layers = StagedLayers(mirror, [Block("layer", 0, length, (length,), True)], {"layer": bases}, 0, CHUNK_BYTES, "")
+    layers = StagedLayers(mirror, [Block("layer", 0, length, (length,), True)], Bases([bases]), 0, CHUNK_BYTES, "")
     title = f"K = {slice_size}, d = {slice_size // RATIO}"
     return [
         TimedOperation(f"encode, {title}", encoded, flops, lambda: projection.encode(gradient, coded)),

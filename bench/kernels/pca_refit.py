@@ -70,7 +70,7 @@ def time_codec(title: str, shapes: list[tuple[int, int]], pieces: int, repeats: 
     for basis, (f, d) in zip(bases, shapes, strict=True):
         blocks.append(Block(basis.name, offset, basis.length, (f, d, 3, 3), True))
         offset += basis.length
-    codec: Composite = gradient_codec(blocks, bases)[0]
+    codec: Composite = gradient_codec(blocks, {basis.name: basis for basis in bases})[0]
     vector = np.random.default_rng(1).standard_normal(offset, np.float32)
     places = PayloadMap(codec.regions(offset, vector.dtype))
     cuts = places.cut(0, offset, pieces)

@@ -8,7 +8,7 @@ import numpy as np
 
 from gradiveq.over_ring.pca_codec import PCACodec
 from gradiveq.over_ring.qsgd import QSGD
-from gradiveq.pca import Basis, Group, LayerBasis
+from gradiveq.pca import Basis, LayerBasis, SliceGroup
 from ring.codec import Codec, IdentityCodec
 
 #: K and d of the linear codec: ratio 8.
@@ -20,7 +20,7 @@ def linear(length: int) -> PCACodec:
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.standard_normal((SLICE_SIZE, COMPONENTS)))[0].T
     basis = Basis(np.ascontiguousarray(axes, np.float32), np.ones(COMPONENTS, np.float32), float(COMPONENTS))
-    group = Group("vector", 0, length, SLICE_SIZE)
+    group = SliceGroup("vector", 0, length, SLICE_SIZE)
     return PCACodec(LayerBasis("vector", length, SLICE_SIZE, np.zeros(length, np.float32), (group,), (basis,)))
 
 

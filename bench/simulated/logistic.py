@@ -32,11 +32,13 @@ import numpy.typing as npt
 import scipy.linalg
 from scipy.sparse.linalg import eigsh
 
+from bench.simulated.training import CompressedMean
 from gradiveq.arrays.float32 import LARGEST
 from gradiveq.arrays.jit import jit
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
-from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
+from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.exchange.message import LENGTH_BYTES
+from gradiveq.exchange.parts import Part
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -306,18 +308,16 @@ class Exchange(Protocol):
 
 
 class CompressingWorkers:
-    """`gradiveq.exchange.Worker`s with error feedback of the form "scaled"."""
+    """Workers with error feedback of the form "scaled", by `gradiveq.here`."""
 
     def __init__(self, compressor: Compressor, workers: int, length: int, seed: int = 0) -> None:
-        parts = [Part("x", 0, length, compressor)]
-        feedback = ErrorFeedback("scaled")
-        self.workers = [
-            Worker(parts, length, rank=rank, size=workers, seed=seed, feedback=feedback) for rank in range(workers)
-        ]
+        self._mean = CompressedMean(
+            [Part("x", 0, length, compressor)], workers, seed=seed, feedback=ErrorFeedback("scaled")
+        )
 
     def __call__(self, gradients: Float32, out: Float32, call: int, lr: float) -> SentElements:
-        exchange_here(self.workers, list(gradients), out, call, lr)
-        said = [worker.measures for worker in self.workers if worker.measures is not None]
+        self._mean.here.aggregate(list(gradients), out, call, lr)
+        said = [one for one in self._mean.here.measures if one is not None]
         return SentElements(
             sum(one.num_sent for one in said),
             sum(one.payload_bytes for one in said),

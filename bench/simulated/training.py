@@ -37,8 +37,11 @@ from bench.data import Batches, Dataset, evaluation_batches
 from bench.data.folder import FolderBatches, ImageFiles, folder_evaluation_batches
 from bench.job.checkpoint import restored, storable
 from gradiveq.compressors.base import Float32
-from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
-from gradiveq.flatten import Layout
+from gradiveq.exchange.compressed import Compression
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.parts import Part, check_parts
+from gradiveq.flatten import Block, Bucket, Layout
+from gradiveq.here import Here
 from gradiveq.running_noise import RunningNoise, estimate_here
 
 EVALUATION_BATCH = 250
@@ -204,30 +207,31 @@ class CompressedMean(Aggregation):
         feedback: error feedback of each worker, or None.
 
     Attributes:
-        workers: workers by rank. Their `parts` may be replaced between calls by others with the same boundaries.
+        here: the workers.
+        parts: may be replaced between calls by others with the same boundaries.
     """
 
     def __init__(
         self, parts: Sequence[Part], size: int, *, seed: int = 0, feedback: ErrorFeedback | None = None
     ) -> None:
         length = parts[-1].stop if parts else 0
-        self.workers = [
-            Worker(parts, length, rank=rank, size=size, seed=seed, feedback=feedback) for rank in range(size)
-        ]
+        check_parts(parts, length)
+        self.parts = parts
+        bucket = Bucket((Block("gradient", 0, length, (length,), False),), length)
+        self.here = Here(lambda rank: Compression(lambda call: self.parts, seed=seed, feedback=feedback), bucket, size)
 
     def aggregate(self, gradients: Sequence[Float32], out: Float32, call: int, lr: float) -> dict[str, float]:
-        """Means over the workers of `exchange.Measures`; norms and errors are squared."""
-        exchange_here(self.workers, gradients, out, call, lr)
-        measures = [worker.measures for worker in self.workers if worker.measures is not None]
+        """Means over the workers of `Measures`; norms and errors are squared."""
+        self.here.aggregate(gradients, out, call, lr)
+        measures = [one for one in self.here.measures if one is not None]
         names = ("norm", "compression_error", "relative_error", "error", "total_error", "density", "payload_bytes")
         return {name: fmean(float(getattr(one, name)) for one in measures) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"workers": [worker.state_dict() for worker in self.workers]}
+        return self.here.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for worker, part in zip(self.workers, state["workers"], strict=True):
-            worker.load_state_dict(part)
+        self.here.load_state_dict(state)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

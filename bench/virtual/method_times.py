@@ -15,6 +15,7 @@ from gradiveq.flatten import Block, Layout, slice_sizes
 from gradiveq.methods import QSGDRing
 from gradiveq.over_ring.aggregator import CONTROLS
 from gradiveq.over_ring.pca_codec import gradient_sizes
+from gradiveq.over_ring.qsgd import QSGD
 from gradiveq.pca import PCAConfig
 from ring import dry
 from ring.cluster import Cluster, ClusterError
@@ -61,7 +62,7 @@ class Gradient:
             return IdentityCodec(), CHUNK_BYTES
         if phase == "compress":
             return gradient_sizes(self.blocks, PCAConfig(ratio=self.ratio), CONTROLS), CHUNK_BYTES
-        quantised = Composite([(self.length - CONTROLS, self.qsgd.codec()), (CONTROLS, IdentityCodec())])
+        quantised = Composite([(self.length - CONTROLS, QSGD.of(self.qsgd)), (CONTROLS, IdentityCodec())])
         return quantised, CHUNK_BYTES if self.qsgd.pipelined else sys.maxsize
 
     def payload_bytes(self, phase: str) -> int:

@@ -22,6 +22,7 @@ from gradiveq.flatten import Layout, slice_sizes
 from gradiveq.over_ring.pca_codec import PCACodec, gradient_codec
 from gradiveq.over_ring.qsgd import QSGD
 from gradiveq.pca import Basis, Float32, LayerBasis, PCAConfig, groups
+from gradiveq.pca.coding import Bases
 from ring.codec import Codec, Hop
 from ring.fit import fit_line, flag, quartiles, relative_errors, table
 from ring.plan import CHUNK_BYTES
@@ -272,7 +273,7 @@ def bases(layout: Layout, gradient: Float32, ratio: float) -> Iterator[LayerBasi
 
 def model_cases(layout: Layout, gradient: Float32, ratio: float, repeats: int) -> Iterator[Case]:
     """Encoding and decoding the whole model in the chunks that 2, 6 and 20 workers cut it into."""
-    codec, _ = gradient_codec(layout.blocks, list(bases(layout, gradient, ratio)))
+    codec, _ = gradient_codec(layout.blocks, Bases(list(bases(layout, gradient, ratio))).by_name)
     for workers in WORKERS:
         segments = cut_segments(codec.regions(len(gradient), gradient.dtype), workers, CHUNK_BYTES)
         chunks = [(chunk.start, chunk.stop) for segment in segments for chunk in segment]

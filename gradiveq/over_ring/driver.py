@@ -266,22 +266,13 @@ class RingDriver:
         return [int(np.frombuffer(one.tobytes(), np.uint32)[0]) for one in said]
 
     def _gather(self, message: Array, lengths: Sequence[int], now: Iteration, purpose: Purpose) -> list[Array]:
-        """Every worker's message, by rank.
-
-        Args:
-            lengths: of the messages, by rank; the same everywhere.
-        """
-        size = self.ring.size
-        places = [owned_segment(rank, size) for rank in range(size)]
-        by_segment = [0] * size
-        for place, length in zip(places, lengths, strict=True):
-            by_segment[place] = length
-        bounds = [0, *accumulate(by_segment)]
-        everything = np.empty(bounds[-1], message.dtype)
-        messages = [everything[bounds[place] : bounds[place + 1]] for place in places]
-        messages[self.ring.rank][:] = message
-        if len(everything):
-            self._carry_out(self.ring.all_gather, everything, now, purpose, bounds=bounds)
+        """Every worker's message, by rank."""
+        begin = now.clock()
+        timeline = None if purpose == "measure" else self.timeline
+        messages, stats = gather_messages(self.ring, message, lengths, chunk_bytes=self.chunk_bytes, timeline=timeline)
+        if purpose == "fit":
+            now.fit_s += now.clock() - begin
+        self._count(stats, now, purpose)
         return messages
 
     def _only_masters(self, length: int) -> list[int]:
@@ -353,3 +344,29 @@ class RingDriver:
             use = pays(codec, elements, self.mirror.device)
             self._quantised = method, StagedQSGD.of(codec, self.mirror, self.bucket.length) if use else None
         return self._quantised[1]
+
+
+def gather_messages(
+    ring: Ring,
+    message: Array,
+    lengths: Sequence[int],
+    *,
+    chunk_bytes: int | None = None,
+    timeline: Timeline | None = None,
+) -> tuple[list[Array], Stats]:
+    """Every worker's message, by rank, and what was sent; collective.
+
+    Args:
+        lengths: of the messages, by rank; the same everywhere.
+    """
+    places = [owned_segment(rank, ring.size) for rank in range(ring.size)]
+    by_segment = [0] * ring.size
+    for place, length in zip(places, lengths, strict=True):
+        by_segment[place] = length
+    bounds = [0, *accumulate(by_segment)]
+    everything = np.empty(bounds[-1], message.dtype)
+    messages = [everything[bounds[place] : bounds[place + 1]] for place in places]
+    messages[ring.rank][:] = message
+    if not len(everything):
+        return messages, Stats(0, 0)
+    return messages, ring.all_gather(everything, bounds=bounds, chunk_bytes=chunk_bytes, timeline=timeline)

@@ -158,3 +158,9 @@ def held_bytes(group: SliceGroup, samples: int, config: PCAConfig, owned: bool =
         return before
     pending = min(k // per_sample, (BLOCK_ROWS - 1) // per_sample, samples - switch)
     return max(before, 4 * k * k + 8 * per_sample * k + 4 * pending * per_sample * k)
+
+
+def shared_floats(config: PCAConfig, components: int, slice_size: int, samples: int) -> int:
+    """Floats that a group's owner shares: the variances, and the basis or the weights that make it from the samples."""
+    weights = config.fit_slices == "first" and samples <= slice_size
+    return 1 + components * (1 + (samples if weights else slice_size))

@@ -55,6 +55,7 @@ from gradiveq.pca.config import (
     fit_cost,
     groups,
     rows_per_sample,
+    shared_floats,
 )
 from gradiveq.pca.solvers import leading_eigenpairs
 
@@ -292,8 +293,10 @@ class PCASampler:
 
     def _places(self, dims: Float64) -> tuple[list[slice], list[int]]:
         """Where each group is among all that is shared, and where each rank's share begins, by rank."""
-        widths = [held.count if held.weights else held.group.slice_size for held in self.groups]
-        lengths = [1 + int(d) * (1 + width) for d, width in zip(dims, widths, strict=True)]
+        lengths = [
+            shared_floats(self.config, int(d), held.group.slice_size, held.count)
+            for d, held in zip(dims, self.groups, strict=True)
+        ]
         places, bounds, offset = [slice(0)] * len(lengths), [0], 0
         for rank in range(self.size):
             for i, owner in enumerate(self.owners):

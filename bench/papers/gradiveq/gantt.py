@@ -140,7 +140,7 @@ def run(workers: Workers, ring: Ring, options: argparse.Namespace, cluster: Clus
 
     from bench.common.environment import environment
     from bench.data import load
-    from gradiveq.methods import QSGDRing
+    from gradiveq.over_ring.qsgd import QSGD
     from ring.trace import TraceError
 
     torch.set_num_threads(1)
@@ -153,7 +153,7 @@ def run(workers: Workers, ring: Ring, options: argparse.Namespace, cluster: Clus
     panels = [
         measured(workers, ring, cluster, options.repeats, gradient, method, codec, chunks, size)
         for method, codec, chunks, size in (
-            ("qsgd", QSGDRing().codec(options.seed), 1, sys.maxsize),
+            ("qsgd", QSGD(seed=options.seed), 1, sys.maxsize),
             ("gradiveq", pca, options.chunks, chunk_bytes),
         )
     ]
@@ -190,8 +190,10 @@ def fitted(ring: Ring, dataset: Any, options: argparse.Namespace) -> tuple[Array
     from bench.models import resnet32
     from gradiveq import Plain
     from gradiveq.flatten import Layout, slice_sizes
+    from gradiveq.over_ring.driver import gather_messages
     from gradiveq.over_ring.pca_codec import gradient_codec
     from gradiveq.pca import PCAConfig, PCASampler
+    from gradiveq.pca.coding import Bases
 
     model = resnet32(dataset.num_classes, seed=options.seed)
     settings = Settings(2 * options.sample, options.batch_size, seed=options.seed)
@@ -210,9 +212,8 @@ def fitted(ring: Ring, dataset: Any, options: argparse.Namespace) -> tuple[Array
     failures = sampler.failures(dims)
     if failures:
         raise ValueError(f"PCA failed: {failures}")
-    buffer, bounds = sampler.share(dims)
-    ring.all_gather(buffer, bounds=bounds)
-    codec, _ = gradient_codec(layout.blocks, sampler.rebuild(dims, buffer))
+    shares, _ = gather_messages(ring, *sampler.share(dims))
+    codec, _ = gradient_codec(layout.blocks, Bases(sampler.rebuild(dims, shares)).by_name)
 
     images, labels = trainer.batches.batch(options.sample)
     model.zero_grad(set_to_none=True)

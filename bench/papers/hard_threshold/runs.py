@@ -16,7 +16,7 @@ from bench.papers.hard_threshold import tasks
 from bench.simulated import logistic
 from bench.simulated.training import Aggregation, CompressedMean, ExactMean, Observer, Step, simulate
 from gradiveq.compressors import COMPRESSORS, Compressor
-from gradiveq.exchange.critical_regimes import CriticalRegimes, Span
+from gradiveq.exchange.critical_regimes import CriticalRegimes
 from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.exchange.parts import Part
 from gradiveq.flatten import Layout
@@ -78,7 +78,7 @@ def _network(spec: Spec, checkpoint: Path) -> dict[str, Any]:
     per_epoch = task.iterations_per_epoch
     iterations = max(1, round(spec["epochs"] * per_epoch))
     rate = schedule(spec, per_epoch)
-    layers = [Part(block.name, block.start, block.stop, _IDENTITY) for block in Layout(task.model).blocks]
+    layers = [Part(block.name, block.start, block.stop, _IDENTITY, block.index) for block in Layout(task.model).blocks]
     aggregation, observers = _aggregation(spec, layers, rate, iterations)
     record_every = max(1, iterations // POINTS)
     result = simulate(
@@ -185,7 +185,7 @@ class AccordionObserver(Observer):
     """Gives each layer the compressor that `gradiveq.exchange.critical_regimes` chooses for its regime.
 
     Args:
-        aggregation: whose workers' parts are replaced.
+        aggregation: whose parts are replaced.
         layers: in order, all of the vector.
         low, high: the compressors in a critical regime and outside of it.
         rate: learning rate of an iteration, of which the next one's counts.
@@ -201,8 +201,7 @@ class AccordionObserver(Observer):
         rate: Callable[[int], float],
         interval: int,
     ) -> None:
-        spans = [Span(layer.name, layer.start, layer.stop) for layer in layers]
-        self.regimes = CriticalRegimes(spans, interval=interval, window=max(1, round(DETECTION_SHARE * interval)))
+        self.regimes = CriticalRegimes(layers, interval=interval, window=max(1, round(DETECTION_SHARE * interval)))
         self._aggregation, self._layers, self._low, self._high, self._rate = aggregation, layers, low, high, rate
 
     def __call__(self, step: Step) -> Mapping[str, float]:
@@ -213,8 +212,7 @@ class AccordionObserver(Observer):
     def _choose(self, iteration: int) -> list[bool]:
         critical = self.regimes.critical_at(self._rate(iteration))
         parts = _parts(self._layers, [self._low if is_critical else self._high for is_critical in critical])
-        for worker in self._aggregation.workers:
-            worker.parts = tuple(parts)
+        self._aggregation.parts = parts
         return critical
 
     def state_dict(self) -> dict[str, Any]:
