@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT
 from golden.record import DRIVERS, ENVIRONMENT, case_names, compare, fingerprint, load, shown
 
-#: Of one driver's cases. On two cores with nothing beside them they take a fifth of it.
-DEADLINE_S = 600
+#: Of one driver's cases. On two cores with nothing beside them they take a tenth of it.
+DEADLINE_S = 1200
 RECORD = load()
 CASES = [(driver, name) for driver in DRIVERS for name in (case_names("mpi") if driver == "mpi" else RECORD[driver])]
 
