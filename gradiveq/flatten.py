@@ -181,7 +181,7 @@ def convolution_weights(model: nn.Module) -> set[int]:
 
 
 class Layout:
-    """Where each parameter's gradient is in the vector, and the copies there and back.
+    """The place of each parameter's gradient in the vector, and the copies there and back.
 
     Parameters that don't require a gradient when the layout is made are left out: nothing is sent for them. One that
     several modules share is counted once.

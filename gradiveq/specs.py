@@ -66,7 +66,7 @@ UNFIT = {
 }
 #: Methods whose settings are other options of a command.
 WITHOUT_SETTINGS = ("rar", "qsgd", "gradiveq")
-#: Of ACCORDION's, before its two methods.
+#: ACCORDION's settings, which come before its two methods.
 REGIME_SETTINGS = ("interval=", "window=", "eta=")
 
 
@@ -89,7 +89,7 @@ def known_names() -> list[str]:
 
 
 def describe() -> list[tuple[str, str]]:
-    """Of every compressor a spec with all fields and their defaults, and the first line that says what it is."""
+    """A spec of every compressor with all fields and their defaults, and the first line that says what it is."""
     found = []
     for name, kind in COMPRESSORS.items():
         fields = [f"{field.name}={str(field.default).lower()}" for field in _fields(kind)]

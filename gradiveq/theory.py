@@ -92,7 +92,7 @@ def error_bound(constants: Sequence[Constants], squared_norms: Sequence[float]) 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one vector, compressed a number of times with other random numbers.
+    """What was measured of one vector, compressed a number of times with other random numbers.
 
     Attributes:
         norm: ‖x‖².

@@ -117,7 +117,7 @@ class ByName:
         return flat
 
     def stage(self, bucket: Bucket, flat: Tensor) -> None:
-        """What the bucket's vector will be, unless the iteration is skipped. The memory is this object's from now on."""
+        """What the bucket's vector will be, unless the iteration is skipped. This object owns it from now on."""
         self._staged[bucket] = flat
 
     def commit(self) -> None:
@@ -237,7 +237,7 @@ class ErrorMemory:
         self._next_total = self.total_error
 
     def state_dict(self) -> dict[str, Any]:
-        """By parameter name; it differs by rank. Copies."""
+        """What is remembered, by parameter name; it differs by rank. Copies."""
         return {
             "memory": self.errors.state_dict(),
             "momentum": self._momentum.state_dict(),

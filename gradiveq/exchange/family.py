@@ -1,12 +1,12 @@
 """What every family of methods is: one worker's side of an exchange, written once, without input or output.
 
     driver                                  family
-    ------------------------------------    ---------------------------------------------------------------
+    ------------------------------------    -----------------------------------------------------------------
     exchange(call, gradient)            ->  x = gradient + memory; compresses; yields rounds of requests
     carries requests out, resumes       ->  ...
                                         <-  the mean
     finds all vectors' means finite:
-    accept(now, mean)                   ->  what was left out is remembered, the schedule goes on; maybe more to exchange
+    accept(now, mean)                   ->  what was left out is remembered; maybe there is more to exchange
     finds one that isn't:
     skip()                              ->  nothing has happened
 
@@ -33,9 +33,9 @@ class Family(ABC):
         memory: wraps `rounds`, whatever they are.
     """
 
-    #: Of what this worker says in the next iteration about ending a window.
+    #: Whether this worker says in the next iteration that the window should end.
     vote = False
-    #: Of windows and decisions, for `Aggregator.window_log`.
+    #: Windows and decisions so far, for `Aggregator.window_log`.
     log: Sequence[dict[str, Any]] = ()
 
     def __init__(self, feedback: ErrorFeedback | None = None) -> None:
@@ -43,7 +43,7 @@ class Family(ABC):
 
     @property
     def phase(self) -> str:
-        """Of the next iteration, for reports."""
+        """Phase of the next iteration, for reports."""
         return "compressed"
 
     def stays_on_device(self) -> bool:

@@ -156,7 +156,7 @@ class HostKernels:
         return flaw(reason, worst.index)
 
     def orthonormal(self, matrices: Sequence[Any]) -> list[Any]:
-        """By Gram-Schmidt in a fixed order of additions (`gradiveq.arrays.orthonormal`)."""
+        """Gram-Schmidt in a fixed order of additions (`gradiveq.arrays.orthonormal`)."""
         found = [np.array(matrix, np.float32, order="C") for matrix in matrices]
         for matrix in found:
             orthonormalise(matrix)
