@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from bench.advice.costs import PLAIN, BucketCost, MethodCost, RoundCost, SentBytes
 from bench.advice.model import Profile
-from bench.virtual.ddp_iteration import TimedBucket, BucketRound, DDPIteration, Load, iteration
+from bench.virtual.ddp_iteration import BucketRound, DDPIteration, Load, TimedBucket, iteration
 from ring import dry
 from ring.cluster import Cluster
 from ring.codec import IdentityCodec
