@@ -210,9 +210,10 @@ class ErrorMemory:
         error = float(sum_of_squares(left)) if call.measured else 0.0
         remembered = 0.0
         if self.feedback is not None:
+            remembered = error
             if self.feedback.form == "scaled":
                 left *= np.float32(call.now.lr)
-            remembered = float(sum_of_squares(left)) if call.measured else 0.0
+                remembered = float(sum_of_squares(left)) if call.measured else 0.0
             self.errors.stage(call.bucket, call.kernels.tensor(left))
         if call.measured:
             self._next_total = self.total_error + remembered

@@ -1,4 +1,4 @@
-"""The exchange layer gives what it gave when `golden/golden.json` was recorded, method by method: in one process and on the ring."""
+"""The exchange layer gives what it gave when `golden.json` was recorded: in one process and on the ring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exchange layer gives what it gave when `golden/golden.json` was recorded, method by method: in the hook."""
+"""The exchange layer gives what it gave when `golden.json` was recorded: in the hook."""
 
 from __future__ import annotations
 
