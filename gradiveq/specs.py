@@ -34,7 +34,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from gradiveq.compressors import COMPRESSORS, Compressor
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.exchange.error_memory import ErrorFeedback, Form
-from gradiveq.methods import METHODS, Accordion, AutoThreshold, Compressed, Method
+from gradiveq.methods import METHODS, Accordion, AutoThreshold, Compressed, GradiVeQ, Method
 from gradiveq.powersgd import PowerSGD
 
 T = TypeVar("T")
@@ -118,6 +118,8 @@ def _parse(text: str, momentum: float) -> Method:
         if feedback is not None and "error_feedback=false" in first.split(":"):
             raise ValueError("error_feedback=false and +ef contradict each other")
         at, feedback = "", None
+    if name == GradiVeQ.name and feedback == ErrorFeedback() and not (overrides or at or caret):
+        return GradiVeQ(error_feedback=True)
     if name in METHODS:
         if overrides or at or caret or feedback is not None:
             why, fitting = UNFIT.get(name, (f"{name} has no layers, feedback or master to choose", "its settings do"))

@@ -370,8 +370,8 @@ def _compressing(bases: Mapping[str, LayerBasis]) -> dict[str, Any]:
         "sampler": None,
         "fit_due": False,
         "iteration": START,
-        "memory": {},
-        "momentum": {},
+        "memory": None,
+        "momentum": None,
         "total_error": 0.0,
         "bases": [_as_tensors(basis_state(basis)) for basis in bases.values()],
     }

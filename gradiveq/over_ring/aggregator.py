@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gradiveq.device.kernels import DeviceKernels
 from gradiveq.exchange.families import make_family
+from gradiveq.exchange.family import check_shapes
 from gradiveq.exchange.flaws import NOT_FINITE, flaw
 from gradiveq.exchange.kernels import HOST, Kernels
 from gradiveq.exchange.requests import Call, Iteration
@@ -301,6 +302,7 @@ class Aggregator:
         extra = next((name for name in theirs if name not in ours), None)
         if extra is not None:
             raise ValueError(f"the state is of another model: it has {extra}, which is missing here")
+        check_shapes(state["family"], {block.name: block.shape for block in self.layout.blocks})
         self._family.load_state_dict(state["family"])
         self.iteration, self._compared = state["iteration"], False
 
