@@ -30,7 +30,7 @@ from tests.support.processes import Launch
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from gradiveq.over_ring import qsgd_triton
+from gradiveq.over_ring import qsgd_triton, staged_qsgd
 
 pytestmark = pytest.mark.slow
 
