@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
-from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
+from gradiveq.exchange.compressed import Compression
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.parts import Part
+from gradiveq.flatten import Block, Bucket
+from gradiveq.here import Here
 from gradiveq.specs import parse
 from tests.support.installed import FRESH, Installed
 from tests.support.printed import README, ROOT, block, losses, section
@@ -49,10 +53,11 @@ def test_the_added_method(added: Compressor, length: int) -> None:
 
 def test_the_added_method_among_workers(added: Compressor) -> None:
     parts = [Part("a", 0, 10, added), Part("b", 10, 33, added)]
-    workers = [Worker(parts, 33, rank=rank, size=2, feedback=ErrorFeedback()) for rank in range(2)]
+    bucket = Bucket((Block("gradient", 0, 33, (33,), False),), 33)
+    workers = Here(lambda rank: Compression(lambda call: parts, feedback=ErrorFeedback()), bucket, 2)
     gradients = list(np.random.default_rng(1).standard_normal((2, 33)).astype(np.float32))
     mean = np.empty(33, np.float32)
-    exchange_here(workers, gradients, mean, 0)
+    workers.aggregate(gradients, mean, 0)
     estimates = [
         np.concatenate([np.sign(part) * np.abs(part).max() for part in (gradient[:10], gradient[10:])])
         for gradient in gradients
