@@ -239,7 +239,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Against:
-    """A method beside plain DDP, by bandwidth: a sweep for `bench.scaling.stretches`."""
+    """A method beside plain DDP, by bandwidth: a sweep for `bench.virtual.scaling.stretches`."""
 
     situation: Situation
     method: str

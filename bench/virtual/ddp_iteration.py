@@ -4,7 +4,7 @@
     network                              [== bucket 1 ==]     [== bucket 2 ==]      [= bucket 3 =]
     callbacks                                             decode 1           decode 2          decode 3
 
-Rules, all of them DDP's and the hook's (`gradiveq.ddp.scheme`), for nodes that are alike and begin together:
+Rules, all of them DDP's and the hook's (`gradiveq.ddp.driver`), for nodes that are alike and begin together:
 
     bucket k is ready       when backward has come to its last gradient; encoding it takes backward's thread
     exchange k begins       when it was issued and the one before has ended:  start_k = max(issued_k, end_(k-1))

@@ -17,7 +17,6 @@ from bench.drawing import page as figure_page
 from bench.job import figures as run_figures
 from bench.job.emulated_cluster import MOST_THREADS, choose, note
 from bench.job.report import text
-from bench.report import text
 from ring import perfetto
 from ring.cluster import ClusterError, parse, read
 from tests.support.jobs import (
