@@ -17,7 +17,7 @@ from gradiveq.arrays.float32 import Array
 from gradiveq.ddp.process_group import ProcessGroup
 from gradiveq.exchange.requests import Call, Compare, Exchange, Gather, Iteration, Round, Spread, Sum
 from gradiveq.pca.coding import Bases
-from gradiveq.report import listed
+from gradiveq.report import FitError, listed
 
 
 class Carried:
@@ -237,7 +237,10 @@ class Following:
             count(handed)
 
         what = f"the exchange of bases of {listed(list(names))}, once each rank had fitted its share,"
-        carry([exchange], group, what, number=now.number, asked=asked, after_round=count_round)
+        try:
+            carry([exchange], group, what, number=now.number, asked=asked, after_round=count_round)
+        except FitError as error:
+            raise FitError(f"before iteration {now.number + 1}: {error}") from error
 
 
 def _handed(request: Sum | Gather | Spread | Compare) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -42,9 +43,11 @@ def make_hook_family(
     if not min_ratio > 0:
         raise ValueError(f"`min_ratio` must be above 0, got {min_ratio}")
     layers: Sequence[Block] = ()
+    used = method
     match method:
         case GradiVeQ():
             layers = compressible_layers(model, parameters, also)
+            used = replace(method, sampling=Plain())  # no hop of a process group's decodes, adds and encodes again
         case Compressed():
             _check(method)
         case QSGDRing():
@@ -68,7 +71,7 @@ def make_hook_family(
         case _:
             raise TypeError(f"`method` must be Plain, Compressed, a Compressor, GradiVeQ or PowerSGD, got {method!r}")
     family = make_family(
-        method,
+        used,
         parameters.blocks,
         rank=group.rank,
         size=group.size,

@@ -119,6 +119,7 @@ class Trial:
                     sampling=Plain(),
                     holdout_every=0,
                     max_sample=samples,
+                    error_feedback=False,
                 )
                 self._families = [Windows(method, [block], 0, 1) if block.compressed else None for block in blocks]
             case Compressed():

@@ -168,7 +168,7 @@ class Windows(Family):
         super().skip()
         self._samples, self._held_out, self._votes = {}, {}, None
         if self._in_use is not None:
-            self._in_use.take_local_loss()
+            self._in_use.local = {}
 
     # Sampling
 
