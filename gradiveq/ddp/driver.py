@@ -391,6 +391,7 @@ class _Carrier:
 
         return finish
 
+
 #: A function that is told of a bucket that is through, and of what went wrong; it says what is to be raised.
 Judge = Callable[[Delivery, Exception | None], Exception | None]
 

@@ -23,7 +23,7 @@ from bench.advice.report import Answer, Asked, table, words
 from bench.advice.risk import Elsewhere, Probed, closest, recorded
 from bench.advice.validation import ClusterFit, Job, compare, judge
 from bench.advice.validation_plan import Found
-from bench.virtual.ddp_iteration import TimedBucket, BucketRound, DDPIteration, Load, iteration, shares
+from bench.virtual.ddp_iteration import BucketRound, DDPIteration, Load, TimedBucket, iteration, shares
 from bench.virtual.scaling import stretches
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.methods import GradiVeQ, Method, Plain
