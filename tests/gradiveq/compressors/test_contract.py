@@ -2,7 +2,8 @@
 
 A compressor that is registered without a setting here fails `test_every_compressor_is_here`. What each one computes is
 tested beside it (test_quantisers, test_sparsifiers); here only what all have in common, at both granularities:
-`gradiveq.exchange.compressed.Compression` applies it to each of several parts, empty ones included, and to the vector as a whole.
+`gradiveq.exchange.compressed.Compression` applies it to each of several parts, empty ones included, and to the whole
+vector.
 
 Where a claim is about an expectation, a test compares the mean of many draws with it and fails where it is Z standard
 errors beyond. That has a probability of 3e-7 if the claim just holds (means of 100 draws and more of sums over the
