@@ -431,8 +431,9 @@ class State:
 
         With another number of workers every rank loads the list of the old ones' states, by rank, and says what is to
         become of error feedback's memories: "sum", so that the mean over the workers of what was left out stays what it
-        was (`gradiveq.exchange.error_memory.summed`); or "drop", for which a single old state will do. Bases, µ and Q are of the
-        mean gradient and are kept; a sampling that is under way begins anew. No such run equals another bit by bit.
+        was (`gradiveq.exchange.error_memory.summed`); or "drop", for which a single old state will do. Bases, µ and Q
+        are of the mean gradient and are kept; a sampling that is under way begins anew. No such run equals another bit
+        by bit.
 
         Args:
             memories: only with another number of workers.
