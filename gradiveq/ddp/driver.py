@@ -391,6 +391,7 @@ class _Carrier:
 
         return finish
 
+
 #: Told of a bucket that is through, and what went wrong in there; says what is to be raised.
 Judge = Callable[[Delivery, Exception | None], Exception | None]
 

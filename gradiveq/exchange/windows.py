@@ -132,15 +132,18 @@ class Windows(Family):
         requests = [Sum([x], bases, mean=True)]
         if due:
             with call.now.span("measure"):
-                exact = [ordered(block, kernels.tensor(x)) for block in layers]
+                lossy = [block for block in layers if block.name in bases.by_name]
+                exact = [ordered(block, kernels.tensor(x)) for block in lossy]
             requests.append(Sum([kernels.array(one) for one in exact], mean=True, purpose="measure"))
         ((mean,), *measured) = yield Round(requests)
         self._votes = call.votes if self.method.compress == "auto" else None
         if due:
             with call.now.span("measure"):
                 values = kernels.tensor(mean)
-                for block, own in zip(layers, measured[0], strict=True):
-                    self._held_out[block.name] = HostCopy(squares(ordered(block, values), kernels.tensor(own)))
+                means = {block.name: kernels.tensor(own) for block, own in zip(lossy, measured[0], strict=True)}
+                for block in layers:  # nothing is lost of those without bases, but they are part of the whole
+                    found = ordered(block, values)
+                    self._held_out[block.name] = HostCopy(squares(found, means.get(block.name, found)))
         return mean
 
     def _keep(self, call: Call, x: Any, bases: Bases) -> None:
