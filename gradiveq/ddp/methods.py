@@ -10,7 +10,7 @@ from torch import nn
 
 from gradiveq.compressors.base import Compressor
 from gradiveq.ddp.bucket import Parameters
-from gradiveq.ddp.layers import compressible_layers
+from gradiveq.ddp.layers import NOTHING_TO_COMPRESS, compressible_layers
 from gradiveq.ddp.process_group import ProcessGroup
 from gradiveq.exchange.families import make_family
 from gradiveq.exchange.family import Family
@@ -47,6 +47,8 @@ def make_hook_family(
     match method:
         case GradiVeQ():
             layers = compressible_layers(model, parameters, also)
+            if not layers:
+                raise ValueError(NOTHING_TO_COMPRESS)
             used = replace(method, sampling=Plain())  # no hop of a process group's decodes, adds and encodes again
         case Compressed():
             _check(method)
