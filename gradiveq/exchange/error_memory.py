@@ -100,7 +100,11 @@ class ByName:
         self._loaded: dict[str, Tensor] = {}
 
     def of(self, bucket: Bucket, device: torch.device) -> Tensor:
-        """A bucket's vector; not to be modified. Parameters keep theirs if they were in another bucket before."""
+        """A bucket's vector; not to be modified. Parameters keep theirs if they were in another bucket before.
+
+        Raises:
+            ValueError: what was loaded for a parameter has another shape.
+        """
         flat = self._flat.get(bucket)
         if flat is not None:
             return flat
@@ -108,12 +112,12 @@ class ByName:
         flat = torch.zeros(bucket.length, dtype=torch.float32, device=device)
         for block in bucket.blocks:
             if block.name in known:
+                if known[block.name].shape != block.shape:
+                    raise ValueError(
+                        f"the state's memory is of another model than this worker's: that of {block.name} has shape "
+                        f"{tuple(known[block.name].shape)}, the parameter {block.shape}"
+                    )
                 block.view(flat).copy_(known[block.name])
-            self._home[block.name] = bucket, block
-            self._loaded.pop(block.name, None)
-        self._flat[bucket] = flat
-        lived_in = {bucket for bucket, _ in self._home.values()}
-        self._flat = {bucket: tensor for bucket, tensor in self._flat.items() if bucket in lived_in}
         return flat
 
     def stage(self, bucket: Bucket, flat: Tensor) -> None:
@@ -121,8 +125,17 @@ class ByName:
         self._staged[bucket] = flat
 
     def commit(self) -> None:
+        """The iteration counts: parameters live in the buckets of what was staged."""
+        new = [bucket for bucket in self._staged if bucket not in self._flat]
         self._flat.update(self._staged)
         self._staged = {}
+        for bucket in new:
+            for block in bucket.blocks:
+                self._home[block.name] = bucket, block
+                self._loaded.pop(block.name, None)
+        if new:
+            lived_in = {bucket for bucket, _ in self._home.values()}
+            self._flat = {bucket: tensor for bucket, tensor in self._flat.items() if bucket in lived_in}
 
     def forget(self) -> None:
         """The iteration is skipped."""
@@ -237,10 +250,10 @@ class ErrorMemory:
         self._next_total = self.total_error
 
     def state_dict(self) -> dict[str, Any]:
-        """By parameter name; it differs by rank. Copies."""
+        """By parameter name, None of what this worker doesn't have; it differs by rank. Copies."""
         return {
-            "memory": self.errors.state_dict(),
-            "momentum": self._momentum.state_dict(),
+            "memory": None if self.feedback is None else self.errors.state_dict(),
+            "momentum": self._momentum.state_dict() if self._has_momentum else None,
             "total_error": self.total_error,
         }
 
@@ -251,10 +264,10 @@ class ErrorMemory:
             ValueError: the state is of another error feedback; nothing was changed.
         """
         for name, mine in (("memory", self.feedback is not None), ("momentum", self._has_momentum)):
-            if state[name] and not mine:
+            if (state[name] is not None) != mine:
                 raise ValueError(f"the state's {name} is of another error feedback than this worker's")
-        self.errors.load_state_dict(state["memory"])
-        self._momentum.load_state_dict(state["momentum"])
+        self.errors.load_state_dict(state["memory"] or {})
+        self._momentum.load_state_dict(state["momentum"] or {})
         self.total_error = self._next_total = state["total_error"]
 
     def load_others(self, states: Sequence[Mapping[str, Any]], memories: Memories, rank: int, size: int) -> None:

@@ -131,6 +131,8 @@ class LowRank(Family):
     def _start(self, matrix: _Matrix, call: Call) -> Any:
         """Q to begin with, (columns, rank), its columns not yet orthonormal."""
         kept, columns = self._q.get(matrix.block.name), matrix_shape(matrix.block.shape)[1]
+        if kept is not None and len(kept) != columns:
+            raise ValueError(f"the state's Q of {matrix.block.name} has {len(kept)} rows, {columns} are due")
         if kept is not None and kept.shape[1] >= matrix.rank:
             return call.kernels.array(kept[:, : matrix.rank])
         draw = Draw(self.seed, call.now.number, 0, matrix.number)

@@ -15,8 +15,10 @@ from gradiveq import Aggregator, NonFiniteGradient, Plain
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import ErrorFeedback, Master, Worker, exchange_here
+from gradiveq.exchange.error_memory import ErrorFeedback, Measures
+from gradiveq.exchange.families import make_family
 from gradiveq.flatten import Layout
+from gradiveq.here import Here
 from gradiveq.methods import Compressed
 from gradiveq.specs import parse
 from ring.cluster import Cluster, Link, Node
@@ -35,6 +37,7 @@ from tests.support.aggregators import (
     train,
 )
 from tests.support.processes import Launch
+from tests.support.states import exact
 
 Vector = npt.NDArray[np.float32]
 CALLS = 4

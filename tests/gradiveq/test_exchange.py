@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,16 @@ from gradiveq.compressors.randomk import RandomK
 from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import ErrorFeedback, Master, Part, Worker, exchange_here
+from gradiveq.exchange.compressed import Compression
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.family import Family
+from gradiveq.exchange.kernels import HOST
 from gradiveq.exchange.message import LENGTH_BYTES, pack, unpack
-from gradiveq.exchange.parts import group_parts, layer_parts, model_parts
-from gradiveq.flatten import Layout
+from gradiveq.exchange.parts import Part, check_parts, group_parts, layer_parts, model_parts
+from gradiveq.exchange.requests import Call, Exchange, Gather, Iteration, Round, Spread, Sum
+from gradiveq.flatten import Block, Bucket, Layout
+from gradiveq.here import Here
+from tests.support.states import exact, flat
 
 Vector = npt.NDArray[np.float32]
 LENGTH, WORKERS, STEPS = 40, 3, 12
@@ -59,21 +65,66 @@ def gradients(step: int, length: int = LENGTH) -> list[Vector]:
     return [np.random.default_rng([step, rank]).normal(0, 3, length).astype(np.float32) for rank in range(WORKERS)]
 
 
+def bucket_of(parts: Sequence[Part]) -> Bucket:
+    """A vector of a parameter for each part."""
+    blocks = [Block(one.name, one.start, one.length, (one.length,), False, i) for i, one in enumerate(parts)]
+    return Bucket(tuple(blocks), parts[-1].stop)
+
+
 def workers(
-    compressor: Compressor, feedback: ErrorFeedback | None, length: int = LENGTH, **options: Any
-) -> list[Worker]:
+    compressor: Compressor,
+    feedback: ErrorFeedback | None,
+    length: int = LENGTH,
+    master: Compressor | None = None,
+    seed: int = 0,
+) -> Here:
     third = length // 3
-    parts = [Part("first", 0, third, compressor), Part("second", third, length, compressor)]
-    return [Worker(parts, length, rank=rank, size=WORKERS, feedback=feedback, **options) for rank in range(WORKERS)]
+    parts = [Part("first", 0, third, compressor, 0), Part("second", third, length, compressor, 1)]
+    return here(parts, feedback, master, seed)
 
 
-def trained(group: list[Worker], lr: Callable[[int], float]) -> tuple[Vector, list[Vector]]:
+def here(
+    parts: Sequence[Part],
+    feedback: ErrorFeedback | None = None,
+    master: Compressor | None = None,
+    seed: int = 0,
+    size: int = WORKERS,
+) -> Here:
+    def family(rank: int) -> Family:
+        return Compression(lambda call: parts, seed=seed, feedback=feedback, master=master, num_parts=len(parts))
+
+    return Here(family, bucket_of(parts), size)
+
+
+def begun(group: Here, rank: int, gradient: Vector, number: int, lr: float = 1.0) -> tuple[Call, Exchange, Round]:
+    """One worker's exchange up to its first round."""
+    out = np.empty(group.bucket.length, np.float32)
+    size = len(group.families)
+    call = Call(group.bucket, Iteration(number, lr), HOST, rank, size, out=out, measured=True)
+    exchange = group.families[rank].exchange(call, gradient)
+    return call, exchange, next(exchange)
+
+
+def gathered(asked: Round) -> Any:
+    """The message that a worker hands to everybody."""
+    summed, gather = asked.requests
+    assert isinstance(summed, Sum)
+    assert isinstance(gather, Gather)
+    return gather.message
+
+
+def memory_of(group: Here, rank: int) -> Vector:
+    memory: Vector = flat(group.families[rank].state_dict()["memory"])
+    return memory if len(memory) else np.zeros(group.bucket.length, np.float32)
+
+
+def trained(group: Here, lr: Callable[[int], float]) -> tuple[Vector, list[Vector]]:
     """x after plain SGD on what the workers agree on, and their memories."""
     x, mean = np.zeros(LENGTH, np.float32), np.empty(LENGTH, np.float32)
     for step in range(STEPS):
-        exchange_here(group, gradients(step), mean, step, lr(step))
+        group.aggregate(gradients(step), mean, step, lr(step))
         x -= np.float32(lr(step)) * mean
-    return x, [worker.memory.copy() for worker in group if worker.memory is not None]
+    return x, [memory_of(group, rank) for rank in range(WORKERS)]
 
 
 def falling(step: int) -> float:
@@ -116,12 +167,12 @@ def test_gradient_is_algorithm_2() -> None:
         m = momentum * m + aggregated
         x = x - falling(t) * (aggregated + m)
 
-        exchange_here(group, gradients(t), mean, t, falling(t))
+        group.aggregate(gradients(t), mean, t, falling(t))
         own = momentum * own + mean
         mine -= falling(t) * (mean + own)
     np.testing.assert_allclose(mine, x, atol=1e-5)
-    for worker, error in zip(group, e, strict=True):
-        np.testing.assert_allclose(worker.memory, error, atol=1e-5)
+    for rank, error in enumerate(e):
+        np.testing.assert_allclose(memory_of(group, rank), error, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -158,9 +209,9 @@ def test_nothing_is_lost_but_what_memories_hold() -> None:
     group = workers(TopK(0.1), ErrorFeedback())
     total, sent, mean = np.zeros(LENGTH), np.zeros(LENGTH), np.empty(LENGTH, np.float32)
     for step in range(STEPS):
-        exchange_here(group, gradients(step), mean, step)
+        group.aggregate(gradients(step), mean, step)
         total, sent = total + sum(gradients(step)), sent + WORKERS * mean.astype(np.float64)
-    remembered = sum(worker.memory.astype(np.float64) for worker in group if worker.memory is not None)
+    remembered = sum(memory_of(group, rank).astype(np.float64) for rank in range(WORKERS))
     np.testing.assert_allclose(sent + remembered, total, atol=1e-4)
 
 
@@ -168,12 +219,9 @@ def test_measures() -> None:
     group = workers(TopK(0.1), ErrorFeedback("scaled"))
     mean, total = np.empty(LENGTH, np.float32), 0.0
     for step in range(4):
-        memory = group[1].memory
-        assert memory is not None
-        corrected = gradients(step)[1] + memory / np.float32(0.5)
-        exchange_here(group, gradients(step), mean, step, lr=0.5)
-        memory, measures = group[1].memory, group[1].measures
-        assert memory is not None
+        corrected = gradients(step)[1] + memory_of(group, 1) / np.float32(0.5)
+        group.aggregate(gradients(step), mean, step, lr=0.5)
+        memory, measures = memory_of(group, 1), group.measures[1]
         assert measures is not None
         error = float(np.square(memory.astype(float)).sum())
         total += error
@@ -183,28 +231,35 @@ def test_measures() -> None:
         assert measures.relative_error == pytest.approx(error / 0.25 / measures.norm)
         assert measures.total_error == pytest.approx(total)
         assert (measures.num_sent, measures.density) == (1 + 3, 0.1)
-        assert measures.payload_bytes == len(group[1].send(gradients(step)[1], step, 0.5).gathered)
+        _, _, asked = begun(group, 1, gradients(step)[1], step, 0.5)
+        assert measures.payload_bytes == len(gathered(asked))
+        group.families[1].skip()
 
 
 # --- what counts -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("feedback", [ErrorFeedback("scaled"), ErrorFeedback(), ErrorFeedback("update", 0.9)])
-def test_what_is_not_accepted_leaves_no_trace(feedback: ErrorFeedback) -> None:
+def test_what_is_not_accepted_leaves_no_trace(feedback: ErrorFeedback, skip: bool) -> None:
+    """Whether its driver says so, or begins the next exchange."""
     one, other = workers(TopK(0.2), feedback), workers(TopK(0.2), feedback)
     means = [np.empty(LENGTH, np.float32) for _ in range(2)]
     for step in range(5):
-        for worker in one:
-            before = pickle.dumps(worker.state_dict())
-            worker.send(gradients(100 + step)[0], 7, 0.3)
-            assert pickle.dumps(worker.state_dict()) == before
+        for rank, family in enumerate(one.families):
+            before = exact(family.state_dict())
+            begun(one, rank, gradients(100 + step)[0], 7, 0.3)
+            assert exact(family.state_dict()) == before
+            if skip:
+                family.skip()
+                assert exact(family.state_dict()) == before
         for group, mean in zip((one, other), means, strict=True):
-            exchange_here(group, gradients(step), mean, step, falling(step))
+            group.aggregate(gradients(step), mean, step, falling(step))
         assert means[0].tobytes() == means[1].tobytes()
-    for mine, theirs in zip(one, other, strict=True):
-        assert pickle.dumps(mine.state_dict()) == pickle.dumps(theirs.state_dict())
-        with pytest.raises(RuntimeError, match="there is no call to accept"):
-            mine.accept()
+    for mine, theirs in zip(one.families, other.families, strict=True):
+        assert exact(mine.state_dict()) == exact(theirs.state_dict())
+        mine.accept(Iteration(5))  # there is nothing that could count again
+        assert exact(mine.state_dict()) == exact(theirs.state_dict())
 
 
 @pytest.mark.parametrize("feedback", [None, ErrorFeedback("scaled"), ErrorFeedback("update", 0.9)])
@@ -212,43 +267,54 @@ def test_a_state_goes_on_bitwise(feedback: ErrorFeedback | None) -> None:
     group, resumed = workers(RandomK(0.2), feedback, seed=3), workers(RandomK(0.2), feedback, seed=3)
     means = [np.empty(LENGTH, np.float32) for _ in range(2)]
     for step in range(6):
-        exchange_here(group, gradients(step), means[0], step, falling(step))
+        group.aggregate(gradients(step), means[0], step, falling(step))
         if step >= 3:
-            exchange_here(resumed, gradients(step), means[1], step, falling(step))
+            resumed.aggregate(gradients(step), means[1], step, falling(step))
             assert means[0].tobytes() == means[1].tobytes()
         if step == 2:
-            for mine, theirs in zip(group, resumed, strict=True):
+            for mine, theirs in zip(group.families, resumed.families, strict=True):
                 theirs.load_state_dict(pickle.loads(pickle.dumps(mine.state_dict())))
-    for mine, theirs in zip(group, resumed, strict=True):
-        assert pickle.dumps(mine.state_dict()) == pickle.dumps(theirs.state_dict())
+    assert exact(group.state_dict()) == exact(resumed.state_dict())
+
+
+def after_a_step(group: Here) -> dict[str, Any]:
+    """The first worker's state."""
+    group.aggregate(gradients(0), np.empty(LENGTH, np.float32), 0, 0.1)
+    return group.families[0].state_dict()
 
 
 def test_states_of_something_else() -> None:
-    state = workers(TopK(), ErrorFeedback("update", 0.9))[0].state_dict()
-    for other in (workers(TopK(), None)[0], workers(TopK(), ErrorFeedback(), LENGTH + 1)[0]):
-        with pytest.raises(ValueError, match="the state's memory is of another"):
-            other.load_state_dict(state)
+    state = after_a_step(workers(TopK(), ErrorFeedback("update", 0.9)))
+    with pytest.raises(ValueError, match="the state's memory is of another"):
+        workers(TopK(), None).families[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="the state's memory is of another"):
+        workers(TopK(), ErrorFeedback()).families[0].load_state_dict(workers(TopK(), None).families[0].state_dict())
     with pytest.raises(ValueError, match="the state's momentum is of another"):
-        workers(TopK(), ErrorFeedback())[0].load_state_dict(state)
+        workers(TopK(), ErrorFeedback()).families[0].load_state_dict(state)
+    longer = workers(TopK(), ErrorFeedback("update", 0.9), LENGTH + 2)
+    longer.families[0].load_state_dict(state)  # which layers there will be is known by the next exchange
+    with pytest.raises(ValueError, match=r"memory is of another model .* first has shape \(13,\), .* \(14,\)"):
+        longer.aggregate(gradients(1, LENGTH + 2), np.empty(LENGTH + 2, np.float32), 1)
 
 
 def test_gradient_and_memory_that_overflow_together() -> None:
-    worker = workers(TopK(0.01), ErrorFeedback())[1]
-    huge = np.full(LENGTH, 3e38, np.float32)
-    worker.send(huge, 0)
-    worker.accept()
-    before = pickle.dumps(worker.state_dict())
-    with pytest.raises(OverflowError, match="gradient and memory of rank 1 together overflow float32 in call 1"):
-        worker.send(huge, 1)
-    assert pickle.dumps(worker.state_dict()) == before
-    assert worker.measures is not None
-    assert math.isfinite(worker.measures.norm)  # of squares that float32 can't hold
+    group = workers(TopK(0.01), ErrorFeedback())
+    nothing, huge = np.zeros(LENGTH, np.float32), np.full(LENGTH, 3e38, np.float32)
+    mean = np.empty(LENGTH, np.float32)
+    group.aggregate([nothing, huge, nothing], mean, 0)
+    before = exact(group.state_dict())
+    with pytest.raises(OverflowError, match="gradient and memory of rank 1 together overflow float32 in iteration 1"):
+        group.aggregate([nothing, huge, nothing], mean, 1)
+    assert exact(group.state_dict()) == before
+    measures = group.measures[1]
+    assert measures is not None
+    assert math.isfinite(measures.norm)  # of squares that float32 can't hold
 
 
 @pytest.mark.parametrize("lr", [0.0, -1.0, math.inf, math.nan])
 def test_a_rate_that_is_none(lr: float) -> None:
     with pytest.raises(ValueError, match="`lr` must be positive for error feedback of the form 'scaled'"):
-        workers(TopK(), ErrorFeedback("scaled"))[0].send(gradients(0)[0], 0, lr)
+        begun(workers(TopK(), ErrorFeedback("scaled")), 0, gradients(0)[0], 0, lr)
 
 
 @pytest.mark.parametrize(
@@ -267,14 +333,36 @@ def test_invalid_feedback(arguments: tuple[Any, ...], message: str) -> None:
 # --- both ways -------------------------------------------------------------------------------------------------------
 
 
+def by_hand(group: Here, vectors: Sequence[Vector], number: int) -> tuple[Vector, Any]:
+    """What one worker gets of a master's message, and the message; the workers' gradients are gathered or summed."""
+    begins = [begun(group, rank, vector, number) for rank, vector in enumerate(vectors)]
+    sums = [asked.requests[0] for _, _, asked in begins]
+    totals = [sum(payloads) for payloads in zip(*(one.payloads for one in sums), strict=True)]  # type: ignore[union-attr]
+    messages = [gathered(asked) for _, _, asked in begins]
+    call, exchange, first = begins[0]
+    assert first.to_master
+    assert not first.last
+    asked = exchange.send([totals, messages])
+    (spread,) = asked.requests
+    assert isinstance(spread, Spread)
+    message = spread.make()
+    with pytest.raises(StopIteration) as end:
+        exchange.send([message])
+    assert end.value.value is call.out
+    for family in group.families:
+        family.skip()
+    return call.out, message
+
+
 def through(q_w: Compressor, q_m: Compressor | None, step: int = 0, seed: int = 0) -> tuple[Vector, int]:
-    group = workers(q_w, None, seed=seed)
-    master = None
-    if q_m is not None:
-        master = Master([part._replace(compressor=q_m) for part in group[0].parts], LENGTH, seed=seed)
+    group = workers(q_w, None, seed=seed, master=q_m)
     mean = np.empty(LENGTH, np.float32)
-    exchange_here(group, gradients(step), mean, step, master=master)
-    return mean, 0 if master is None else len(master.send(mean, step))
+    group.aggregate(gradients(step), mean, step)
+    if q_m is None:
+        return mean, 0
+    other, message = by_hand(group, gradients(step), step)
+    assert other.tobytes() == mean.tobytes()
+    return mean, len(message)
 
 
 @pytest.mark.parametrize("q_w", [TopK(0.3), Threshold(2.0), Sign("mean"), Half(), RandomK(0.3), Coarse()])
@@ -306,17 +394,35 @@ def test_a_master_draws_other_numbers_than_its_worker() -> None:
 
 @pytest.mark.parametrize("q_m", [Threshold(1.0), TopK(0.2), Half("bfloat16"), RandomK(0.5)])
 def test_everybody_makes_the_same_of_a_masters_message(q_m: Compressor) -> None:
-    parts = [Part("first", 0, 7, q_m), Part("none", 7, 7, q_m), Part("rest", 7, LENGTH, q_m)]
-    sender, receiver = (Master(parts, LENGTH, seed=4) for _ in range(2))
-    message = sender.send(gradients(0)[0], 5)
-    outs = [np.full(LENGTH, np.nan, np.float32) for _ in range(2)]
-    for master, out in zip((sender, receiver), outs, strict=True):
-        master.receive(message, out, 5)
-    assert outs[0].tobytes() == outs[1].tobytes()
-    assert np.isfinite(outs[0]).all()
+    identity = Identity()
+    parts = [
+        Part("first", 0, 7, identity, 0),
+        Part("none", 7, 7, identity, 1),
+        Part("rest", 7, LENGTH, identity, 2),
+    ]
+    group = here(parts, master=q_m, seed=4, size=2)
+    sent = [gradients(0)[0], np.zeros(LENGTH, np.float32)]
+    result, message = by_hand(group, sent, 5)
+    assert np.isfinite(result).all()
+    assert result.any()
+
+    def received(rank: int, message: Any) -> Vector:
+        call, exchange, asked = begun(group, rank, sent[rank], 5)
+        call.out[:] = np.nan
+        messages = [gathered(asked)] * 2
+        assert isinstance(asked.requests[0], Sum)
+        exchange.send([asked.requests[0].payloads, messages])
+        with pytest.raises(StopIteration):
+            exchange.send([message])
+        out: Vector = call.out
+        return out
+
+    # the sender of a message, and one who has made nothing of what the workers sent
+    for rank in range(2):
+        assert received(rank, message).tobytes() == result.tobytes()
     for wrong in (message[:-1], np.append(message, np.uint8(0))):
         with pytest.raises(ValueError, match="rank 0 sent"):
-            receiver.receive(wrong, outs[0], 5)
+            received(1, wrong)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -358,7 +464,10 @@ def test_groups_stand_together_in_a_layout_of_theirs() -> None:
         ("3.weight", 8, TopK()),
         ("3.bias", 2, Identity()),
     ]
-    assert Worker(parts, layout.length, rank=0, size=1).length == layout.length
+    check_parts(parts, layout.length)
+    out = np.empty(layout.length, np.float32)
+    here(parts, size=1).aggregate([np.ones(layout.length, np.float32)], out, 0)
+    assert (out[:16] == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -383,22 +492,20 @@ def test_parts_must_cover_the_vector() -> None:
         ([one, one], "part a must begin at element 5"),
         ([one], "the parts must cover 6 elements, got 5"),
     ):
-        for make in (lambda parts=parts: Worker(parts, 6, rank=0, size=1), lambda parts=parts: Master(parts, 6)):
-            with pytest.raises(ValueError, match=message):
-                make()
+        with pytest.raises(ValueError, match=message):
+            check_parts(parts, 6)
 
 
 def test_payloads_that_can_not_be() -> None:
     group = workers(Threshold(1.0), None)
-    sent = [worker.send(gradient, 0).gathered for worker, gradient in zip(group, gradients(0), strict=True)]
-    out = np.empty(LENGTH, np.float32)
+    sent = [gathered(begun(group, rank, gradient, 0)[2]) for rank, gradient in enumerate(gradients(0))]
     for wrong, message in (
         (sent[1][:-1], "rank 1 sent .* bytes, which end within second"),
         (np.append(sent[1], np.uint8(0)), "rank 1 sent .* bytes, 1 more than its parts have"),
         (np.append(np.array([10**6], np.uint32).view(np.uint8), sent[1]), "rank 1 sent 1000000 bytes for first"),
     ):
         with pytest.raises(ValueError, match=message):
-            group[0].receive({}, [sent[0], wrong, sent[2]], out, 0)
+            begun(group, 0, gradients(0)[0], 0)[1].send([[], [sent[0], wrong, sent[2]]])
 
 
 @pytest.mark.parametrize("names", [("topk",), ("adacomp", "natural"), ("sign", "threshold", "qsgd-gather"), ()])

@@ -8,13 +8,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from gradiveq.arrays.orthonormal import orthonormalise
 from gradiveq.compressors.base import Draw
-from gradiveq.flatten import Block
-from gradiveq.powersgd import PowerSGD, PowerSGDWorker, matrix_shape, orthonormalise, powersgd_here
+from gradiveq.exchange.kernels import HOST
+from gradiveq.exchange.lowrank import LowRank
+from gradiveq.exchange.requests import Call, Iteration, Round, Sum
+from gradiveq.flatten import Block, Bucket, matrix_shape
+from gradiveq.here import Here
+from gradiveq.powersgd import PowerSGD
+from tests.support.states import exact
 
 Vector = npt.NDArray[np.float32]
 #: name, shape, whether it is a convolution in the order of `flatten`
@@ -32,10 +39,10 @@ LAYERS = [
 
 
 def blocks_of(layers: list[tuple[str, tuple[int, ...], bool]]) -> list[Block]:
-    blocks, offset = [], 0
-    for name, shape, compressed in layers:
-        blocks.append(Block(name, offset, prod(shape), shape, compressed))
-        offset += blocks[-1].length
+    blocks: list[Block] = []
+    for index, (name, shape, compressed) in enumerate(layers):
+        start = blocks[-1].stop if blocks else 0
+        blocks.append(Block(name, start, prod(shape), shape, compressed, index))
     return blocks
 
 
@@ -57,6 +64,24 @@ def storage_matrix(block: Block, vector: Any) -> Any:
 
 def write(block: Block, vector: Any, matrix: Any) -> None:
     vector[block.start : block.stop] = (matrix.T if block.compressed else matrix).reshape(-1)
+
+
+def here(method: PowerSGD, size: int = 1, blocks: list[Block] = BLOCKS, seed: int = 0) -> Here:
+    bucket = Bucket(tuple(blocks), blocks[-1].stop if blocks else 0)
+    return Here(lambda rank: LowRank(method, seed=seed), bucket, size)
+
+
+def memory_of(group: Here, rank: int = 0) -> Vector:
+    """What a worker remembers, in the order of the vector."""
+    by_name = group.families[rank].state_dict()["memory"]
+    memory = np.zeros(group.bucket.length, np.float32)
+    for block in group.bucket.blocks:
+        block.view(torch.from_numpy(memory)).copy_(by_name[block.name])
+    return memory
+
+
+def q_of(group: Here, name: str) -> Any:
+    return group.families[0].state_dict()["q"][name].numpy()
 
 
 class Restated:
@@ -111,7 +136,7 @@ def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
 )
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_algorithms_1_and_2_in_numpy(method: PowerSGD, size: int) -> None:
-    workers = [PowerSGDWorker(BLOCKS, method, seed=3) for _ in range(size)]
+    workers = here(method, size, seed=3)
     restated = Restated(method, size, seed=3)
     out = np.empty(LENGTH, np.float32)
     total = [0.0] * size
@@ -119,22 +144,20 @@ def test_algorithms_1_and_2_in_numpy(method: PowerSGD, size: int) -> None:
         gradients = [noise(rank, call) for rank in range(size)]
         kept = [gradient.copy() for gradient in gradients]
         before = [error.copy() for error in restated.errors]
-        powersgd_here(workers, gradients, out, call)
+        workers.aggregate(gradients, out, call)
         close(out, restated.aggregate(gradients, call))
         assert all((a == b).all() for a, b in zip(gradients, kept, strict=True))
-        for rank, worker in enumerate(workers):
-            measures = worker.measures
+        for rank, measures in enumerate(workers.measures):
             assert measures is not None
             corrected = gradients[rank] + before[rank]
             assert measures.norm == pytest.approx(float(np.sum(corrected**2)), rel=1e-5)
             assert measures.density == 1
             assert measures.payload_bytes == sum(method.payload_bytes(block.shape) for block in BLOCKS)
-            memory = worker.state_dict()["memory"]
             if not method.error_feedback:
-                assert memory is None
+                assert workers.families[rank].state_dict()["memory"] is None
                 assert measures.error == measures.total_error == 0
                 continue
-            close(memory, restated.errors[rank])
+            close(memory_of(workers, rank), restated.errors[rank])
             assert measures.error == measures.compression_error
             assert measures.error == pytest.approx(float(np.sum(restated.errors[rank] ** 2)), rel=1e-4)
             total[rank] += measures.error
@@ -155,7 +178,7 @@ def test_what_pytorchs_hook_computes() -> None:
     """torch.distributed's powerSGD_hook, restated: Q orthogonalised, sums of P not divided, memory of the mean."""
     size, rank = 3, 2
     block = Block("conv", 0, 12 * 8 * 9, (12, 8, 3, 3), True)
-    workers = [PowerSGDWorker([block], PowerSGD(rank)) for _ in range(size)]
+    workers = here(PowerSGD(rank), size, [block])
     q = Draw(0, 0, 0, 0).generator(shared=True).standard_normal((72, rank), np.float32).astype(np.float64)
     # their columns are (depth, h, w), ours (h, w, depth): the same Q with its rows in their order
     to_theirs = np.arange(72).reshape(3, 3, 8).transpose(2, 0, 1).reshape(-1)
@@ -164,7 +187,7 @@ def test_what_pytorchs_hook_computes() -> None:
     out = np.empty(block.length, np.float32)
     for call in range(4):
         gradients = [noise(r, call, block.length) for r in range(size)]
-        powersgd_here(workers, gradients, out, call)
+        workers.aggregate(gradients, out, call)
         theirs = [g.reshape(3, 3, 8, 12).transpose(3, 2, 0, 1).reshape(12, 72) for g in gradients]
         inputs = [matrix + error for matrix, error in zip(theirs, errors, strict=True)]
         q = np.linalg.qr(q).Q
@@ -177,11 +200,11 @@ def test_what_pytorchs_hook_computes() -> None:
 
 def test_full_rank_is_the_exact_mean() -> None:
     method = PowerSGD(1000, min_compression_rate=0)
-    workers = [PowerSGDWorker(BLOCKS, method) for _ in range(4)]
+    workers = here(method, 4)
     out = np.empty(LENGTH, np.float32)
     for call in range(3):
         gradients = [noise(rank, call) for rank in range(4)]
-        powersgd_here(workers, gradients, out, call)
+        workers.aggregate(gradients, out, call)
         close(out, np.mean([g.astype(np.float64) for g in gradients], axis=0), 3e-6)
 
 
@@ -194,16 +217,16 @@ def test_a_layer_that_would_not_be_smaller_goes_uncompressed_and_exactly() -> No
     assert method.payload_bytes((13, 4)) == 4 * 51
     assert method.payload_bytes((12, 4)) == 4 * 48
     assert PowerSGD(3, min_compression_rate=2).rank_of((13, 4)) is None
-    workers = [PowerSGDWorker(BLOCKS, method) for _ in range(3)]
+    workers = here(method, 3)
     gradients = [noise(rank, 0) for rank in range(3)]
     out = np.empty(LENGTH, np.float32)
-    powersgd_here(workers, gradients, out, 0)
+    workers.aggregate(gradients, out, 0)
     mean = (gradients[0] + gradients[1] + gradients[2]) / np.float32(3)
     for block in BLOCKS:
         place = slice(block.start, block.stop)
         if method.rank_of(block.shape) is None:
             assert (out[place] == mean[place]).all()
-            assert (workers[0].state_dict()["memory"][place] == 0).all()
+            assert (memory_of(workers)[place] == 0).all()
         else:
             assert np.linalg.matrix_rank(storage_matrix(block, out).astype(np.float64), tol=1e-4) <= 3
 
@@ -217,26 +240,27 @@ def test_a_warm_start_finds_the_best_approximation() -> None:
     blocks = [Block("fc", 0, 1500, (30, 50), False)]
     errors = {}
     for warm in (True, False):
-        worker = PowerSGDWorker(blocks, PowerSGD(3, error_feedback=False, warm_start=warm))
+        worker = here(PowerSGD(3, error_feedback=False, warm_start=warm), blocks=blocks)
         out = np.empty(1500, np.float32)
         for call in range(20):
-            worker.aggregate(gradient, out, call, lambda message: None)
-        assert worker.measures is not None
-        errors[warm] = worker.measures.relative_error
+            worker.aggregate([gradient], out, call)
+        (measures,) = worker.measures
+        assert measures is not None
+        errors[warm] = measures.relative_error
     assert errors[True] == pytest.approx(best, rel=1e-3)
     assert errors[False] > 1.05 * best
 
 
 def test_error_feedback_loses_nothing() -> None:
     """What was sent so far, and the mean of the memories, are the sum of the gradients."""
-    workers = [PowerSGDWorker(BLOCKS, PowerSGD(1)) for _ in range(2)]
+    workers = here(PowerSGD(1), 2)
     out, sent, given = np.empty(LENGTH, np.float32), np.zeros(LENGTH), np.zeros(LENGTH)
     for call in range(10):
         gradients = [noise(rank, call) for rank in range(2)]
-        powersgd_here(workers, gradients, out, call)
+        workers.aggregate(gradients, out, call)
         sent += out
         given += np.mean(gradients, axis=0, dtype=np.float64)
-    left = np.mean([worker.state_dict()["memory"] for worker in workers], axis=0, dtype=np.float64)
+    left = np.mean([memory_of(workers, rank) for rank in range(2)], axis=0, dtype=np.float64)
     close(sent + left, given, 1e-5)
 
 
@@ -255,12 +279,13 @@ def test_delta_without_a_warm_start() -> None:
         (np.diag([9, 3, 3, 1, 1] + [0.1] * 7) @ q[:12], False),
     ]:
         gradient = matrix.astype(np.float32).reshape(-1)
-        worker = PowerSGDWorker([Block("fc", 0, 240, shape, False)], method, seed=5)
+        worker = here(method, blocks=[Block("fc", 0, 240, shape, False)], seed=5)
         errors, out = [], np.empty(240, np.float32)
         for call in range(calls):
-            worker.aggregate(gradient, out, call, lambda message: None)
-            assert worker.measures is not None
-            errors.append(worker.measures.relative_error)
+            worker.aggregate([gradient], out, call)
+            (measures,) = worker.measures
+            assert measures is not None
+            errors.append(measures.relative_error)
         deviation = max(float(np.std(errors)) / np.sqrt(calls), 1e-6)
         bound = 1 - constants.delta
         assert np.mean(errors) < bound + stats.norm.isf(1e-6) * deviation
@@ -268,16 +293,11 @@ def test_delta_without_a_warm_start() -> None:
             assert np.mean(errors) > bound - stats.norm.isf(1e-6) * deviation
 
 
-def projected(call: int) -> tuple[PowerSGDWorker, Vector, Vector]:
-    worker = PowerSGDWorker(BLOCKS, PowerSGD(2))
-    out = np.empty(LENGTH, np.float32)
-    worker.aggregate(noise(0, call), out, call, lambda message: None)
-    return worker, noise(0, call), out
-
-
 def test_a_projection() -> None:
-    worker, gradient, out = projected(0)
-    memory = worker.state_dict()["memory"]
+    worker = here(PowerSGD(2))
+    gradient, out = noise(0, 0), np.empty(LENGTH, np.float32)
+    worker.aggregate([gradient], out, 0)
+    memory = memory_of(worker)
     close(gradient.astype(np.float64) - out, memory, 1e-5)
     norms = [float(np.sum(np.square(one, dtype=np.float64))) for one in (out, memory, gradient)]
     assert norms[0] + norms[1] == pytest.approx(norms[2], rel=1e-5)
@@ -286,29 +306,29 @@ def test_a_projection() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-38, 1e-20, 1.0, 1e18, 3e35])
 def test_tiny_and_huge_gradients(scale: float) -> None:
     with np.errstate(over="ignore"):  # ‖x‖² in the measures
-        worker = PowerSGDWorker(BLOCKS, PowerSGD(2, error_feedback=False))
+        worker = here(PowerSGD(2, error_feedback=False))
         gradient = np.float32(scale) * noise(0, 0)
         out = np.empty(LENGTH, np.float32)
         for call in range(3):
-            worker.aggregate(gradient, out, call, lambda message: None)
+            worker.aggregate([gradient], out, call)
         assert np.isfinite(out).all()
-        worker = PowerSGDWorker(BLOCKS, PowerSGD(2, error_feedback=False))
+        worker = here(PowerSGD(2, error_feedback=False))
         expected = np.empty(LENGTH, np.float32)
         for call in range(3):
-            worker.aggregate(noise(0, 0), expected, call, lambda message: None)
+            worker.aggregate([noise(0, 0)], expected, call)
     # a denormal has few bits
     np.testing.assert_allclose(out, np.float64(scale) * expected, rtol=0, atol=scale * (1e-4 if scale > 1e-37 else 0.2))
 
 
 def test_a_direction_that_was_lost_is_found_again() -> None:
-    worker = PowerSGDWorker(BLOCKS, PowerSGD(2, error_feedback=False))
+    worker = here(PowerSGD(2, error_feedback=False))
     out = np.empty(LENGTH, np.float32)
     for call in range(2):
-        worker.aggregate(np.zeros(LENGTH, np.float32), out, call, lambda message: None)
+        worker.aggregate([np.zeros(LENGTH, np.float32)], out, call)
         assert (out == 0).all()
     for call in range(2, 40):
-        worker.aggregate(noise(0, 0), out, call, lambda message: None)
-    found = worker.measures
+        worker.aggregate([noise(0, 0)], out, call)
+    (found,) = worker.measures
     assert found is not None
     block = next(block for block in BLOCKS if block.name == "conv2")
     matrix, estimate = storage_matrix(block, noise(0, 0)), storage_matrix(block, out)
@@ -318,54 +338,66 @@ def test_a_direction_that_was_lost_is_found_again() -> None:
 
 @pytest.mark.parametrize("where", ["bias", "conv2"])
 def test_overflow_is_found_on_all_and_changes_nothing(where: str) -> None:
-    workers = [PowerSGDWorker(BLOCKS, PowerSGD(2)) for _ in range(2)]
+    workers = here(PowerSGD(2), 2)
     out = np.empty(LENGTH, np.float32)
-    powersgd_here(workers, [noise(rank, 0) for rank in range(2)], out, 0)
-    before = [worker.state_dict() for worker in workers]
+    workers.aggregate([noise(rank, 0) for rank in range(2)], out, 0)
+    before = exact(workers.state_dict())
     block = next(block for block in BLOCKS if block.name == where)
     gradients = [noise(rank, 1) for rank in range(2)]
     for gradient in gradients:
         gradient[block.start : block.stop] = 3e38
-    with pytest.raises(OverflowError, match="overflows float32 in call 1"):
-        powersgd_here(workers, gradients, out, 1)
+    with pytest.raises(OverflowError, match="overflows float32 in iteration 1"):
+        workers.aggregate(gradients, out, 1)
     assert not np.isfinite(out[block.start : block.stop]).any()
     assert np.isfinite(np.delete(out, slice(block.start, block.stop))).all()
-    for worker, state in zip(workers, before, strict=True):
-        assert worker.state_dict()["total_error"] == state["total_error"]
-        assert (worker.state_dict()["memory"] == state["memory"]).all()
-        assert all((worker.state_dict()["q"][index] == q).all() for index, q in state["q"].items())
-        with pytest.raises(RuntimeError, match="no call to accept"):
-            worker.accept()
+    assert exact(workers.state_dict()) == before
+    assert before["workers"][0]["total_error"] > 0
+    assert before["workers"][0]["q"]
+    for family in workers.families:
+        family.accept(Iteration(1))  # there is nothing that could count
+    assert exact(workers.state_dict()) == before
 
 
 def test_a_call_that_is_not_accepted_has_not_happened() -> None:
-    workers = [PowerSGDWorker(BLOCKS, PowerSGD(2)) for _ in range(2)]
+    """One that has ended, and one that was given up after its first round."""
+    workers = [here(PowerSGD(2)) for _ in range(2)]
     out, others = np.empty(LENGTH, np.float32), np.empty(LENGTH, np.float32)
     for worker in workers:
-        worker.aggregate(noise(0, 0), out, 0, lambda message: None)
-    for _ in workers[0].rounds(noise(0, 7), out, 1):
-        pass
-    next(workers[0].rounds(noise(0, 8), out, 1))
+        worker.aggregate([noise(0, 0)], out, 0)
+    (family,) = workers[0].families
+    for rounds in (2, 1):
+        call = Call(workers[0].bucket, Iteration(1), HOST, 0, 1, out=out, measured=True)
+        exchange = family.exchange(call, noise(0, 9 - rounds))
+        asked: Round = next(exchange)
+        for last in [False, True][:rounds]:
+            (request,) = asked.requests
+            assert isinstance(request, Sum)
+            assert asked.last == last
+            if rounds == 2:
+                try:
+                    asked = exchange.send([[payload.copy() for payload in request.payloads]])
+                except StopIteration:
+                    assert last
     for worker, result in zip(workers, (out, others), strict=True):
-        worker.aggregate(noise(0, 1), result, 1, lambda message: None)
+        worker.aggregate([noise(0, 1)], result, 1)
     assert out.tobytes() == others.tobytes()
 
 
 def test_state_dict_resumes_bitwise_with_ranks_that_change() -> None:
     def run(stop: int | None) -> tuple[Vector, list[Vector]]:
-        workers = [PowerSGDWorker(BLOCKS, PowerSGD(4), seed=9) for _ in range(2)]
+        workers = here(PowerSGD(4), 2, seed=9)
         out = np.empty(LENGTH, np.float32)
         for call in range(8):
             if call == stop:
-                states = [worker.state_dict() for worker in workers]
-                workers = [PowerSGDWorker(BLOCKS, PowerSGD(4), seed=9) for _ in range(2)]
-                for worker, state in zip(workers, states, strict=True):
-                    worker.load_state_dict(state)
+                state = workers.state_dict()
+                workers = here(PowerSGD(4), 2, seed=9)
+                workers.load_state_dict(state)
             if call in (2, 5):
-                for worker in workers:
-                    worker.use_ranks([1 if call == 2 else 4] * len(BLOCKS))
-            powersgd_here(workers, [noise(rank, call) for rank in range(2)], out, call)
-        return out, [worker.state_dict()["memory"] for worker in workers]
+                for family in workers.families:
+                    assert isinstance(family, LowRank)
+                    family.ranks = {block.name: 1 if call == 2 else 4 for block in BLOCKS}
+            workers.aggregate([noise(rank, call) for rank in range(2)], out, call)
+        return out, [memory_of(workers, rank) for rank in range(2)]
 
     whole, memories = run(None)
     for stop in (1, 3, 6):
@@ -375,38 +407,55 @@ def test_state_dict_resumes_bitwise_with_ranks_that_change() -> None:
 
 
 def test_ranks_that_change() -> None:
-    worker = PowerSGDWorker(BLOCKS, PowerSGD(4, error_feedback=False))
+    worker = here(PowerSGD(4, error_feedback=False))
+    (family,) = worker.families
+    assert isinstance(family, LowRank)
     out = np.empty(LENGTH, np.float32)
     block = next(block for block in BLOCKS if block.name == "conv2")
-    index = BLOCKS.index(block)
     for call, rank in enumerate([4, 1, 1, 3, 1000]):
-        worker.use_ranks([rank] * len(BLOCKS))
-        worker.aggregate(noise(0, 0), out, call, lambda message: None)
+        family.ranks = {block.name: rank for block in BLOCKS}
+        worker.aggregate([noise(0, 0)], out, call)
+        (measures,) = worker.measures
+        assert measures is not None
         if rank == 1000:  # not smaller then
             assert (out == noise(0, 0)).all()
-            assert worker.payload_bytes == 4 * LENGTH
+            assert measures.payload_bytes == 4 * LENGTH
+            assert family.state_dict()["q"] == {}
         else:
             assert np.linalg.matrix_rank(storage_matrix(block, out).astype(np.float64), tol=1e-3) == rank
-            assert worker.state_dict()["q"][index].shape == (72, rank)
-            assert worker.payload_bytes == sum(PowerSGD(rank).payload_bytes(block.shape) for block in BLOCKS)
+            assert q_of(worker, "conv2").shape == (72, rank)
+            assert measures.payload_bytes == sum(PowerSGD(rank).payload_bytes(block.shape) for block in BLOCKS)
 
 
 def test_states_of_others_are_refused() -> None:
-    worker = PowerSGDWorker(BLOCKS, PowerSGD(2))
-    with pytest.raises(ValueError, match="another error feedback"):
-        worker.load_state_dict(PowerSGDWorker(BLOCKS, PowerSGD(2, error_feedback=False)).state_dict())
-    with pytest.raises(ValueError, match="another error feedback or vector"):
-        worker.load_state_dict(PowerSGDWorker(BLOCKS[:3], PowerSGD(2)).state_dict())
+    def stepped(blocks: list[Block], method: PowerSGD) -> Any:
+        group = here(method, blocks=blocks)
+        length = group.bucket.length
+        group.aggregate([noise(0, 0, length)], np.empty(length, np.float32), 0)
+        return group.state_dict()
+
+    def go_on(state: Any, method: PowerSGD) -> Vector:
+        worker, out = here(method), np.empty(LENGTH, np.float32)
+        worker.load_state_dict(state)
+        worker.aggregate([noise(0, 1)], out, 1)
+        return out
+
+    with_memory, without = PowerSGD(2), PowerSGD(2, error_feedback=False)
+    for one, other in ((with_memory, without), (without, with_memory)):
+        with pytest.raises(ValueError, match="another error feedback"):
+            here(one).load_state_dict(stepped(BLOCKS, other))
     shapes = [(8, 3, 9), (12, 8, 3, 3), *(block.shape for block in BLOCKS[2:])]
-    other = PowerSGDWorker(
-        blocks_of([(b.name, s, b.compressed) for b, s in zip(BLOCKS, shapes, strict=True)]), PowerSGD(2)
-    )
-    worker.load_state_dict(other.state_dict())  # the same number of rows and columns
+    same_matrices = blocks_of([(b.name, s, b.compressed) for b, s in zip(BLOCKS, shapes, strict=True)])
     merged = blocks_of([("conv1", (27, 8), False), *LAYERS[1:]])
-    other = PowerSGDWorker(merged, PowerSGD(2))
-    other.aggregate(noise(0, 0), np.empty(LENGTH, np.float32), 0, lambda message: None)
+    for blocks in (same_matrices, merged):
+        with pytest.raises(ValueError, match=r"memory is of another model .* conv1 has shape .*, the parameter \(8, 3"):
+            go_on(stepped(blocks, with_memory), with_memory)
+    # the same number of rows and columns
+    assert (
+        go_on(stepped(same_matrices, without), without).tobytes() == go_on(stepped(BLOCKS, without), without).tobytes()
+    )
     with pytest.raises(ValueError, match="Q of conv1 has 8 rows, 27 are due"):
-        worker.load_state_dict(other.state_dict())
+        go_on(stepped(merged, without), without)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +507,8 @@ def test_orthonormalise(rows: int, columns: int, kind: str, scale: float, seed: 
 
 
 def test_no_layers() -> None:
-    worker = PowerSGDWorker([], PowerSGD())
-    worker.aggregate(np.empty(0, np.float32), np.empty(0, np.float32), 0, lambda message: None)
-    assert worker.measures is not None
-    assert worker.measures.density == worker.payload_bytes == 0
+    worker = here(PowerSGD(), blocks=[])
+    worker.aggregate([np.empty(0, np.float32)], np.empty(0, np.float32), 0)
+    (measures,) = worker.measures
+    assert measures is not None
+    assert measures.density == measures.payload_bytes == 0
