@@ -220,6 +220,7 @@ class _Carrier:
             delivery.group.size,
             delivery.index,
             flaw=delivery.flaw,
+            all_make=True,
             seen=lambda payload: self.kernels.array(self._seen(self.kernels.tensor(payload))),
             kept=delivery.kept,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from tests.support.aggregators import (
     spoilt,
     train,
 )
+from tests.support.by_hand import begun, sent, through_a_master
 from tests.support.processes import Launch
 from tests.support.states import exact
 
@@ -81,51 +83,57 @@ def packed(method: Compressed, gradients: Gradients, rank: int, iteration: int) 
 
 
 class Expected:
-    """What one process makes of the same gradients (`exchange_here`), and what a ring has to send for it."""
+    """What one process makes of the same gradients (`Here`), and what a ring has to send for it."""
 
     def __init__(self, method: Compressed, size: int, seed: int = 0) -> None:
         self.layout = Layout(small_model(), method.groups)
-        blocks, length = self.layout.blocks, self.layout.length
         self.method, self.size = method, size
         # Memories don't depend on the mean, so that both groups' are the same.
         self.workers, self.alone = (
-            [
-                Worker(method.parts(blocks), length, rank=rank, size=size, seed=seed, feedback=method.feedback)
-                for rank in range(size)
-            ]
-            for _ in range(2)
+            Here(
+                lambda rank, one=one: make_family(one, self.layout.blocks, rank=rank, size=size, seed=seed),  # type: ignore[misc]
+                self.layout.bucket,
+                size,
+            )
+            for one in (method, replace(method, master=None))
         )
-        self.master = Master(method.master_parts(blocks), length, seed=seed) if method.master else None
-        self.reduces = any(part.compressor.collective == "all_reduce" for part in method.parts(blocks))
+        self.parts = method.parts(self.layout.blocks)
+        self.reduces = any(part.compressor.collective == "all_reduce" for part in self.parts)
+
+    @property
+    def measures(self) -> list[Measures | None]:
+        return self.alone.measures
 
     def call(self, call: int, lr: float) -> tuple[Vector, int]:
         """The mean, and bytes over all ranks."""
         gradients = [packed(self.method, noise, rank, call) for rank in range(self.size)]
-        sent = [worker.send(gradient, call, lr) for worker, gradient in zip(self.alone, gradients, strict=True)]
-        reduced = sum(vector.nbytes for vector in sent[0].reduced.values())
-        gathered = sum(len(one.gathered) for one in sent)
-        if self.master is not None or any(
-            part.compressor.collective == "all_gather" and not part.compressor.fixed_size
-            for part in self.alone[0].parts
+        first = [sent(begun(self.alone, rank, gradient, call, lr)[2]) for rank, gradient in enumerate(gradients)]
+        summed = first[0][0]
+        reduced = sum(payload.nbytes for payload in summed)
+        gathered = sum(len(message) for _, message in first)
+        if self.method.master is not None or any(
+            part.compressor.collective == "all_gather" and not part.compressor.fixed_size for part in self.parts
         ):
             gathered += 4 * self.size  # lengths first
-        elif sent[0].reduced:
-            reduced += next(iter(sent[0].reduced.values())).itemsize  # whose gradient isn't finite
+        elif summed:
+            reduced += summed[0].itemsize  # whose gradient isn't finite
         else:
             gathered += self.size
         mean = np.empty(self.layout.length, np.float32)
-        exchange_here(self.alone, gradients, mean, call, lr)
+        self.alone.aggregate(gradients, mean, call, lr)
         rounds = 2
-        if self.master is not None:
+        if self.method.master is not None:
             rounds = 1
-            gathered += 4 * self.size + len(self.master.send(mean, call))
-            exchange_here(self.workers, gradients, mean, call, lr, self.master)
+            _, message = through_a_master(self.workers, gradients, call, lr)
+            gathered += 4 * self.size + len(message)
+            self.workers.aggregate(gradients, mean, call, lr)
+            assert self.workers.measures == self.alone.measures
         return mean, (self.size - 1) * (rounds * reduced + gathered)
 
 
 @pytest.mark.parametrize("spec", [*SPECS, *BOTH_WAYS])
 def test_what_one_process_gives(spec: str) -> None:
-    """The same bits on all ranks, and those of `exchange_here`; where floats are added in another order, nearly."""
+    """The same bits on all ranks, and those of `Here`; where floats are added in another order, nearly."""
     method = compressed(spec)
     for size in (1, 2, 3, 5):
         expected = Expected(method, size, seed=7)
@@ -156,8 +164,8 @@ def test_what_one_process_gives(spec: str) -> None:
             if size <= 2 or not expected.reduces or method.master is None:
                 assert sum(report.bytes_sent for report in reports) == num_bytes
             assert len({report.ratio for report in reports}) == 1
-            for report, worker in zip(reports, expected.alone, strict=True):
-                assert report.measures == worker.measures
+            for report, measures in zip(reports, expected.measures, strict=True):
+                assert report.measures == measures
 
 
 def test_the_mean_and_the_bytes_of_a_few_are_as_said() -> None:
@@ -202,7 +210,7 @@ def test_resume_is_bitwise(spec: str) -> None:
             set_gradients(model, noise, ring.rank, iteration)
             measures.append(aggregator.aggregate(lr=1 / (1 + iteration)).measures)
             grads.append(collect(model))
-        return states, measures, grads, pickle.dumps(aggregator.state_dict())
+        return states, measures, grads, exact(aggregator.state_dict())
 
     whole = run(size, going_on)
     for stop in stops:
@@ -245,10 +253,10 @@ def test_a_skipped_iteration_leaves_no_trace(spec: str) -> None:
         reports, grads = [], []
         for iteration in range(5):
             set_gradients(model, gradients, ring.rank, iteration)
-            before = pickle.dumps(aggregator.state_dict()["strategy"])
+            before = exact(aggregator.state_dict()["family"])
             reports.append(aggregator.aggregate(lr=0.5))
             grads.append(collect(model))
-            assert (pickle.dumps(aggregator.state_dict()["strategy"]) == before) == (iteration == 2)
+            assert (exact(aggregator.state_dict()["family"]) == before) == (iteration == 2)
         return reports, grads
 
     for reports, grads in run(3, work):
@@ -420,10 +428,13 @@ def test_memory_is_what_feedback_says() -> None:
             set_gradients(model, noise, ring.rank, iteration)
             corrected = packed(method, noise, ring.rank, iteration) + old
             aggregator.aggregate()
-            memory = aggregator.state_dict()["strategy"]["memory"]
-            sent = np.where(memory == 0, corrected, 0)
-            assert np.count_nonzero(sent) == np.count_nonzero(corrected) - np.count_nonzero(memory)
-            assert (sent + memory).tobytes() == corrected.tobytes()
+            memory = np.zeros_like(old)
+            for block in aggregator.layout.blocks:
+                remembered = aggregator.state_dict()["family"]["memory"][block.name]
+                block.view(torch.from_numpy(memory)).copy_(remembered)
+            estimate = np.where(memory == 0, corrected, 0)
+            assert np.count_nonzero(estimate) == np.count_nonzero(corrected) - np.count_nonzero(memory)
+            assert (estimate + memory).tobytes() == corrected.tobytes()
             old = memory
 
     run(size, work)

@@ -23,12 +23,12 @@ from gradiveq.compressors.topk import TopK
 from gradiveq.exchange.compressed import Compression
 from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.exchange.family import Family
-from gradiveq.exchange.kernels import HOST
 from gradiveq.exchange.message import LENGTH_BYTES, pack, unpack
 from gradiveq.exchange.parts import Part, check_parts, group_parts, layer_parts, model_parts
-from gradiveq.exchange.requests import Call, Exchange, Gather, Iteration, Round, Spread, Sum
+from gradiveq.exchange.requests import Iteration
 from gradiveq.flatten import Block, Bucket, Layout
 from gradiveq.here import Here
+from tests.support.by_hand import begun, sent, through_a_master
 from tests.support.states import exact, flat
 
 Vector = npt.NDArray[np.float32]
@@ -94,23 +94,6 @@ def here(
         return Compression(lambda call: parts, seed=seed, feedback=feedback, master=master, num_parts=len(parts))
 
     return Here(family, bucket_of(parts), size)
-
-
-def begun(group: Here, rank: int, gradient: Vector, number: int, lr: float = 1.0) -> tuple[Call, Exchange, Round]:
-    """One worker's exchange up to its first round."""
-    out = np.empty(group.bucket.length, np.float32)
-    size = len(group.families)
-    call = Call(group.bucket, Iteration(number, lr), HOST, rank, size, out=out, measured=True)
-    exchange = group.families[rank].exchange(call, gradient)
-    return call, exchange, next(exchange)
-
-
-def gathered(asked: Round) -> Any:
-    """The message that a worker hands to everybody."""
-    summed, gather = asked.requests
-    assert isinstance(summed, Sum)
-    assert isinstance(gather, Gather)
-    return gather.message
 
 
 def memory_of(group: Here, rank: int) -> Vector:
@@ -232,7 +215,7 @@ def test_measures() -> None:
         assert measures.total_error == pytest.approx(total)
         assert (measures.num_sent, measures.density) == (1 + 3, 0.1)
         _, _, asked = begun(group, 1, gradients(step)[1], step, 0.5)
-        assert measures.payload_bytes == len(gathered(asked))
+        assert measures.payload_bytes == len(sent(asked)[1])
         group.families[1].skip()
 
 
@@ -333,34 +316,13 @@ def test_invalid_feedback(arguments: tuple[Any, ...], message: str) -> None:
 # --- both ways -------------------------------------------------------------------------------------------------------
 
 
-def by_hand(group: Here, vectors: Sequence[Vector], number: int) -> tuple[Vector, Any]:
-    """What one worker gets of a master's message, and the message; the workers' gradients are gathered or summed."""
-    begins = [begun(group, rank, vector, number) for rank, vector in enumerate(vectors)]
-    sums = [asked.requests[0] for _, _, asked in begins]
-    totals = [sum(payloads) for payloads in zip(*(one.payloads for one in sums), strict=True)]  # type: ignore[union-attr]
-    messages = [gathered(asked) for _, _, asked in begins]
-    call, exchange, first = begins[0]
-    assert first.to_master
-    assert not first.last
-    asked = exchange.send([totals, messages])
-    (spread,) = asked.requests
-    assert isinstance(spread, Spread)
-    message = spread.make()
-    with pytest.raises(StopIteration) as end:
-        exchange.send([message])
-    assert end.value.value is call.out
-    for family in group.families:
-        family.skip()
-    return call.out, message
-
-
 def through(q_w: Compressor, q_m: Compressor | None, step: int = 0, seed: int = 0) -> tuple[Vector, int]:
     group = workers(q_w, None, seed=seed, master=q_m)
     mean = np.empty(LENGTH, np.float32)
     group.aggregate(gradients(step), mean, step)
     if q_m is None:
         return mean, 0
-    other, message = by_hand(group, gradients(step), step)
+    other, message = through_a_master(group, gradients(step), step)
     assert other.tobytes() == mean.tobytes()
     return mean, len(message)
 
@@ -401,17 +363,16 @@ def test_everybody_makes_the_same_of_a_masters_message(q_m: Compressor) -> None:
         Part("rest", 7, LENGTH, identity, 2),
     ]
     group = here(parts, master=q_m, seed=4, size=2)
-    sent = [gradients(0)[0], np.zeros(LENGTH, np.float32)]
-    result, message = by_hand(group, sent, 5)
+    given = [gradients(0)[0], np.zeros(LENGTH, np.float32)]
+    result, message = through_a_master(group, given, 5)
     assert np.isfinite(result).all()
     assert result.any()
 
     def received(rank: int, message: Any) -> Vector:
-        call, exchange, asked = begun(group, rank, sent[rank], 5)
+        call, exchange, asked = begun(group, rank, given[rank], 5)
         call.out[:] = np.nan
-        messages = [gathered(asked)] * 2
-        assert isinstance(asked.requests[0], Sum)
-        exchange.send([asked.requests[0].payloads, messages])
+        payloads, own = sent(asked)
+        exchange.send([payloads, [own] * 2])
         with pytest.raises(StopIteration):
             exchange.send([message])
         out: Vector = call.out
@@ -498,14 +459,14 @@ def test_parts_must_cover_the_vector() -> None:
 
 def test_payloads_that_can_not_be() -> None:
     group = workers(Threshold(1.0), None)
-    sent = [gathered(begun(group, rank, gradient, 0)[2]) for rank, gradient in enumerate(gradients(0))]
+    messages = [sent(begun(group, rank, gradient, 0)[2])[1] for rank, gradient in enumerate(gradients(0))]
     for wrong, message in (
-        (sent[1][:-1], "rank 1 sent .* bytes, which end within second"),
-        (np.append(sent[1], np.uint8(0)), "rank 1 sent .* bytes, 1 more than its parts have"),
-        (np.append(np.array([10**6], np.uint32).view(np.uint8), sent[1]), "rank 1 sent 1000000 bytes for first"),
+        (messages[1][:-1], "rank 1 sent .* bytes, which end within second"),
+        (np.append(messages[1], np.uint8(0)), "rank 1 sent .* bytes, 1 more than its parts have"),
+        (np.append(np.array([10**6], np.uint32).view(np.uint8), messages[1]), "rank 1 sent 1000000 bytes for first"),
     ):
         with pytest.raises(ValueError, match=message):
-            begun(group, 0, gradients(0)[0], 0)[1].send([[], [sent[0], wrong, sent[2]]])
+            begun(group, 0, gradients(0)[0], 0)[1].send([[], [messages[0], wrong, messages[2]]])
 
 
 @pytest.mark.parametrize("names", [("topk",), ("adacomp", "natural"), ("sign", "threshold", "qsgd-gather"), ()])
