@@ -54,6 +54,9 @@ class SizeKernels(DeviceKernels):
     def compress(self, compressor: Compressor, values: Tensor, draw: Draw, latest: Tensor) -> Tensor:
         return torch.empty(compressor.payload_bytes(len(values)), dtype=torch.uint8, device=self.device)
 
+    def decompress(self, compressor: Compressor, payload: Tensor, out: Tensor, draw: Draw, size: int = 1) -> None:
+        """Nothing: payloads have the right number of bytes, but no compressor's type."""
+
     def orthonormal(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         return list(matrices)
 

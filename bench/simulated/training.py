@@ -310,7 +310,7 @@ def simulate(
             M, ζ² and σ² as "multiple", "heterogeneity" and "noise" (`gradiveq.running_noise`: from the 10th step on, of
             the last 100 at most)}, None where there is no value; "loss" is the mean over the workers' batches.
         "evaluations": [{"iteration": steps done, "epoch", and what the task evaluates}].
-        "diverged": None, or the iteration whose loss or gradient, or its sum with a memory, wasn't finite. The run
+        "diverged": None, or the iteration whose loss, gradient, its sum with a memory, or mean was not finite. The run
             ends there, and is evaluated.
         "num_parameters": elements of the gradient; "payload_bytes": what one worker sent over the run.
     Raises:
@@ -378,7 +378,7 @@ class _Run:
             return
         try:
             columns = self.aggregation.aggregate(self.gradients, self.mean, iteration, lr)
-        except OverflowError:  # of gradient and memory together
+        except OverflowError:  # of gradient and memory together, or of the mean
             self.diverged = iteration
             return
         estimate = estimate_here(self.noises, self.gradients)

@@ -17,7 +17,7 @@ from gradiveq.arrays.float32 import Array
 from gradiveq.ddp.process_group import ProcessGroup
 from gradiveq.exchange.requests import Call, Compare, Exchange, Gather, Iteration, Round, Spread, Sum
 from gradiveq.pca.coding import Bases
-from gradiveq.report import listed
+from gradiveq.report import FitError, listed
 
 
 class Carried:
@@ -34,7 +34,7 @@ class Carried:
         self.before_s, self.after_s, self.sent = [0.0] * number, [0.0] * number, [0] * number
 
 
-#: Told of a round that is through, and how many seconds it took.
+#: A function that is told of a round that is through, and of the seconds that it took.
 AfterRound = Callable[[Round, float], None]
 
 
@@ -142,7 +142,7 @@ def _sums(payloads: Sequence[Array], group: ProcessGroup | None) -> list[Array]:
 
 
 def _gathered(requests: Sequence[Gather], group: ProcessGroup | None, what: str, number: int) -> list[list[Array]]:
-    """Of each request everybody's message, by rank."""
+    """Everybody's message of each request, by rank."""
     if group is None:
         return [[one.message] for one in requests]
     if isinstance(requests[0].lengths, str):
@@ -237,7 +237,10 @@ class Following:
             count(handed)
 
         what = f"the exchange of bases of {listed(list(names))}, once each rank had fitted its share,"
-        carry([exchange], group, what, number=now.number, asked=asked, after_round=count_round)
+        try:
+            carry([exchange], group, what, number=now.number, asked=asked, after_round=count_round)
+        except FitError as error:
+            raise FitError(f"before iteration {now.number + 1}: {error}") from error
 
 
 def _handed(request: Sum | Gather | Spread | Compare) -> int:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ from torch.futures import Future
 from gradiveq.ddp.bucket import COMPRESSIBLE
 from gradiveq.ddp.process_group import ProcessGroup
 from gradiveq.ddp.wire import Sums
-from gradiveq.device.bits import constant
+from gradiveq.device.bits import cast, constant
 from gradiveq.device.kernels import DeviceKernels
 from gradiveq.exchange import flaws
 from gradiveq.exchange.family import Family
@@ -86,6 +86,7 @@ class Delivery:
         vote: of this rank, 0 or 1.
         scale: by which the loss was multiplied, or None; memories and bases are in units without it.
         heard: everybody's codes, once the exchange is over.
+        stays: whether it is exchanged on its device, by torch operations.
         kept: tensors that a callback reads. On a GPU it does so on a stream of its own, so their memory may be used
             again only when DDP has waited for that, in the next iteration.
     """
@@ -101,6 +102,7 @@ class Delivery:
     vote: int = 0
     traffic: Traffic = field(default_factory=Traffic)
     heard: Tensor | None = None
+    stays: bool = False
     kept: list[Any] = field(default_factory=list)
 
     @property
@@ -197,17 +199,26 @@ def device_kernels(device: torch.device) -> DeviceKernels:
 Finish = Callable[[], Any]
 
 
+def _seen(delivery: Delivery, kernels: Kernels, payload: Any) -> Any:
+    """What the others will see of a payload that is summed, so that error feedback knows of the rounding too."""
+    own = kernels.tensor(payload)
+    if not delivery.half or own.dtype != torch.float32:
+        return payload
+    return kernels.array(delivery.from_wire(delivery.to_wire(own)))
+
+
 def carried(family: Family, delivery: Delivery) -> Carrying:
     """Exchange one bucket by a family."""
     return _Carrier(family, delivery).run()
 
 
 class _Carrier:
-    """One bucket's exchange."""
+    """One bucket's exchange. Nothing that lives longer refers to it, nor does it to itself: its memory is that of
+    several gradients, which must not wait for the garbage collector."""
 
     def __init__(self, family: Family, delivery: Delivery) -> None:
-        stays = family.stays_on_device() and on_device(delivery.buffer)
         self.delivery = delivery
+        delivery.stays = stays = family.stays_on_device() and on_device(delivery.buffer)
         self.kernels: Kernels = device_kernels(delivery.buffer.device) if stays else HOST
         if not stays:
             delivery.flaw = int(delivery.flaw)
@@ -221,7 +232,7 @@ class _Carrier:
             delivery.index,
             flaw=delivery.flaw,
             all_make=True,
-            seen=lambda payload: self.kernels.array(self._seen(self.kernels.tensor(payload))),
+            seen=partial(_seen, delivery, self.kernels),
             kept=delivery.kept,
         )
         self.exchange: Exchange = family.exchange(self.call, self.gradient)
@@ -230,6 +241,7 @@ class _Carrier:
     def run(self) -> Carrying:
         delivery, call = self.delivery, self.call
         call.out = self.kernels.empty(delivery.bucket.length)
+        delivery.kept.append(call.out)
         asked, mean = self._resume(None)
         delivery.flaw = call.flaw
         first = True
@@ -265,7 +277,7 @@ class _Carrier:
                     finishes.append(self._sum(request, first, futures))
                 case Sum():
                     finishes.append(self._encoded(request, futures))
-                case Gather(message=message) if len(message):
+                case Gather(message=message) if len(message) or (first and not futures):  # or no codes would travel
                     if request.lengths == "vary":
                         begun, lengths = yield from self._tell_lengths(message)
                         if flaws.any_flaw(begun):
@@ -279,7 +291,7 @@ class _Carrier:
                     finishes.append(list)
         yield Begun(futures, last)
         results = [finish() for finish in finishes]
-        delivery.kept += [finishes, results]
+        delivery.kept.append(results)
         if first:
             codes = delivery.heard
             self.call.votes = lambda: 0 if codes is None else flaws.votes(codes.cpu())
@@ -298,7 +310,7 @@ class _Carrier:
         delivery, kernels = self.delivery, self.kernels
         payloads = [kernels.tensor(payload) for payload in request.payloads]
         counted = request.purpose != "measure"
-        sums = Sums(delivery, payloads, codes=first and counted)
+        sums = Sums(delivery, payloads, codes=first and counted, half=delivery.half and counted)
         futures.extend(delivery.all_reduce(one) if counted else delivery.group.all_reduce(one) for one in sums.messages)
 
         def finish() -> list[Any]:
@@ -371,7 +383,7 @@ class _Carrier:
         def finish() -> Any:
             rows = everybody
             if with_code:
-                delivery.heard = rows[:, :CODE_BYTES].contiguous().view(torch.int64).view(-1)
+                delivery.heard = cast(rows[:, :CODE_BYTES], torch.int64).view(-1)
                 rows = rows[:, CODE_BYTES:]
             if not kernels.on_host:
                 return rows
@@ -380,15 +392,8 @@ class _Carrier:
 
         return finish
 
-    def _seen(self, payload: Tensor) -> Tensor:
-        """What the others will see of a payload that is summed, so that error feedback knows of the rounding too."""
-        delivery = self.delivery
-        if not delivery.half or payload.dtype != torch.float32:
-            return payload
-        return delivery.from_wire(delivery.to_wire(payload))
 
-
-#: Told of a bucket that is through, and what went wrong in there; says what is to be raised.
+#: A function that is told of a bucket that is through, and of what went wrong; it says what is to be raised.
 Judge = Callable[[Delivery, Exception | None], Exception | None]
 
 
@@ -434,6 +439,16 @@ class Flight:
         assert self._begun is not None
         self._wait(self._begun.futures)
         self._begun = self._next()
+
+    def wait(self) -> None:
+        """Until the exchange is over, if its last round has begun; else until the round under way is.
+
+        Raises: what the exchange has failed with.
+        """
+        if self.launched:
+            self.future.wait()
+        elif self._begun is not None:
+            self._wait(self._begun.futures)
 
     def _finish(self, futures: Sequence[Future[Any]]) -> None:
         try:

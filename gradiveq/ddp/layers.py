@@ -17,6 +17,12 @@ from torch import nn
 from gradiveq.ddp.bucket import COMPRESSIBLE, Parameters
 from gradiveq.flatten import Block, convolution_weights
 
+NOTHING_TO_COMPRESS = (
+    "GradiVeQ compresses the weights of convolutions (groups=1) in float32, float16 and bfloat16; `model` has none "
+    "that is a parameter (a weight that weight_norm or spectral_norm computes isn't) and requires a gradient. Name "
+    "others with `also`, as in also=('*.weight',), or use another method"
+)
+
 
 def compressible_layers(model: nn.Module, parameters: Parameters, also: Sequence[str]) -> list[Block]:
     """The parameters that PCA is for, as blocks of one vector.

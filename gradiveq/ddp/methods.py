@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from gradiveq.compressors.base import Compressor
 from gradiveq.ddp.bucket import Parameters
-from gradiveq.ddp.layers import compressible_layers
+from gradiveq.ddp.layers import NOTHING_TO_COMPRESS, compressible_layers
 from gradiveq.ddp.process_group import ProcessGroup
 from gradiveq.exchange.families import make_family
 from gradiveq.exchange.family import Family
@@ -42,9 +43,13 @@ def make_hook_family(
     if not min_ratio > 0:
         raise ValueError(f"`min_ratio` must be above 0, got {min_ratio}")
     layers: Sequence[Block] = ()
+    used = method
     match method:
         case GradiVeQ():
             layers = compressible_layers(model, parameters, also)
+            if not layers:
+                raise ValueError(NOTHING_TO_COMPRESS)
+            used = replace(method, sampling=Plain())  # no hop of a process group's decodes, adds and encodes again
         case Compressed():
             _check(method)
         case QSGDRing():
@@ -68,7 +73,7 @@ def make_hook_family(
         case _:
             raise TypeError(f"`method` must be Plain, Compressed, a Compressor, GradiVeQ or PowerSGD, got {method!r}")
     family = make_family(
-        method,
+        used,
         parameters.blocks,
         rank=group.rank,
         size=group.size,

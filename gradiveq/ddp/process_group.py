@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from gradiveq.exchange.kernels import HOST
+
 
 class ProcessGroup:
     """A process group of `torch.distributed` as the hook uses it.
@@ -85,9 +87,10 @@ class ProcessGroup:
 
     def sum_of(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The sum over the ranks, of any type that the backend adds. Blocks."""
-        tensor = torch.from_numpy(values.copy()).to(self.device)
+        tensor = HOST.tensor(values.copy()).to(self.device)
         dist.all_reduce(tensor, group=self.process_group)
-        return tensor.cpu().numpy()
+        total: npt.NDArray[Any] = HOST.array(tensor)
+        return total
 
     def rows_of(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Everybody's whole numbers, (size, length), by rank. Blocks."""

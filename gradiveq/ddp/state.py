@@ -29,12 +29,12 @@ from gradiveq.exchange.requests import Iteration
 from gradiveq.flatten import Bucket
 from gradiveq.report import NonFiniteGradient, listed
 
-#: Of PyTorch's convention: DDP rebuilds its buckets after the first iteration.
+#: PyTorch's convention for `start_iteration`, as DDP rebuilds its buckets after the first iteration.
 FIRST_START = 2
 
 
 class CompressionStats(NamedTuple):
-    """As PyTorch's PowerSGD hook reports them, but in bytes. Of this rank, from `start_iteration` on.
+    """Bytes of this rank from `start_iteration` on, in the words of PyTorch's PowerSGD hook.
 
     Attributes:
         compress_rate: before / after; 0 if nothing was sent.
@@ -84,7 +84,8 @@ class State:
     parameter; what error feedback has sent for it in such an iteration is then lost.
 
     **A parameter that is replaced** in the model later is found out on all ranks, unless its gradient was to come in
-    the first bucket: DDP itself waits for it then, and the process group's timeout tells the other ranks.
+    the first bucket: DDP itself waits for it then, and the process group's timeout tells the other ranks; as it does on
+    a GPU.
 
     **Errors** come from `backward()`, on all ranks: ValueError if ranks differ, NonFiniteGradient, FitError if PCA
     fails, RuntimeError with the exchange that failed if a worker is gone; PyTorch makes RuntimeErrors that quote them
@@ -163,7 +164,7 @@ class State:
         }
         self._loss_scale = loss_scale
         self._compared = False
-        # Of the iteration under way. Callbacks come on threads of the backend's.
+        # The iteration under way. Callbacks come on threads of the backend's.
         self._lock = threading.Lock()
         self._flights: list[Flight] = []
         self._begun = self._landed = 0
@@ -177,8 +178,8 @@ class State:
 
     @property
     def phase(self) -> str:
-        """Of the next iteration: "start" before `start_iteration`, then "plain", "compressed", or GradiVeQ's "warm-up",
-        "sample" and "compress" (as far as it is known: a fit that is under way may end the sampling)."""
+        """Phase of the next iteration: "start" before `start_iteration`, then "plain", "compressed", or GradiVeQ's
+        "warm-up", "sample" and "compress" (as far as it is known: a fit that is under way may end the sampling)."""
         self._settle()
         return "start" if self.iteration < self.start_iteration else self._family.phase
 
@@ -209,6 +210,7 @@ class State:
         number = self.iteration - 1
         work = Delivery(contents, buffer, self._now, bucket.index(), 0, self._scale, self._group, self._codes)
         work.flaw, work.vote = self._own_flaw(work), int(self._family.vote)
+        own_flaw = work.flaw  # on a device the code becomes a tensor
         self._works.append(work)
         if number >= self.start_iteration:
             work.traffic = self.traffic
@@ -230,12 +232,25 @@ class State:
             self._flights = []
         if self._fatal is not None:
             raise self._fatal
-        if flaws.is_hard(work.flaw):
-            # Other buckets of this rank may never come, as the gradients that DDP waits for don't.
-            while not flight.launched:
-                flight.advance()
-            flight.future.wait()
+        if flaws.is_hard(own_flaw):
+            raise self._hard(flight, int(own_flaw))
         return flight.future
+
+    def _hard(self, flight: Flight, code: int) -> Exception:
+        """What is to be raised on a rank that can't go on, once the others have heard of it.
+
+        Other buckets of this rank may never come, as the gradients that DDP waits for don't. On a device, where the
+        others don't look at codes while they exchange, they go on with their next bucket, and run into the process
+        group's timeout; a second round would meet that bucket's first there.
+        """
+        while not (flight.launched or flight.delivery.stays):
+            flight.advance()
+        flight.wait()
+        codes = torch.zeros(self._group.size, dtype=torch.int64, device="cpu")
+        codes[self._group.rank] = code
+        error = self._fatal or self._error(codes, self.iteration - 1)
+        assert error is not None
+        return error
 
     def _check_turn(self, contents: Bucket) -> None:
         """Refuse to begin an iteration with a bucket of another wrapped model than the last one's, on all ranks alike.
@@ -269,6 +284,7 @@ class State:
         self._all_begun = self._settled = self._spoilt = False
         self._scale = None if self._loss_scale is None else self._loss_scale()
         self._replaced = self._parameters.replaced()
+        self._following.wait()  # whose thread may be about to replace what is looked at here
         self._family.skip()  # what is left of an iteration that never ended
         traffic = self.traffic if number >= self.start_iteration else Traffic()
         self._following.finish(self._group, self._now, self._parameters.names, partial(_count_fit, traffic))
@@ -292,14 +308,17 @@ class State:
         """A bucket is through; maybe on a thread of the backend's."""
         verdict = error
         try:
-            if error is None:
-                if work.buffer.is_cuda:
-                    self._note_flaws(work)
-                else:
-                    verdict = self._find_flaws(work)
+            if error is not None:
+                self._spoilt = True
+            elif work.buffer.is_cuda:
+                self._note_flaws(work)
+            else:
+                verdict = self._find_flaws(work)
+        except Exception:
+            self._spoilt = True
+            raise
         finally:
             with self._lock:
-                self._spoilt = self._spoilt or error is not None
                 self._landed += 1
         if not self._unread:
             self._settle()
@@ -412,8 +431,9 @@ class State:
 
         With another number of workers every rank loads the list of the old ones' states, by rank, and says what is to
         become of error feedback's memories: "sum", so that the mean over the workers of what was left out stays what it
-        was (`gradiveq.exchange.error_memory.summed`); or "drop", for which a single old state will do. Bases, µ and Q are of the
-        mean gradient and are kept; a sampling that is under way begins anew. No such run equals another bit by bit.
+        was (`gradiveq.exchange.error_memory.summed`); or "drop", for which a single old state will do. Bases, µ and Q
+        are of the mean gradient and are kept; a sampling that is under way begins anew. No such run equals another bit
+        by bit.
 
         Args:
             memories: only with another number of workers.

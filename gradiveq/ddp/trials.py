@@ -10,18 +10,19 @@ import torch
 
 from gradiveq.arrays.float32 import Float32
 from gradiveq.ddp.blocking import carry
+from gradiveq.ddp.layers import NOTHING_TO_COMPRESS
 from gradiveq.ddp.process_group import ProcessGroup
 from gradiveq.exchange.families import make_family
 from gradiveq.exchange.family import Family
 from gradiveq.exchange.kernels import HOST
 from gradiveq.exchange.requests import Call, Iteration
-from gradiveq.exchange.windows import NOTHING_TO_COMPRESS, Windows
+from gradiveq.exchange.windows import Windows
 from gradiveq.flatten import Block, Bucket
 from gradiveq.methods import Compressed, GradiVeQ, Plain
 from gradiveq.pca.loss import Loss
 from gradiveq.powersgd import PowerSGD
 
-#: Longer than any probe measures.
+#: Iterations that no probe reaches.
 NEVER = 10**9
 
 
@@ -119,6 +120,7 @@ class Trial:
                     sampling=Plain(),
                     holdout_every=0,
                     max_sample=samples,
+                    error_feedback=False,
                 )
                 self._families = [Windows(method, [block], 0, 1) if block.compressed else None for block in blocks]
             case Compressed():

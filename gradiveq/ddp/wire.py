@@ -22,13 +22,14 @@ class Sums:
     Args:
         payloads: of any shape, as families give them, on any device.
         codes: whether every message ends with the ranks' codes.
+        half: whether float32 payloads are sent in the bucket's own 16 bits.
 
     Attributes:
         messages: on the bucket's device, to be summed in place.
     """
 
-    def __init__(self, delivery: Delivery, payloads: Sequence[Tensor], *, codes: bool) -> None:
-        self._delivery, self._payloads = delivery, payloads
+    def __init__(self, delivery: Delivery, payloads: Sequence[Tensor], *, codes: bool, half: bool) -> None:
+        self._delivery, self._payloads, self._half = delivery, payloads, half
         wires = [self._to_wire(payload.reshape(-1)) for payload in payloads]
         self._kinds: dict[torch.dtype, list[int]] = {}
         for i, wire in enumerate(wires):
@@ -55,10 +56,10 @@ class Sums:
         return totals
 
     def _to_wire(self, payload: Tensor) -> Tensor:
-        if self._delivery.half and payload.dtype == torch.float32:
+        if self._half and payload.dtype == torch.float32:
             return self._delivery.to_wire(payload)
         return payload.int() if payload.dtype == torch.int16 else payload
 
     def _from_wire(self, total: Tensor, dtype: torch.dtype) -> Tensor:
-        half = self._delivery.half and dtype == torch.float32
+        half = self._half and dtype == torch.float32
         return self._delivery.from_wire(total) if half else total.to(dtype)

@@ -100,11 +100,7 @@ class ByName:
         self._loaded: dict[str, Tensor] = {}
 
     def of(self, bucket: Bucket, device: torch.device) -> Tensor:
-        """A bucket's vector; not to be modified. Parameters keep theirs if they were in another bucket before.
-
-        Raises:
-            ValueError: what was loaded for a parameter has another shape.
-        """
+        """A bucket's vector; not to be modified. Parameters keep theirs if they were in another bucket before."""
         flat = self._flat.get(bucket)
         if flat is not None:
             return flat
@@ -112,20 +108,15 @@ class ByName:
         flat = torch.zeros(bucket.length, dtype=torch.float32, device=device)
         for block in bucket.blocks:
             if block.name in known:
-                if known[block.name].shape != block.shape:
-                    raise ValueError(
-                        f"the state's memory is of another model than this worker's: that of {block.name} has shape "
-                        f"{tuple(known[block.name].shape)}, the parameter {block.shape}"
-                    )
                 block.view(flat).copy_(known[block.name])
         return flat
 
     def stage(self, bucket: Bucket, flat: Tensor) -> None:
-        """What the bucket's vector will be, unless the iteration is skipped. The memory is this object's from now on."""
+        """What the bucket's vector will be, unless the iteration is skipped. This object owns it from now on."""
         self._staged[bucket] = flat
 
     def commit(self) -> None:
-        """The iteration counts: parameters live in the buckets of what was staged."""
+        """The iteration counts: what was staged is remembered, of parameters that are in these buckets from now on."""
         new = [bucket for bucket in self._staged if bucket not in self._flat]
         self._flat.update(self._staged)
         self._staged = {}
@@ -223,9 +214,10 @@ class ErrorMemory:
         error = float(sum_of_squares(left)) if call.measured else 0.0
         remembered = 0.0
         if self.feedback is not None:
+            remembered = error
             if self.feedback.form == "scaled":
                 left *= np.float32(call.now.lr)
-            remembered = float(sum_of_squares(left)) if call.measured else 0.0
+                remembered = float(sum_of_squares(left)) if call.measured else 0.0
             self.errors.stage(call.bucket, call.kernels.tensor(left))
         if call.measured:
             self._next_total = self.total_error + remembered
@@ -250,7 +242,7 @@ class ErrorMemory:
         self._next_total = self.total_error
 
     def state_dict(self) -> dict[str, Any]:
-        """By parameter name, None of what this worker doesn't have; it differs by rank. Copies."""
+        """What is remembered, by parameter name; it differs by rank. Copies; None where nothing is."""
         return {
             "memory": None if self.feedback is None else self.errors.state_dict(),
             "momentum": self._momentum.state_dict() if self._has_momentum else None,
@@ -266,8 +258,10 @@ class ErrorMemory:
         for name, mine in (("memory", self.feedback is not None), ("momentum", self._has_momentum)):
             if (state[name] is not None) != mine:
                 raise ValueError(f"the state's {name} is of another error feedback than this worker's")
-        self.errors.load_state_dict(state["memory"] or {})
-        self._momentum.load_state_dict(state["momentum"] or {})
+        if self.feedback is not None:
+            self.errors.load_state_dict(state["memory"])
+        if self._has_momentum:
+            self._momentum.load_state_dict(state["momentum"])
         self.total_error = self._next_total = state["total_error"]
 
     def load_others(self, states: Sequence[Mapping[str, Any]], memories: Memories, rank: int, size: int) -> None:

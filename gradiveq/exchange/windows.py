@@ -39,12 +39,6 @@ from gradiveq.pca.sampling import PCASampler
 from gradiveq.pca.schedule import majority
 from gradiveq.pca.window_log import WindowLog, raise_failures
 
-NOTHING_TO_COMPRESS = (
-    "GradiVeQ compresses the weights of convolutions (groups=1) in float32, float16 and bfloat16; `model` has none "
-    "that is a parameter (a weight that weight_norm or spectral_norm computes isn't) and requires a gradient. Name "
-    "others with `also`, as in also=('*.weight',), or use another method"
-)
-
 
 class Windows(Family):
     """One worker's side: samples, bases, losses.
@@ -70,7 +64,7 @@ class Windows(Family):
     ) -> None:
         super().__init__(ErrorFeedback() if method.error_feedback else None)
         if not layers:
-            raise ValueError(NOTHING_TO_COMPRESS)
+            raise ValueError("GradiVeQ compresses convolutions (groups=1); `model` has none: use Plain or QSGDRing")
         self.method, self.rank, self.size, self.min_ratio = method, rank, size, min_ratio
         self._window_log = WindowLog(method, max(method.warmup, warmup))
         self.schedule = self._window_log.schedule
@@ -87,7 +81,7 @@ class Windows(Family):
         self._in_use: Bases | None = None
         self._fit_due = False  # once the sample of the last iteration is in
         self._iteration = 0
-        # Of the iteration under way, by layer. On a GPU nothing waits for them until it is over.
+        # The iteration under way, by layer. On a GPU nothing waits for them until it is over.
         self._samples: dict[str, HostCopy] = {}
         self._held_out: dict[str, HostCopy] = {}
         self._votes: Callable[[], int] | None = None
@@ -132,15 +126,18 @@ class Windows(Family):
         requests = [Sum([x], bases, mean=True)]
         if due:
             with call.now.span("measure"):
-                exact = [ordered(block, kernels.tensor(x)) for block in layers]
+                lossy = [block for block in layers if block.name in bases.by_name]
+                exact = [ordered(block, kernels.tensor(x)) for block in lossy]
             requests.append(Sum([kernels.array(one) for one in exact], mean=True, purpose="measure"))
         ((mean,), *measured) = yield Round(requests)
         self._votes = call.votes if self.method.compress == "auto" else None
         if due:
             with call.now.span("measure"):
                 values = kernels.tensor(mean)
-                for block, own in zip(layers, measured[0], strict=True):
-                    self._held_out[block.name] = HostCopy(squares(ordered(block, values), kernels.tensor(own)))
+                means = {block.name: kernels.tensor(own) for block, own in zip(lossy, measured[0], strict=True)}
+                for block in layers:  # nothing is lost of those without bases, but they are part of the whole
+                    found = ordered(block, values)
+                    self._held_out[block.name] = HostCopy(squares(found, means.get(block.name, found)))
         return mean
 
     def _keep(self, call: Call, x: Any, bases: Bases) -> None:
@@ -168,7 +165,7 @@ class Windows(Family):
         super().skip()
         self._samples, self._held_out, self._votes = {}, {}, None
         if self._in_use is not None:
-            self._in_use.take_local_loss()
+            self._in_use.local = {}
 
     # Sampling
 
@@ -314,5 +311,5 @@ def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
 
 
 def _arrays(tree: Any) -> Any:
-    """Of a state with tensors, that with NumPy arrays."""
+    """The state with NumPy arrays in place of tensors."""
     return _converted(tree, Tensor, lambda tensor: tensor.numpy())

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from gradiveq.ddp.flaws import NOT_FINITE, REPLACED, UNKNOWN, Codes, any_flaw, flaw, is_hard, story, votes
-from gradiveq.ddp.memory import Memory, summed
 from torch.nn.parallel import DistributedDataParallel
 
 from gradiveq.compressors.topk import TopK
-from gradiveq.ddp.bucket import Place, Plan
-from gradiveq.ddp.process_group import Group
+from gradiveq.ddp.process_group import ProcessGroup
 from gradiveq.ddp.state import State
-from gradiveq.flatten import Block
+from gradiveq.exchange.error_memory import ByName, summed
+from gradiveq.exchange.flaws import NOT_FINITE, REPLACED, UNKNOWN, Codes, any_flaw, flaw, is_hard, story, votes
+from gradiveq.flatten import Block, Bucket
 from gradiveq.over_ring.pca_codec import PCACodec
 from gradiveq.pca import PCAConfig, PCASampler
+from gradiveq.pca.coding import Bases
 from gradiveq.pca.loss import Loss
 from gradiveq.pca.projection import Projection, squares
 from ring.codec import Hop
@@ -152,8 +152,8 @@ def test_projection_is_the_codecs(fit_slices: Any, reuse: int | None) -> None:
     for _ in range(9):
         sampler.add(generator.standard_normal(210).astype(np.float32) + 3)
     dims = sampler.fit()
-    buffer, _ = sampler.share(dims)
-    (basis,) = sampler.rebuild(dims, buffer)
+    share, _ = sampler.share(dims)
+    (basis,) = sampler.rebuild(dims, [share])
     gradient = generator.standard_normal(210).astype(np.float32) + 3
 
     codec, projection = PCACodec(basis), Projection(basis, torch.device("cpu"))
@@ -167,7 +167,9 @@ def test_projection_is_the_codecs(fit_slices: Any, reuse: int | None) -> None:
     decoded = projection.decode(coded)
     np.testing.assert_allclose(decoded.numpy(), estimate, rtol=1e-4, atol=1e-5)
     loss = Loss(*squares(decoded, torch.from_numpy(gradient)).tolist())
-    np.testing.assert_allclose(loss.relative, codec.loss(gradient).relative, rtol=1e-3)
+    np.testing.assert_allclose(loss.relative, Loss.between(estimate, gradient).relative, rtol=1e-3)
+    of_bases = Bases([basis]).losses_on([block], torch.from_numpy(gradient))["conv"]
+    np.testing.assert_allclose(loss.relative, of_bases.relative, rtol=1e-3)
 
 
 def test_memories_of_other_workers() -> None:
@@ -183,16 +185,16 @@ def test_memories_of_other_workers() -> None:
 
 
 def test_memory_follows_its_parameters() -> None:
-    def plan(*names: str) -> Plan:
+    def bucket(*names: str) -> Bucket:
         sizes = {"a": 2, "b": 3, "c": 1}
-        places, start = [], 0
+        blocks, start = [], 0
         for name in names:
-            places.append(Place(name, 0, start, start + sizes[name], (sizes[name],), (1,)))
+            blocks.append(Block(name, start, sizes[name], (sizes[name],), False, 0, (1,)))
             start += sizes[name]
-        return Plan(tuple(places), start)
+        return Bucket(tuple(blocks), start)
 
-    memory, cpu = Memory(), torch.device("cpu")
-    first, second = plan("a", "b"), plan("c")
+    memory, cpu = ByName(), torch.device("cpu")
+    first, second = bucket("a", "b"), bucket("c")
     assert memory.of(first, cpu).tolist() == [0] * 5
     memory.stage(first, torch.tensor([1.0, 2, 3, 4, 5]))
     memory.of(second, cpu)
@@ -201,13 +203,13 @@ def test_memory_follows_its_parameters() -> None:
     memory.stage(first, torch.full((5,), 9.0))
     memory.forget()
     memory.commit()
-    assert memory.of(plan("c", "a"), cpu).tolist() == [6, 1, 2]
-    assert memory.of(plan("b"), cpu).tolist() == [3, 4, 5]
+    assert memory.of(bucket("c", "a"), cpu).tolist() == [6, 1, 2]
+    assert memory.of(bucket("b"), cpu).tolist() == [3, 4, 5]
     saved = memory.state_dict()
     assert {name: one.tolist() for name, one in saved.items()} == {"a": [1, 2], "b": [3, 4, 5], "c": [6]}
-    other = Memory()
+    other = ByName()
     other.load_state_dict(saved)
-    assert other.of(plan("b", "c"), cpu).tolist() == [3, 4, 5, 6]
+    assert other.of(bucket("b", "c"), cpu).tolist() == [3, 4, 5, 6]
     assert other.state_dict().keys() == saved.keys()
 
 
@@ -216,7 +218,7 @@ def test_small_collectives_are_on_the_cpu_where_a_backend_takes_them(backend: st
     """`init_process_group()` makes a group with one backend for CPUs and one for GPUs."""
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        group = Group(None)
+        group = ProcessGroup(None)
         assert group.device == torch.device("cpu")
         assert group.rows_of(np.array([3, 5])).tolist() == [[3, 5]]
     finally:
@@ -235,8 +237,8 @@ def test_small_collectives_are_on_the_models_device_over_nccl(monkeypatch: pytes
     """DDP needs no `torch.cuda.set_device`: the current device may be cuda:0 in all processes."""
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert Group(None, torch.device("cuda", 3)).device == torch.device("cuda", 3)
-    assert Group(None, torch.device("cpu")).device == torch.device("cuda", 0)
+    assert ProcessGroup(None, torch.device("cuda", 3)).device == torch.device("cuda", 3)
+    assert ProcessGroup(None, torch.device("cpu")).device == torch.device("cuda", 0)
 
 
 @pytest.mark.usefixtures("alone")

@@ -6,20 +6,13 @@ anyone could look at.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gradiveq.ddp.compressors import CompressorScheme
-from gradiveq.ddp.flaws import NOT_FINITE, OVERFLOWED, Codes, flaw, flaw_on_device
-from gradiveq.ddp.lowrank import PowerSGDScheme
-from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
-from gradiveq.ddp.scheme import Rounds, Scheme, Traffic, Work, plain_rounds
-from gradiveq.ddp.windows import WindowsScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -28,19 +21,30 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gradiveq import GradiVeQ
-from gradiveq.compressors import COMPRESSORS, bits
+from gradiveq import GradiVeQ, Plain
+from gradiveq.arrays import bits
+from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.base import Draw, Float32
 from gradiveq.compressors.identity import Identity
-from gradiveq.ddp import native, native_bits
-from gradiveq.ddp.bucket import Parameters, Place, Plan
-from gradiveq.ddp.layers import compressible_layers
+from gradiveq.ddp.bucket import Parameters
+from gradiveq.ddp.driver import Carrying, Delivery, carried, device_kernels, uncompressed
+from gradiveq.ddp.methods import make_hook_family
 from gradiveq.ddp.state import State
-from gradiveq.ddp.wire import array_of
+from gradiveq.device import bits as device_bits
+from gradiveq.exchange.families import make_family
+from gradiveq.exchange.flaws import NOT_FINITE, OVERFLOWED, Codes, flaw
+from gradiveq.exchange.kernels import HOST
+from gradiveq.exchange.lowrank import LowRank
+from gradiveq.exchange.requests import Iteration
+from gradiveq.exchange.windows import Windows
+from gradiveq.flatten import Block, Bucket
 from gradiveq.methods import Compressed
 from gradiveq.powersgd import PowerSGD
 from gradiveq.specs import parse
+from tests.ddp.ranks import MATRICES, VECTORS, Ranks
 from tests.support.native_methods import METHODS, PALETTES, SPECS, assert_same_bits, check_bits, compressor_of
+
+ON_DEVICE = "gradiveq.ddp.driver.on_device"
 
 
 @st.composite
@@ -68,9 +72,9 @@ def test_payloads_and_estimates_are_the_same_bits(spec: str, values: Float32, dr
 def test_codes_of_every_width(width: int) -> None:
     for count in (0, 1, 31, 33, 511, 512, 1100):
         codes = np.random.default_rng(count).integers(0, 2**width, count, np.uint32)
-        packed = native_bits.pack(torch.from_numpy(codes.astype(np.int64)), width)
+        packed = device_bits.pack(torch.from_numpy(codes.astype(np.int64)), width)
         assert_same_bits(packed, bits.pack(codes, width))
-        assert_same_bits(native_bits.unpack(packed, width, count), codes.astype(np.int64))
+        assert_same_bits(device_bits.unpack(packed, width, count), codes.astype(np.int64))
 
 
 @pytest.mark.parametrize("spec", ["qsgd-gather:255", "qsgd-gather:65536", "sign:scaled", "terngrad:2.5"])
@@ -81,7 +85,7 @@ def test_sums_in_another_order_move_a_scale_by_one_float_at_most(spec: str) -> N
         generator = np.random.default_rng(seed)
         values = (generator.standard_normal(1 << 19) * 10.0 ** generator.uniform(-6, 3, 1 << 19)).astype(np.float32)
         ours = compressor.compress(values, Draw(0, seed, 0, 0))
-        theirs = array_of(native.compress(compressor, torch.from_numpy(values), Draw(0, seed, 0, 0)))
+        theirs = HOST.array(compressor.compress_tensor(torch.from_numpy(values), Draw(0, seed, 0, 0)))
         scales = [payload[:4].view(np.int32)[0] for payload in (ours, theirs)]
         assert abs(int(scales[0]) - int(scales[1])) <= 1
         estimates = [np.empty_like(values) for _ in range(2)]
@@ -96,89 +100,25 @@ def test_all_of_a_fixed_size_are_native() -> None:
         pass
 
     for kind in COMPRESSORS.values():
-        assert native.is_native(kind()) == kind.fixed_size, kind.name
-    assert not native.is_native(Other())
+        assert kind().on_device == kind.fixed_size, kind.name
+    assert not Other().on_device
 
 
 # Several ranks in one thread
 
 
-class Member:
-    """A rank's process group: its collectives wait until all ranks have begun theirs."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.device = rank, size, torch.device("cpu")
-        self.begun: list[tuple[Tensor, Tensor | None]] = []
-
-    def all_reduce(self, tensor: Tensor) -> Future[Any]:
-        self.begun.append((tensor, None))
-        return Future()
-
-    def all_gather(self, tensor: Tensor) -> tuple[Tensor, Future[Any]]:
-        out = torch.empty(self.size, len(tensor), dtype=tensor.dtype, device=tensor.device)
-        self.begun.append((tensor, out))
-        return out, Future()
-
-
-def carry_out(members: Sequence[Member]) -> None:
-    for calls in zip(*(member.begun for member in members), strict=True):
-        inputs = torch.stack([tensor for tensor, _ in calls])
-        for tensor, out in calls:
-            if out is None:
-                tensor.copy_(inputs.sum(0, dtype=tensor.dtype))
-            else:
-                out.copy_(inputs)
-    for member in members:
-        member.begun.clear()
-
-
-def plan_of(*shapes: tuple[int, ...]) -> Plan:
-    stops = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
-    places = [
-        Place(f"layer{i}", i, stop - math.prod(shape), stop, shape, tuple(torch.empty(shape).stride()))
-        for i, (shape, stop) in enumerate(zip(shapes, stops, strict=True))
+def ranks_of(method: Compressed, on_device: Sequence[bool], scale: float | None = None) -> Ranks:
+    """Whose overrides name layers of `VECTORS`."""
+    size = len(on_device)
+    families = [
+        make_family(method, VECTORS.blocks, rank=rank, size=size, seed=5, one_vector=False) for rank in range(size)
     ]
-    return Plan(tuple(places), stops[-1])
+    return Ranks(families, VECTORS, on_device, scale)
 
 
-PLAN = plan_of((40,), (0,), (1300,), (9,), (1,))
-#: Two matrices of one shape, one that has not the rank, and vectors.
-MATRICES = plan_of((12, 3, 3, 2), (12,), (7, 40), (0, 4), (40, 7), (2, 30), (12, 18), (1,))
-
-
-class Bucket:
-    """One bucket of some ranks, iteration by iteration."""
-
-    def __init__(self, schemes: Sequence[Scheme], plan: Plan, scale: float | None = None) -> None:
-        self.schemes, self.plan, self.scale = schemes, plan, scale
-        self.members = [Member(rank, len(schemes)) for rank in range(len(schemes))]
-
-    def exchange(self, iteration: int, gradients: Sequence[Tensor], count: bool = True) -> list[Work]:
-        """The works when all is over, their buffers the means; with `count`, memories are kept."""
-        works, rounds = [], []
-        for scheme, member, gradient in zip(self.schemes, self.members, gradients, strict=True):
-            codes, group = Codes(member.size, len(self.plan.places)), cast(Any, member)
-            work = Work(self.plan, gradient.clone(), iteration, 2, 0, self.scale, group, codes)
-            scheme.begin(iteration, Traffic())
-            works.append(work)
-            rounds.append(scheme.rounds(work))
-        while None not in [next(one, None) for one in rounds]:  # all of them, one step
-            carry_out(self.members)
-        for scheme in self.schemes:
-            scheme.end(count)
-        return works
-
-
-def bucket_of(method: Compressed, on_device: Sequence[bool], scale: float | None = None) -> Bucket:
-    """Whose overrides name layers of `PLAN`."""
-    chosen = None if method.granularity == "model" else [method.compressor] * len(PLAN.places)
-    for pattern, compressor in method.overrides:
-        assert chosen is not None
-        chosen[int(pattern.removeprefix("layer"))] = compressor
-    schemes = [CompressorScheme(method, chosen, 5) for _ in on_device]
-    for scheme, native_one in zip(schemes, on_device, strict=True):
-        scheme.on_device = lambda work, native_one=native_one: native_one  # type: ignore[method-assign]
-    return Bucket(schemes, PLAN, scale)
+def with_memory(memory: dict[str, Tensor], **others: Any) -> dict[str, Any]:
+    """The state of a family."""
+    return {"memory": memory, "momentum": {}, "total_error": 0.0, **others}
 
 
 @pytest.mark.parametrize("method", list(METHODS.values()), ids=list(METHODS))
@@ -187,12 +127,13 @@ def test_exchanges_are_the_same_bits(method: Compressed, monkeypatch: pytest.Mon
 
     Of the longest layer two ranks are decoded at once, and then the third; of the others all are.
     """
-    monkeypatch.setattr(native, "_AT_ONCE", 2 * 1300)
+    for module in ("base", "topk"):
+        monkeypatch.setattr(f"gradiveq.compressors.{module}.at_once", lambda length: max(1, 2 * 1300 // max(1, length)))
     for dtype, scale in ((torch.float32, None), (torch.bfloat16, None), (torch.float16, 8.0)):
-        buckets = [bucket_of(method, where, scale) for where in ([False] * 3, [True] * 3, [False, True, False])]
+        buckets = [ranks_of(method, where, scale) for where in ([False] * 3, [True] * 3, [False, True, False])]
         for iteration in range(2):
             generator = torch.Generator().manual_seed(iteration)
-            gradients = [torch.randn(PLAN.length, generator=generator).to(dtype) for _ in range(3)]
+            gradients = [torch.randn(VECTORS.length, generator=generator).to(dtype) for _ in range(3)]
             expected, *others = (bucket.exchange(iteration, gradients) for bucket in buckets)
             for works in others:
                 for host, other in zip(expected, works, strict=True):
@@ -200,7 +141,7 @@ def test_exchanges_are_the_same_bits(method: Compressed, monkeypatch: pytest.Mon
                     assert torch.equal(other.heard, host.heard)  # type: ignore[arg-type]
                     assert other.traffic == host.traffic
         if method.feedback is not None:
-            expected_states, *states = ([scheme.state_dict() for scheme in bucket.schemes] for bucket in buckets)
+            expected_states, *states = ([family.state_dict() for family in bucket.families] for bucket in buckets)
             for one in states:
                 for host_state, other_state in zip(expected_states, one, strict=True):
                     for name, memory in host_state["memory"].items():
@@ -212,12 +153,12 @@ def test_what_overflows_with_its_memory_is_named(spec: str) -> None:
     """Rank 1's layer 3; on all ranks, on the device as on the host. It sends zeros."""
     method = parse(spec)
     for where in ([False] * 2, [True] * 2):
-        bucket = bucket_of(method, where)
-        for scheme in bucket.schemes:
-            memory = {place.name: torch.full(place.shape, 3e38) for place in PLAN.places[3:4]}
-            scheme.load_state_dict({"memory": memory})
-        gradients = [torch.ones(PLAN.length) for _ in range(2)]
-        gradients[1][PLAN.places[3].start] = 3e38
+        bucket = ranks_of(method, where)
+        for family in bucket.families:
+            memory = {block.name: torch.full(block.shape, 3e38) for block in VECTORS.blocks[3:4]}
+            family.load_state_dict(with_memory(memory))
+        gradients = [torch.ones(VECTORS.length) for _ in range(2)]
+        gradients[1][VECTORS.blocks[3].start] = 3e38
         for work in bucket.exchange(0, gradients, count=False):
             assert work.heard is not None
             assert work.heard.tolist() == [0, flaw(OVERFLOWED, 3)]
@@ -225,12 +166,14 @@ def test_what_overflows_with_its_memory_is_named(spec: str) -> None:
 
 
 def test_a_mean_that_overflows_is_not_sent_back() -> None:
-    gradients = [torch.full((PLAN.length,), 3e38) for _ in range(3)]
+    gradients = [torch.full((VECTORS.length,), 3e38) for _ in range(3)]
     gradients[0][1:] = 1
-    means = [bucket_of(parse("identity^topk:0.01"), [where] * 3).exchange(0, gradients)[0].buffer for where in (0, 1)]
+    means = [
+        ranks_of(parse("identity^topk:0.01"), [bool(where)] * 3).exchange(0, gradients)[0].buffer for where in (0, 1)
+    ]
     assert torch.equal(*means)
     assert means[0].isinf().any()
-    assert means[0].count_nonzero() == PLAN.length
+    assert means[0].count_nonzero() == VECTORS.length
 
 
 @pytest.mark.parametrize(
@@ -250,8 +193,9 @@ def test_powersgd_is_the_hosts_within_rounding(method: PowerSGD) -> None:
         (torch.float32, 256.0, 1e-5),
         (torch.float16, 8.0, 5e-3),
     ):
-        host = Bucket([PowerSGDScheme(method, 4) for _ in range(3)], MATRICES, scale)
-        device = Bucket([NativePowerSGDScheme(method, 4) for _ in range(3)], MATRICES, scale)
+        host, device = (
+            Ranks([LowRank(method, seed=4) for _ in range(3)], MATRICES, [there] * 3, scale) for there in (False, True)
+        )
         for iteration in range(5):
             generator = torch.Generator().manual_seed(iteration)
             common = torch.randn(MATRICES.length, generator=generator)
@@ -266,34 +210,34 @@ def test_powersgd_is_the_hosts_within_rounding(method: PowerSGD) -> None:
                 assert torch.equal(ours.buffer, works[0].buffer)
                 assert torch.equal(ours.heard, theirs.heard)  # type: ignore[arg-type]
                 assert ours.traffic == theirs.traffic
-            for ours, theirs in zip(device.schemes, host.schemes, strict=True):
-                states = ours.state_dict(), theirs.state_dict()
+            for one, other in zip(device.families, host.families, strict=True):
+                states = one.state_dict(), other.state_dict()
                 assert states[0]["q"].keys() == states[1]["q"].keys()
                 assert states[0]["memory"].keys() == states[1]["memory"].keys()
                 for name, memory in states[0]["memory"].items():
                     torch.testing.assert_close(memory, states[1]["memory"][name], rtol=0, atol=100 * tolerance)
                 if iteration == 2:
-                    ours.load_state_dict(states[1])
-                    theirs.load_state_dict(states[0])
+                    one.load_state_dict(states[1])
+                    other.load_state_dict(states[0])
 
 
 def test_powersgd_says_what_overflows() -> None:
     """With the memory of rank 1's layer 2, as a code; in a sum, as NaN in that layer, as on the host."""
-    for kind in (PowerSGDScheme, NativePowerSGDScheme):
-        bucket = Bucket([kind(PowerSGD(2), 4) for _ in range(2)], MATRICES)
-        place = MATRICES.places[2]
-        for scheme in bucket.schemes:
-            scheme.load_state_dict({"memory": {place.name: torch.full(place.shape, 3e38)}, "q": {}})
+    for there in (False, True):
+        bucket = Ranks([LowRank(PowerSGD(2), seed=4) for _ in range(2)], MATRICES, [there] * 2)
+        block = MATRICES.blocks[2]
+        for family in bucket.families:
+            family.load_state_dict(with_memory({block.name: torch.full(block.shape, 3e38)}, q={}, ranks={}))
         gradients = [torch.ones(MATRICES.length) for _ in range(2)]
-        gradients[1][place.start] = 3e38
+        gradients[1][block.start] = 3e38
         for work in bucket.exchange(0, gradients, count=False):
             assert work.heard is not None
             assert work.heard.tolist() == [0, flaw(OVERFLOWED, 2)]
-        bucket = Bucket([kind(PowerSGD(2), 4) for _ in range(2)], MATRICES)
-        gradients[0][place.start : place.stop] = gradients[1][place.start : place.stop] = 3e38
+        bucket = Ranks([LowRank(PowerSGD(2), seed=4) for _ in range(2)], MATRICES, [there] * 2)
+        gradients[0][block.where] = gradients[1][block.where] = 3e38
         for work in bucket.exchange(0, gradients, count=False):
-            assert work.buffer[place.start : place.stop].isnan().all()
-            assert work.buffer.isnan().sum() == place.stop - place.start
+            assert work.buffer[block.where].isnan().all()
+            assert work.buffer.isnan().sum() == block.length
             assert work.heard is not None
             assert not work.heard.any()
 
@@ -400,18 +344,23 @@ def done() -> Future[Any]:
     return future
 
 
-def on_meta(dtype: torch.dtype = torch.float32, plan: Plan = PLAN, group: Any = None) -> Work:
+def on_meta(dtype: torch.dtype = torch.float32, bucket: Bucket = VECTORS, group: Any = None) -> Delivery:
     """As on a GPU: the code is a tensor, and so is a loss scale."""
     code = torch.zeros((), dtype=torch.int64, device=META)
     group = group or MetaGroup()
-    codes = Codes(group.size, len(plan.places))
-    return Work(
-        plan, torch.empty(plan.length, dtype=dtype, device=META), 3, 0, code, torch.ones((), device=META), group, codes
-    )
+    codes, scale = Codes(group.size, len(bucket.blocks)), torch.ones((), device=META)
+    buffer = torch.empty(bucket.length, dtype=dtype, device=META)
+    return Delivery(bucket, buffer, Iteration(3), 0, code, scale, group, codes)
 
 
-def drained(rounds: Rounds, expected: int = 1) -> None:
-    assert [begun.last for begun in rounds] == [*[False] * (expected - 1), True]
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All gradients stay where they are."""
+    monkeypatch.setattr(ON_DEVICE, lambda buffer: True)
+
+
+def drained(carrying: Carrying, expected: int = 1) -> None:
+    assert [begun.last for begun in carrying] == [*[False] * (expected - 1), True]
 
 
 #: Each kind, each form of top-k's positions, and all that isn't one compressor.
@@ -437,35 +386,37 @@ WAITLESS = [
 ]
 
 
+@pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("name", WAITLESS)
 def test_nothing_waits_for_the_device(name: str) -> None:
-    method = METHODS[name]
-    (scheme,) = bucket_of(method, [True]).schemes
+    (family,) = ranks_of(METHODS[name], [True]).families
     for dtype in (torch.float32, torch.float16):
         work = on_meta(dtype)
-        scheme.begin(3, Traffic())
         with Watch():
-            drained(scheme.rounds(work))
-        scheme.end(True)
+            drained(carried(family, work))
+            assert family.accept(work.now) is None
         assert work.heard is not None
         assert work.heard.shape == (3,)
         assert work.heard.device == work.buffer.device == META
 
 
+@pytest.mark.usefixtures("there")
 def test_powersgd_does_not_wait() -> None:
-    scheme = NativePowerSGDScheme(PowerSGD(3), 1)
+    family = LowRank(PowerSGD(3), seed=1)
     for dtype in (torch.float32, torch.float16):
         work = on_meta(dtype, MATRICES)
-        scheme.begin(3, Traffic())
         with Watch():
-            drained(scheme.rounds(work), 2)
-        scheme.end(True)
-    assert scheme._q["layer0"].device == META
+            drained(carried(family, work), 2)
+            assert family.accept(work.now) is None
+    assert family._q["layer0"].device == META
 
 
+@pytest.mark.usefixtures("there")
 def test_what_is_sent_as_it_is_does_not_wait() -> None:
-    with Watch():
-        drained(plain_rounds(on_meta()))
+    for dtype in (torch.float32, torch.float16):
+        with Watch():
+            drained(uncompressed(on_meta(dtype)))
+            drained(carried(make_family(Plain(), VECTORS.blocks, rank=1, size=3), on_meta(dtype)))
 
 
 def test_the_findings_of_a_bucket_do_not_wait() -> None:
@@ -473,37 +424,52 @@ def test_the_findings_of_a_bucket_do_not_wait() -> None:
     state: Any = SimpleNamespace(_unread=[])
     work = on_meta()
     with Watch():
-        flaw_on_device(work.buffer, work.plan.places, NOT_FINITE)
-        drained(plain_rounds(work))
+        device_kernels(META).flaw_of(work.buffer, work.bucket.blocks, NOT_FINITE)
+        drained(uncompressed(work))
         State._note_flaws(state, work)
 
 
-def test_compressed_iterations_of_gradiveq_do_not_wait() -> None:
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("changed", [{}, {"error_feedback": True}, {"compress": "auto"}, {"holdout_every": 1}], ids=str)
+def test_iterations_of_gradiveq_do_not_wait(changed: dict[str, Any]) -> None:
     """With the bases on the device, where the first iteration of a window copies them."""
     model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Linear(4, 4))
     parameters = Parameters(model)
     group: Any = SimpleNamespace(rank=0, size=1, all_reduce=lambda tensor: done())
-    method = GradiVeQ(warmup=0, sample=5, compress=4, n_components=3, holdout_every=0)
-    scheme = WindowsScheme(method, group, compressible_layers(model, parameters, ()), 1.0, 2)
-    sampler = scheme._new_sampler()
-    for seed in range(5):
-        sampler.add(np.random.default_rng(seed).standard_normal(len(scheme._vector)).astype(np.float32))
-    dims = sampler.fit()
-    scheme._use(sampler.rebuild(dims, sampler.share(dims)[0]))
-    assert set(scheme._bases) == {"0.weight"}
-    scheme.schedule.load_state_dict({"phase": "compress", "done": 0, "window": 0})
-    places, start = [], 0
+    method = GradiVeQ(
+        **{"warmup": 0, "sample": 5, "compress": 4, "n_components": 3, "holdout_every": 0, **changed}  # type: ignore[arg-type]
+    )
+    family = make_hook_family(method, model, parameters, group, seed=0, start=2, min_ratio=1.0, also=())
+    assert isinstance(family, Windows)
+    blocks, start = [], 0
     for index, (name, p) in enumerate(zip(parameters.names, parameters.tensors, strict=True)):
-        places.append(Place(name, index, start, start + p.numel(), tuple(p.shape), tuple(p.stride())))
+        blocks.append(Block(name, start, p.numel(), tuple(p.shape), False, index, tuple(p.stride())))
         start += p.numel()
-    plan = Plan(tuple(places), start)
-    for first in (True, False):
-        work = on_meta(plan=plan, group=group)
+    bucket = Bucket(tuple(blocks), start)
+    for phase in ("warm-up", "sample"):
+        family.schedule.load_state_dict({"phase": phase, "done": 0, "window": 0})
+        for dtype in (torch.float32, torch.float16):
+            with Watch():
+                drained(carried(family, on_meta(dtype, bucket, group)))
+            family.skip()
+
+    sampler = family._new_sampler()
+    for seed in range(5):
+        sampler.add(np.random.default_rng(seed).standard_normal(len(family._sample)).astype(np.float32))
+    dims = sampler.fit()
+    family._use(sampler.rebuild(dims, [sampler.share(dims)[0]]))
+    assert family._in_use is not None
+    assert set(family._in_use.by_name) == {"0.weight"}
+    family.schedule.load_state_dict({"phase": "compress", "done": 0, "window": 0})
+    for first in (True, False, False):
+        work = on_meta(bucket=bucket, group=group)
         if first:
             with pytest.raises(Waiting), Watch():
-                drained(scheme.rounds(work))
-            drained(scheme.rounds(work))
+                drained(carried(family, work))
+            family.skip()
+            drained(carried(family, work))
         else:
             with Watch():
-                drained(scheme.rounds(work))
+                drained(carried(family, work))
         assert work.heard is not None or first
+        family.memory.commit()

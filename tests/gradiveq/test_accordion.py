@@ -12,10 +12,9 @@ import pytest
 from gradiveq.compressors.identity import Identity
 from gradiveq.exchange.critical_regimes import CriticalRegimes
 from gradiveq.exchange.parts import Part
-from gradiveq.flatten import Block
 
 Vector = npt.NDArray[np.float32]
-LAYERS = [Block("a", 0, 3, (3,), False), Block("b", 3, 7, (7,), False), Block("c", 10, 2, (2,), False)]
+LAYERS = [Part("a", 0, 3, Identity()), Part("b", 3, 10, Identity()), Part("c", 10, 12, Identity())]
 LENGTH = 12
 
 

@@ -18,6 +18,7 @@ from ring.lockstep import run
 from ring.timeline import Timeline
 from ring.virtual import VirtualRing
 from tests.support.aggregators import (
+from tests.support.workers_here import contents
     CONTROL_BYTES,
     Gradients,
     Vector,
@@ -294,12 +295,12 @@ def test_resume_is_bitwise(method: Any) -> None:
 
 
 def without_times(state: Any) -> Any:
-    """Comparable: arrays as their bits, and no wall-clock seconds."""
+    """Comparable: tensors as their bits, and no wall-clock seconds."""
     if isinstance(state, dict):
         return {key: without_times(value) for key, value in state.items() if key != "fit_s"}
     if isinstance(state, list):
         return [without_times(value) for value in state]
-    return (state.shape, state.tobytes()) if isinstance(state, np.ndarray) else state
+    return contents(state)
 
 
 def test_a_state_is_a_copy() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,8 @@ from gradiveq import Aggregator, NonFiniteGradient, Plain
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange.error_memory import ErrorFeedback, Measures
-from gradiveq.exchange.families import make_family
+from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.flatten import Layout
-from gradiveq.here import Here
 from gradiveq.methods import Compressed
 from gradiveq.specs import parse
 from ring.cluster import Cluster, Link, Node
@@ -37,9 +34,8 @@ from tests.support.aggregators import (
     spoilt,
     train,
 )
-from tests.support.by_hand import begun, sent, through_a_master
 from tests.support.processes import Launch
-from tests.support.states import exact
+from tests.support.workers_here import WorkersHere, contents
 
 Vector = npt.NDArray[np.float32]
 CALLS = 4
@@ -83,57 +79,49 @@ def packed(method: Compressed, gradients: Gradients, rank: int, iteration: int) 
 
 
 class Expected:
-    """What one process makes of the same gradients (`Here`), and what a ring has to send for it."""
+    """What one process makes of the same gradients (`gradiveq.here`), and what a ring has to send for it."""
 
     def __init__(self, method: Compressed, size: int, seed: int = 0) -> None:
         self.layout = Layout(small_model(), method.groups)
+        blocks = self.layout.blocks
         self.method, self.size = method, size
-        # Memories don't depend on the mean, so that both groups' are the same.
-        self.workers, self.alone = (
-            Here(
-                lambda rank, one=one: make_family(one, self.layout.blocks, rank=rank, size=size, seed=seed),  # type: ignore[misc]
-                self.layout.bucket,
-                size,
-            )
-            for one in (method, replace(method, master=None))
+        self.workers = WorkersHere(
+            method.parts(blocks), size, seed=seed, feedback=method.feedback, master=method.master
         )
-        self.parts = method.parts(self.layout.blocks)
-        self.reduces = any(part.compressor.collective == "all_reduce" for part in self.parts)
-
-    @property
-    def measures(self) -> list[Measures | None]:
-        return self.alone.measures
+        self.reduces = any(part.compressor.collective == "all_reduce" for part in method.parts(blocks))
 
     def call(self, call: int, lr: float) -> tuple[Vector, int]:
         """The mean, and bytes over all ranks."""
         gradients = [packed(self.method, noise, rank, call) for rank in range(self.size)]
-        first = [sent(begun(self.alone, rank, gradient, call, lr)[2]) for rank, gradient in enumerate(gradients)]
-        summed = first[0][0]
-        reduced = sum(payload.nbytes for payload in summed)
-        gathered = sum(len(message) for _, message in first)
+        begun = [self.workers.begun(rank, gradient, call, lr) for rank, gradient in enumerate(gradients)]
+        sent = [asked.requests for _, asked, _ in begun]
+        reduced = sum(payload.nbytes for payload in sent[0][0].payloads)
+        gathered = sum(len(gather.message) for _, gather in sent)
         if self.method.master is not None or any(
-            part.compressor.collective == "all_gather" and not part.compressor.fixed_size for part in self.parts
+            part.compressor.collective == "all_gather" and not part.compressor.fixed_size for part in self.workers.parts
         ):
             gathered += 4 * self.size  # lengths first
-        elif summed:
-            reduced += summed[0].itemsize  # whose gradient isn't finite
+        elif sent[0][0].payloads:
+            reduced += sent[0][0].payloads[0].itemsize  # whose gradient isn't finite
         else:
             gathered += self.size
         mean = np.empty(self.layout.length, np.float32)
-        self.alone.aggregate(gradients, mean, call, lr)
         rounds = 2
         if self.method.master is not None:
             rounds = 1
-            _, message = through_a_master(self.workers, gradients, call, lr)
-            gathered += 4 * self.size + len(message)
-            self.workers.aggregate(gradients, mean, call, lr)
-            assert self.workers.measures == self.alone.measures
+            payloads = zip(*(one[0].payloads for one in sent), strict=True)
+            totals = [np.sum(of_all, axis=0, dtype=of_all[0].dtype) for of_all in payloads]
+            (spread,) = begun[0][0].send([totals, [gather.message for _, gather in sent]]).requests
+            gathered += 4 * self.size + len(spread.make())
+        for family in self.workers.families:
+            family.skip()
+        self.workers.aggregate(gradients, mean, call, lr)
         return mean, (self.size - 1) * (rounds * reduced + gathered)
 
 
 @pytest.mark.parametrize("spec", [*SPECS, *BOTH_WAYS])
 def test_what_one_process_gives(spec: str) -> None:
-    """The same bits on all ranks, and those of `Here`; where floats are added in another order, nearly."""
+    """The same bits on all ranks, and those of `gradiveq.here`; where floats are added in another order, nearly."""
     method = compressed(spec)
     for size in (1, 2, 3, 5):
         expected = Expected(method, size, seed=7)
@@ -164,8 +152,8 @@ def test_what_one_process_gives(spec: str) -> None:
             if size <= 2 or not expected.reduces or method.master is None:
                 assert sum(report.bytes_sent for report in reports) == num_bytes
             assert len({report.ratio for report in reports}) == 1
-            for report, measures in zip(reports, expected.measures, strict=True):
-                assert report.measures == measures
+            for report, worker in zip(reports, expected.workers.measures, strict=True):
+                assert report.measures == worker
 
 
 def test_the_mean_and_the_bytes_of_a_few_are_as_said() -> None:
@@ -210,7 +198,7 @@ def test_resume_is_bitwise(spec: str) -> None:
             set_gradients(model, noise, ring.rank, iteration)
             measures.append(aggregator.aggregate(lr=1 / (1 + iteration)).measures)
             grads.append(collect(model))
-        return states, measures, grads, exact(aggregator.state_dict())
+        return states, measures, grads, pickle.dumps(aggregator.state_dict())
 
     whole = run(size, going_on)
     for stop in stops:
@@ -253,10 +241,10 @@ def test_a_skipped_iteration_leaves_no_trace(spec: str) -> None:
         reports, grads = [], []
         for iteration in range(5):
             set_gradients(model, gradients, ring.rank, iteration)
-            before = exact(aggregator.state_dict()["family"])
+            before = contents(aggregator.state_dict()["family"])
             reports.append(aggregator.aggregate(lr=0.5))
             grads.append(collect(model))
-            assert (exact(aggregator.state_dict()["family"]) == before) == (iteration == 2)
+            assert (contents(aggregator.state_dict()["family"]) == before) == (iteration == 2)
         return reports, grads
 
     for reports, grads in run(3, work):
@@ -428,13 +416,13 @@ def test_memory_is_what_feedback_says() -> None:
             set_gradients(model, noise, ring.rank, iteration)
             corrected = packed(method, noise, ring.rank, iteration) + old
             aggregator.aggregate()
-            memory = np.zeros_like(old)
+            kept, flat = aggregator.state_dict()["family"]["memory"], torch.zeros(aggregator.layout.length)
             for block in aggregator.layout.blocks:
-                remembered = aggregator.state_dict()["family"]["memory"][block.name]
-                block.view(torch.from_numpy(memory)).copy_(remembered)
-            estimate = np.where(memory == 0, corrected, 0)
-            assert np.count_nonzero(estimate) == np.count_nonzero(corrected) - np.count_nonzero(memory)
-            assert (estimate + memory).tobytes() == corrected.tobytes()
+                block.view(flat).copy_(kept[block.name])
+            memory = flat.numpy()
+            sent = np.where(memory == 0, corrected, 0)
+            assert np.count_nonzero(sent) == np.count_nonzero(corrected) - np.count_nonzero(memory)
+            assert (sent + memory).tobytes() == corrected.tobytes()
             old = memory
 
     run(size, work)

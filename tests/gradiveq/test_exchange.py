@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,12 @@ from gradiveq.compressors.randomk import RandomK
 from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange.compressed import Compression
 from gradiveq.exchange.error_memory import ErrorFeedback
-from gradiveq.exchange.family import Family
+from gradiveq.exchange.family import check_shapes
 from gradiveq.exchange.message import LENGTH_BYTES, pack, unpack
 from gradiveq.exchange.parts import Part, check_parts, group_parts, layer_parts, model_parts
-from gradiveq.exchange.requests import Iteration
-from gradiveq.flatten import Block, Bucket, Layout
-from gradiveq.here import Here
-from tests.support.by_hand import begun, sent, through_a_master
-from tests.support.states import exact, flat
+from gradiveq.flatten import Layout
+from tests.support.workers_here import WorkersHere, contents
 
 Vector = npt.NDArray[np.float32]
 LENGTH, WORKERS, STEPS = 40, 3, 12
@@ -65,49 +61,21 @@ def gradients(step: int, length: int = LENGTH) -> list[Vector]:
     return [np.random.default_rng([step, rank]).normal(0, 3, length).astype(np.float32) for rank in range(WORKERS)]
 
 
-def bucket_of(parts: Sequence[Part]) -> Bucket:
-    """A vector of a parameter for each part."""
-    blocks = [Block(one.name, one.start, one.length, (one.length,), False, i) for i, one in enumerate(parts)]
-    return Bucket(tuple(blocks), parts[-1].stop)
-
-
 def workers(
-    compressor: Compressor,
-    feedback: ErrorFeedback | None,
-    length: int = LENGTH,
-    master: Compressor | None = None,
-    seed: int = 0,
-) -> Here:
+    compressor: Compressor, feedback: ErrorFeedback | None, length: int = LENGTH, **options: Any
+) -> WorkersHere:
     third = length // 3
-    parts = [Part("first", 0, third, compressor, 0), Part("second", third, length, compressor, 1)]
-    return here(parts, feedback, master, seed)
+    parts = [Part("first", 0, third, compressor), Part("second", third, length, compressor)]
+    return WorkersHere(parts, WORKERS, feedback=feedback, **options)
 
 
-def here(
-    parts: Sequence[Part],
-    feedback: ErrorFeedback | None = None,
-    master: Compressor | None = None,
-    seed: int = 0,
-    size: int = WORKERS,
-) -> Here:
-    def family(rank: int) -> Family:
-        return Compression(lambda call: parts, seed=seed, feedback=feedback, master=master, num_parts=len(parts))
-
-    return Here(family, bucket_of(parts), size)
-
-
-def memory_of(group: Here, rank: int) -> Vector:
-    memory: Vector = flat(group.families[rank].state_dict()["memory"])
-    return memory if len(memory) else np.zeros(group.bucket.length, np.float32)
-
-
-def trained(group: Here, lr: Callable[[int], float]) -> tuple[Vector, list[Vector]]:
+def trained(group: WorkersHere, lr: Callable[[int], float]) -> tuple[Vector, list[Vector]]:
     """x after plain SGD on what the workers agree on, and their memories."""
     x, mean = np.zeros(LENGTH, np.float32), np.empty(LENGTH, np.float32)
     for step in range(STEPS):
         group.aggregate(gradients(step), mean, step, lr(step))
         x -= np.float32(lr(step)) * mean
-    return x, [memory_of(group, rank) for rank in range(WORKERS)]
+    return x, [group.memory(rank) for rank in range(WORKERS)]
 
 
 def falling(step: int) -> float:
@@ -155,7 +123,7 @@ def test_gradient_is_algorithm_2() -> None:
         mine -= falling(t) * (mean + own)
     np.testing.assert_allclose(mine, x, atol=1e-5)
     for rank, error in enumerate(e):
-        np.testing.assert_allclose(memory_of(group, rank), error, atol=1e-5)
+        np.testing.assert_allclose(group.memory(rank), error, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -194,7 +162,7 @@ def test_nothing_is_lost_but_what_memories_hold() -> None:
     for step in range(STEPS):
         group.aggregate(gradients(step), mean, step)
         total, sent = total + sum(gradients(step)), sent + WORKERS * mean.astype(np.float64)
-    remembered = sum(memory_of(group, rank).astype(np.float64) for rank in range(WORKERS))
+    remembered = sum(group.memory(rank).astype(np.float64) for rank in range(WORKERS))
     np.testing.assert_allclose(sent + remembered, total, atol=1e-4)
 
 
@@ -202,9 +170,10 @@ def test_measures() -> None:
     group = workers(TopK(0.1), ErrorFeedback("scaled"))
     mean, total = np.empty(LENGTH, np.float32), 0.0
     for step in range(4):
-        corrected = gradients(step)[1] + memory_of(group, 1) / np.float32(0.5)
+        memory = group.memory(1)
+        corrected = gradients(step)[1] + memory / np.float32(0.5)
         group.aggregate(gradients(step), mean, step, lr=0.5)
-        memory, measures = memory_of(group, 1), group.measures[1]
+        memory, measures = group.memory(1), group.measures[1]
         assert measures is not None
         error = float(np.square(memory.astype(float)).sum())
         total += error
@@ -214,35 +183,27 @@ def test_measures() -> None:
         assert measures.relative_error == pytest.approx(error / 0.25 / measures.norm)
         assert measures.total_error == pytest.approx(total)
         assert (measures.num_sent, measures.density) == (1 + 3, 0.1)
-        _, _, asked = begun(group, 1, gradients(step)[1], step, 0.5)
-        assert measures.payload_bytes == len(sent(asked)[1])
-        group.families[1].skip()
+        assert measures.payload_bytes == len(group.message(1, gradients(step)[1], step, 0.5))
 
 
 # --- what counts -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("feedback", [ErrorFeedback("scaled"), ErrorFeedback(), ErrorFeedback("update", 0.9)])
-def test_what_is_not_accepted_leaves_no_trace(feedback: ErrorFeedback, skip: bool) -> None:
-    """Whether its driver says so, or begins the next exchange."""
+def test_what_is_not_accepted_leaves_no_trace(feedback: ErrorFeedback) -> None:
     one, other = workers(TopK(0.2), feedback), workers(TopK(0.2), feedback)
     means = [np.empty(LENGTH, np.float32) for _ in range(2)]
     for step in range(5):
         for rank, family in enumerate(one.families):
-            before = exact(family.state_dict())
-            begun(one, rank, gradients(100 + step)[0], 7, 0.3)
-            assert exact(family.state_dict()) == before
-            if skip:
-                family.skip()
-                assert exact(family.state_dict()) == before
+            before = contents(family.state_dict())
+            one.begun(rank, gradients(100 + step)[0], 7, 0.3)
+            assert contents(family.state_dict()) == before
+            family.skip()
+            assert contents(family.state_dict()) == before
         for group, mean in zip((one, other), means, strict=True):
             group.aggregate(gradients(step), mean, step, falling(step))
         assert means[0].tobytes() == means[1].tobytes()
-    for mine, theirs in zip(one.families, other.families, strict=True):
-        assert exact(mine.state_dict()) == exact(theirs.state_dict())
-        mine.accept(Iteration(5))  # there is nothing that could count again
-        assert exact(mine.state_dict()) == exact(theirs.state_dict())
+    assert contents(one.state_dict()) == contents(other.state_dict())
 
 
 @pytest.mark.parametrize("feedback", [None, ErrorFeedback("scaled"), ErrorFeedback("update", 0.9)])
@@ -255,49 +216,44 @@ def test_a_state_goes_on_bitwise(feedback: ErrorFeedback | None) -> None:
             resumed.aggregate(gradients(step), means[1], step, falling(step))
             assert means[0].tobytes() == means[1].tobytes()
         if step == 2:
-            for mine, theirs in zip(group.families, resumed.families, strict=True):
-                theirs.load_state_dict(pickle.loads(pickle.dumps(mine.state_dict())))
-    assert exact(group.state_dict()) == exact(resumed.state_dict())
-
-
-def after_a_step(group: Here) -> dict[str, Any]:
-    """The first worker's state."""
-    group.aggregate(gradients(0), np.empty(LENGTH, np.float32), 0, 0.1)
-    return group.families[0].state_dict()
+            resumed.load_state_dict(pickle.loads(pickle.dumps(group.state_dict())))
+    assert contents(group.state_dict()) == contents(resumed.state_dict())
 
 
 def test_states_of_something_else() -> None:
-    state = after_a_step(workers(TopK(), ErrorFeedback("update", 0.9)))
+    def family(feedback: ErrorFeedback | None, length: int = LENGTH) -> Any:
+        return workers(TopK(), feedback, length).families[0]
+
+    state = family(ErrorFeedback("update", 0.9)).state_dict()
     with pytest.raises(ValueError, match="the state's memory is of another"):
-        workers(TopK(), None).families[0].load_state_dict(state)
+        family(None).load_state_dict(state)
     with pytest.raises(ValueError, match="the state's memory is of another"):
-        workers(TopK(), ErrorFeedback()).families[0].load_state_dict(workers(TopK(), None).families[0].state_dict())
+        family(ErrorFeedback()).load_state_dict(family(None).state_dict())
     with pytest.raises(ValueError, match="the state's momentum is of another"):
-        workers(TopK(), ErrorFeedback()).families[0].load_state_dict(state)
-    longer = workers(TopK(), ErrorFeedback("update", 0.9), LENGTH + 2)
-    longer.families[0].load_state_dict(state)  # which layers there will be is known by the next exchange
-    with pytest.raises(ValueError, match=r"memory is of another model .* first has shape \(13,\), .* \(14,\)"):
-        longer.aggregate(gradients(1, LENGTH + 2), np.empty(LENGTH + 2, np.float32), 1)
+        family(ErrorFeedback()).load_state_dict(state)
+    longer = workers(TopK(), ErrorFeedback(), LENGTH + 1)
+    longer.aggregate(gradients(0, LENGTH + 1), np.empty(LENGTH + 1, np.float32), 0)
+    with pytest.raises(ValueError, match=r"memory of vector must be of shape \(40\), got \(41,\)"):
+        check_shapes(longer.families[0].state_dict(), {"vector": (LENGTH,)})
 
 
 def test_gradient_and_memory_that_overflow_together() -> None:
     group = workers(TopK(0.01), ErrorFeedback())
-    nothing, huge = np.zeros(LENGTH, np.float32), np.full(LENGTH, 3e38, np.float32)
     mean = np.empty(LENGTH, np.float32)
-    group.aggregate([nothing, huge, nothing], mean, 0)
-    before = exact(group.state_dict())
+    group.aggregate([np.full(LENGTH, 2e38 if rank == 1 else 5e37, np.float32) for rank in range(WORKERS)], mean, 0)
+    huge = [np.full(LENGTH, 3e38 if rank == 1 else 1e38, np.float32) for rank in range(WORKERS)]
+    before = contents(group.state_dict())
     with pytest.raises(OverflowError, match="gradient and memory of rank 1 together overflow float32 in iteration 1"):
-        group.aggregate([nothing, huge, nothing], mean, 1)
-    assert exact(group.state_dict()) == before
-    measures = group.measures[1]
-    assert measures is not None
-    assert math.isfinite(measures.norm)  # of squares that float32 can't hold
+        group.aggregate(huge, mean, 1)
+    assert contents(group.state_dict()) == before
+    assert group.measures[1] is not None
+    assert math.isfinite(group.measures[1].norm)  # of squares that float32 can't hold
 
 
 @pytest.mark.parametrize("lr", [0.0, -1.0, math.inf, math.nan])
 def test_a_rate_that_is_none(lr: float) -> None:
     with pytest.raises(ValueError, match="`lr` must be positive for error feedback of the form 'scaled'"):
-        begun(workers(TopK(), ErrorFeedback("scaled")), 0, gradients(0)[0], 0, lr)
+        workers(TopK(), ErrorFeedback("scaled")).begun(0, gradients(0)[0], 0, lr)
 
 
 @pytest.mark.parametrize(
@@ -317,14 +273,22 @@ def test_invalid_feedback(arguments: tuple[Any, ...], message: str) -> None:
 
 
 def through(q_w: Compressor, q_m: Compressor | None, step: int = 0, seed: int = 0) -> tuple[Vector, int]:
+    """What the workers get, and the bytes that a master sends back."""
     group = workers(q_w, None, seed=seed, master=q_m)
     mean = np.empty(LENGTH, np.float32)
     group.aggregate(gradients(step), mean, step)
-    if q_m is None:
-        return mean, 0
-    other, message = through_a_master(group, gradients(step), step)
-    assert other.tobytes() == mean.tobytes()
-    return mean, len(message)
+    return mean, 0 if q_m is None else len(masters_message(group, gradients(step), step))
+
+
+def masters_message(group: WorkersHere, given: list[Vector], step: int) -> Any:
+    """What the master makes of everybody's first round."""
+    begun = [group.begun(rank, gradient, step) for rank, gradient in enumerate(given)]
+    payloads = zip(*(asked.requests[0].payloads for _, asked, _ in begun), strict=True)
+    sums = [np.sum(of_all, axis=0, dtype=of_all[0].dtype) for of_all in payloads]
+    (spread,) = begun[0][0].send([sums, [asked.requests[1].message for _, asked, _ in begun]]).requests
+    for family in group.families:
+        family.skip()
+    return spread.make()
 
 
 @pytest.mark.parametrize("q_w", [TopK(0.3), Threshold(2.0), Sign("mean"), Half(), RandomK(0.3), Coarse()])
@@ -356,34 +320,28 @@ def test_a_master_draws_other_numbers_than_its_worker() -> None:
 
 @pytest.mark.parametrize("q_m", [Threshold(1.0), TopK(0.2), Half("bfloat16"), RandomK(0.5)])
 def test_everybody_makes_the_same_of_a_masters_message(q_m: Compressor) -> None:
-    identity = Identity()
-    parts = [
-        Part("first", 0, 7, identity, 0),
-        Part("none", 7, 7, identity, 1),
-        Part("rest", 7, LENGTH, identity, 2),
-    ]
-    group = here(parts, master=q_m, seed=4, size=2)
-    given = [gradients(0)[0], np.zeros(LENGTH, np.float32)]
-    result, message = through_a_master(group, given, 5)
-    assert np.isfinite(result).all()
-    assert result.any()
-
-    def received(rank: int, message: Any) -> Vector:
-        call, exchange, asked = begun(group, rank, given[rank], 5)
-        call.out[:] = np.nan
-        payloads, own = sent(asked)
-        exchange.send([payloads, [own] * 2])
+    parts = [Part("first", 0, 7, Identity()), Part("none", 7, 7, Identity()), Part("rest", 7, LENGTH, Identity())]
+    group = WorkersHere(parts, 2, seed=4, master=q_m)
+    given = gradients(0)[:2]
+    message = masters_message(group, given, 5)
+    outs = []
+    for rank in range(2):
+        exchange, asked, call = group.begun(rank, given[rank], 5)
+        payloads = zip(
+            *(group.begun(other, given[other], 5)[1].requests[0].payloads for other in range(2)), strict=True
+        )
+        sums = [a + b for a, b in payloads]
+        exchange.send([sums, []])
         with pytest.raises(StopIteration):
             exchange.send([message])
-        out: Vector = call.out
-        return out
-
-    # the sender of a message, and one who has made nothing of what the workers sent
-    for rank in range(2):
-        assert received(rank, message).tobytes() == result.tobytes()
+        outs.append(call.out)
+    assert outs[0].tobytes() == outs[1].tobytes()
+    assert np.isfinite(outs[0]).all()
     for wrong in (message[:-1], np.append(message, np.uint8(0))):
+        exchange, asked, call = group.begun(1, given[1], 5)
+        exchange.send([list(asked.requests[0].payloads), []])
         with pytest.raises(ValueError, match="rank 0 sent"):
-            received(1, wrong)
+            exchange.send([wrong])
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -426,9 +384,6 @@ def test_groups_stand_together_in_a_layout_of_theirs() -> None:
         ("3.bias", 2, Identity()),
     ]
     check_parts(parts, layout.length)
-    out = np.empty(layout.length, np.float32)
-    here(parts, size=1).aggregate([np.ones(layout.length, np.float32)], out, 0)
-    assert (out[:16] == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -459,14 +414,15 @@ def test_parts_must_cover_the_vector() -> None:
 
 def test_payloads_that_can_not_be() -> None:
     group = workers(Threshold(1.0), None)
-    messages = [sent(begun(group, rank, gradient, 0)[2])[1] for rank, gradient in enumerate(gradients(0))]
+    sent = [group.message(rank, gradient, 0) for rank, gradient in enumerate(gradients(0))]
     for wrong, message in (
-        (messages[1][:-1], "rank 1 sent .* bytes, which end within second"),
-        (np.append(messages[1], np.uint8(0)), "rank 1 sent .* bytes, 1 more than its parts have"),
-        (np.append(np.array([10**6], np.uint32).view(np.uint8), messages[1]), "rank 1 sent 1000000 bytes for first"),
+        (sent[1][:-1], "rank 1 sent .* bytes, which end within second"),
+        (np.append(sent[1], np.uint8(0)), "rank 1 sent .* bytes, 1 more than its parts have"),
+        (np.append(np.array([10**6], np.uint32).view(np.uint8), sent[1]), "rank 1 sent 1000000 bytes for first"),
     ):
+        exchange, _, _ = group.begun(0, gradients(0)[0], 0)
         with pytest.raises(ValueError, match=message):
-            begun(group, 0, gradients(0)[0], 0)[1].send([[], [messages[0], wrong, messages[2]]])
+            exchange.send([[], [sent[0], wrong, sent[2]]])
 
 
 @pytest.mark.parametrize("names", [("topk",), ("adacomp", "natural"), ("sign", "threshold", "qsgd-gather"), ()])

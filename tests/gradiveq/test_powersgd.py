@@ -15,13 +15,13 @@ from scipy import stats
 
 from gradiveq.arrays.orthonormal import orthonormalise
 from gradiveq.compressors.base import Draw
+from gradiveq.exchange.family import check_shapes
 from gradiveq.exchange.kernels import HOST
 from gradiveq.exchange.lowrank import LowRank
-from gradiveq.exchange.requests import Call, Iteration, Round, Sum
+from gradiveq.exchange.requests import Call, Iteration
 from gradiveq.flatten import Block, Bucket, matrix_shape
 from gradiveq.here import Here
 from gradiveq.powersgd import PowerSGD
-from tests.support.states import exact
 
 Vector = npt.NDArray[np.float32]
 #: name, shape, whether it is a convolution in the order of `flatten`
@@ -39,15 +39,33 @@ LAYERS = [
 
 
 def blocks_of(layers: list[tuple[str, tuple[int, ...], bool]]) -> list[Block]:
-    blocks: list[Block] = []
-    for index, (name, shape, compressed) in enumerate(layers):
-        start = blocks[-1].stop if blocks else 0
-        blocks.append(Block(name, start, prod(shape), shape, compressed, index))
+    blocks, offset = [], 0
+    for name, shape, compressed in layers:
+        blocks.append(Block(name, offset, prod(shape), shape, compressed))
+        offset += blocks[-1].length
     return blocks
 
 
 BLOCKS = blocks_of(LAYERS)
 LENGTH = BLOCKS[-1].stop
+
+
+def workers_of(method: PowerSGD, size: int = 1, blocks: list[Block] = BLOCKS, seed: int = 0) -> Here:
+    length = blocks[-1].stop if blocks else 0
+    return Here(lambda rank: LowRank(method, seed=seed), Bucket(tuple(blocks), length), size)
+
+
+def memory_of(workers: Here, rank: int = 0) -> Vector:
+    """What a rank remembers, as a vector."""
+    kept = workers.families[rank].state_dict()["memory"]
+    flat = torch.zeros(workers.bucket.length)
+    for block in workers.bucket.blocks:
+        block.view(flat).copy_(kept[block.name])
+    return flat.numpy()
+
+
+def alone(workers: Here, gradient: Vector, out: Vector, call: int) -> None:
+    workers.aggregate([gradient], out, call)
 
 
 def noise(rank: int, call: int, length: int = LENGTH, decay: bool = False) -> Vector:
@@ -64,24 +82,6 @@ def storage_matrix(block: Block, vector: Any) -> Any:
 
 def write(block: Block, vector: Any, matrix: Any) -> None:
     vector[block.start : block.stop] = (matrix.T if block.compressed else matrix).reshape(-1)
-
-
-def here(method: PowerSGD, size: int = 1, blocks: list[Block] = BLOCKS, seed: int = 0) -> Here:
-    bucket = Bucket(tuple(blocks), blocks[-1].stop if blocks else 0)
-    return Here(lambda rank: LowRank(method, seed=seed), bucket, size)
-
-
-def memory_of(group: Here, rank: int = 0) -> Vector:
-    """What a worker remembers, in the order of the vector."""
-    by_name = group.families[rank].state_dict()["memory"]
-    memory = np.zeros(group.bucket.length, np.float32)
-    for block in group.bucket.blocks:
-        block.view(torch.from_numpy(memory)).copy_(by_name[block.name])
-    return memory
-
-
-def q_of(group: Here, name: str) -> Any:
-    return group.families[0].state_dict()["q"][name].numpy()
 
 
 class Restated:
@@ -136,7 +136,7 @@ def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
 )
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_algorithms_1_and_2_in_numpy(method: PowerSGD, size: int) -> None:
-    workers = here(method, size, seed=3)
+    workers = workers_of(method, size, seed=3)
     restated = Restated(method, size, seed=3)
     out = np.empty(LENGTH, np.float32)
     total = [0.0] * size
@@ -178,7 +178,7 @@ def test_what_pytorchs_hook_computes() -> None:
     """torch.distributed's powerSGD_hook, restated: Q orthogonalised, sums of P not divided, memory of the mean."""
     size, rank = 3, 2
     block = Block("conv", 0, 12 * 8 * 9, (12, 8, 3, 3), True)
-    workers = here(PowerSGD(rank), size, [block])
+    workers = workers_of(PowerSGD(rank), size, [block])
     q = Draw(0, 0, 0, 0).generator(shared=True).standard_normal((72, rank), np.float32).astype(np.float64)
     # their columns are (depth, h, w), ours (h, w, depth): the same Q with its rows in their order
     to_theirs = np.arange(72).reshape(3, 3, 8).transpose(2, 0, 1).reshape(-1)
@@ -200,7 +200,7 @@ def test_what_pytorchs_hook_computes() -> None:
 
 def test_full_rank_is_the_exact_mean() -> None:
     method = PowerSGD(1000, min_compression_rate=0)
-    workers = here(method, 4)
+    workers = workers_of(method, 4)
     out = np.empty(LENGTH, np.float32)
     for call in range(3):
         gradients = [noise(rank, call) for rank in range(4)]
@@ -217,7 +217,7 @@ def test_a_layer_that_would_not_be_smaller_goes_uncompressed_and_exactly() -> No
     assert method.payload_bytes((13, 4)) == 4 * 51
     assert method.payload_bytes((12, 4)) == 4 * 48
     assert PowerSGD(3, min_compression_rate=2).rank_of((13, 4)) is None
-    workers = here(method, 3)
+    workers = workers_of(method, 3)
     gradients = [noise(rank, 0) for rank in range(3)]
     out = np.empty(LENGTH, np.float32)
     workers.aggregate(gradients, out, 0)
@@ -240,20 +240,19 @@ def test_a_warm_start_finds_the_best_approximation() -> None:
     blocks = [Block("fc", 0, 1500, (30, 50), False)]
     errors = {}
     for warm in (True, False):
-        worker = here(PowerSGD(3, error_feedback=False, warm_start=warm), blocks=blocks)
+        worker = workers_of(PowerSGD(3, error_feedback=False, warm_start=warm), 1, blocks)
         out = np.empty(1500, np.float32)
         for call in range(20):
-            worker.aggregate([gradient], out, call)
-        (measures,) = worker.measures
-        assert measures is not None
-        errors[warm] = measures.relative_error
+            alone(worker, gradient, out, call)
+        assert worker.measures[0] is not None
+        errors[warm] = worker.measures[0].relative_error
     assert errors[True] == pytest.approx(best, rel=1e-3)
     assert errors[False] > 1.05 * best
 
 
 def test_error_feedback_loses_nothing() -> None:
     """What was sent so far, and the mean of the memories, are the sum of the gradients."""
-    workers = here(PowerSGD(1), 2)
+    workers = workers_of(PowerSGD(1), 2)
     out, sent, given = np.empty(LENGTH, np.float32), np.zeros(LENGTH), np.zeros(LENGTH)
     for call in range(10):
         gradients = [noise(rank, call) for rank in range(2)]
@@ -279,13 +278,12 @@ def test_delta_without_a_warm_start() -> None:
         (np.diag([9, 3, 3, 1, 1] + [0.1] * 7) @ q[:12], False),
     ]:
         gradient = matrix.astype(np.float32).reshape(-1)
-        worker = here(method, blocks=[Block("fc", 0, 240, shape, False)], seed=5)
+        worker = workers_of(method, 1, [Block("fc", 0, 240, shape, False)], seed=5)
         errors, out = [], np.empty(240, np.float32)
         for call in range(calls):
-            worker.aggregate([gradient], out, call)
-            (measures,) = worker.measures
-            assert measures is not None
-            errors.append(measures.relative_error)
+            alone(worker, gradient, out, call)
+            assert worker.measures[0] is not None
+            errors.append(worker.measures[0].relative_error)
         deviation = max(float(np.std(errors)) / np.sqrt(calls), 1e-6)
         bound = 1 - constants.delta
         assert np.mean(errors) < bound + stats.norm.isf(1e-6) * deviation
@@ -293,10 +291,15 @@ def test_delta_without_a_warm_start() -> None:
             assert np.mean(errors) > bound - stats.norm.isf(1e-6) * deviation
 
 
+def projected(call: int) -> tuple[Here, Vector, Vector]:
+    worker = workers_of(PowerSGD(2))
+    out = np.empty(LENGTH, np.float32)
+    alone(worker, noise(0, call), out, call)
+    return worker, noise(0, call), out
+
+
 def test_a_projection() -> None:
-    worker = here(PowerSGD(2))
-    gradient, out = noise(0, 0), np.empty(LENGTH, np.float32)
-    worker.aggregate([gradient], out, 0)
+    worker, gradient, out = projected(0)
     memory = memory_of(worker)
     close(gradient.astype(np.float64) - out, memory, 1e-5)
     norms = [float(np.sum(np.square(one, dtype=np.float64))) for one in (out, memory, gradient)]
@@ -306,30 +309,29 @@ def test_a_projection() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-38, 1e-20, 1.0, 1e18, 3e35])
 def test_tiny_and_huge_gradients(scale: float) -> None:
     with np.errstate(over="ignore"):  # ‖x‖² in the measures
-        worker = here(PowerSGD(2, error_feedback=False))
+        worker = workers_of(PowerSGD(2, error_feedback=False))
         gradient = np.float32(scale) * noise(0, 0)
         out = np.empty(LENGTH, np.float32)
         for call in range(3):
-            worker.aggregate([gradient], out, call)
+            alone(worker, gradient, out, call)
         assert np.isfinite(out).all()
-        worker = here(PowerSGD(2, error_feedback=False))
+        worker = workers_of(PowerSGD(2, error_feedback=False))
         expected = np.empty(LENGTH, np.float32)
         for call in range(3):
-            worker.aggregate([noise(0, 0)], expected, call)
+            alone(worker, noise(0, 0), expected, call)
     # a denormal has few bits
     np.testing.assert_allclose(out, np.float64(scale) * expected, rtol=0, atol=scale * (1e-4 if scale > 1e-37 else 0.2))
 
 
 def test_a_direction_that_was_lost_is_found_again() -> None:
-    worker = here(PowerSGD(2, error_feedback=False))
+    worker = workers_of(PowerSGD(2, error_feedback=False))
     out = np.empty(LENGTH, np.float32)
     for call in range(2):
-        worker.aggregate([np.zeros(LENGTH, np.float32)], out, call)
+        alone(worker, np.zeros(LENGTH, np.float32), out, call)
         assert (out == 0).all()
     for call in range(2, 40):
-        worker.aggregate([noise(0, 0)], out, call)
-    (found,) = worker.measures
-    assert found is not None
+        alone(worker, noise(0, 0), out, call)
+    assert worker.measures[0] is not None
     block = next(block for block in BLOCKS if block.name == "conv2")
     matrix, estimate = storage_matrix(block, noise(0, 0)), storage_matrix(block, out)
     singular = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
@@ -338,10 +340,10 @@ def test_a_direction_that_was_lost_is_found_again() -> None:
 
 @pytest.mark.parametrize("where", ["bias", "conv2"])
 def test_overflow_is_found_on_all_and_changes_nothing(where: str) -> None:
-    workers = here(PowerSGD(2), 2)
+    workers = workers_of(PowerSGD(2), 2)
     out = np.empty(LENGTH, np.float32)
     workers.aggregate([noise(rank, 0) for rank in range(2)], out, 0)
-    before = exact(workers.state_dict())
+    before = [(memory_of(workers, rank), workers.families[rank].state_dict()) for rank in range(2)]
     block = next(block for block in BLOCKS if block.name == where)
     gradients = [noise(rank, 1) for rank in range(2)]
     for gradient in gradients:
@@ -350,52 +352,45 @@ def test_overflow_is_found_on_all_and_changes_nothing(where: str) -> None:
         workers.aggregate(gradients, out, 1)
     assert not np.isfinite(out[block.start : block.stop]).any()
     assert np.isfinite(np.delete(out, slice(block.start, block.stop))).all()
-    assert exact(workers.state_dict()) == before
-    assert before["workers"][0]["total_error"] > 0
-    assert before["workers"][0]["q"]
-    for family in workers.families:
-        family.accept(Iteration(1))  # there is nothing that could count
-    assert exact(workers.state_dict()) == before
+    for rank, (memory, state) in enumerate(before):
+        now = workers.families[rank].state_dict()
+        assert now["total_error"] == state["total_error"]
+        assert (memory_of(workers, rank) == memory).all()
+        assert all((now["q"][name] == q).all() for name, q in state["q"].items())
 
 
 def test_a_call_that_is_not_accepted_has_not_happened() -> None:
-    """One that has ended, and one that was given up after its first round."""
-    workers = [here(PowerSGD(2)) for _ in range(2)]
+    called, other = workers_of(PowerSGD(2)), workers_of(PowerSGD(2))
     out, others = np.empty(LENGTH, np.float32), np.empty(LENGTH, np.float32)
-    for worker in workers:
-        worker.aggregate([noise(0, 0)], out, 0)
-    (family,) = workers[0].families
-    for rounds in (2, 1):
-        call = Call(workers[0].bucket, Iteration(1), HOST, 0, 1, out=out, measured=True)
-        exchange = family.exchange(call, noise(0, 9 - rounds))
-        asked: Round = next(exchange)
-        for last in [False, True][:rounds]:
-            (request,) = asked.requests
-            assert isinstance(request, Sum)
-            assert asked.last == last
-            if rounds == 2:
-                try:
-                    asked = exchange.send([[payload.copy() for payload in request.payloads]])
-                except StopIteration:
-                    assert last
-    for worker, result in zip(workers, (out, others), strict=True):
-        worker.aggregate([noise(0, 1)], result, 1)
+    for worker in (called, other):
+        alone(worker, noise(0, 0), out, 0)
+    family = called.families[0]
+    for seed, stop in ((7, None), (8, 1)):  # through to its end, and left in the midst
+        call = Call(called.bucket, Iteration(1), HOST, 0, 1, out=out, measured=True)
+        exchange, asked, rounds = family.exchange(call, noise(0, seed)), None, 0
+        while rounds != stop:
+            try:
+                asked = next(exchange) if asked is None else exchange.send([list(asked.requests[0].payloads)])
+            except StopIteration:
+                break
+            rounds += 1
+        family.skip()
+    for worker, result in ((called, out), (other, others)):
+        alone(worker, noise(0, 1), result, 1)
     assert out.tobytes() == others.tobytes()
 
 
 def test_state_dict_resumes_bitwise_with_ranks_that_change() -> None:
     def run(stop: int | None) -> tuple[Vector, list[Vector]]:
-        workers = here(PowerSGD(4), 2, seed=9)
+        workers = workers_of(PowerSGD(4), 2, seed=9)
         out = np.empty(LENGTH, np.float32)
         for call in range(8):
             if call == stop:
-                state = workers.state_dict()
-                workers = here(PowerSGD(4), 2, seed=9)
+                state, workers = workers.state_dict(), workers_of(PowerSGD(4), 2, seed=9)
                 workers.load_state_dict(state)
             if call in (2, 5):
                 for family in workers.families:
-                    assert isinstance(family, LowRank)
-                    family.ranks = {block.name: 1 if call == 2 else 4 for block in BLOCKS}
+                    family.ranks = dict.fromkeys(workers.bucket.names, 1 if call == 2 else 4)
             workers.aggregate([noise(rank, call) for rank in range(2)], out, call)
         return out, [memory_of(workers, rank) for rank in range(2)]
 
@@ -407,55 +402,47 @@ def test_state_dict_resumes_bitwise_with_ranks_that_change() -> None:
 
 
 def test_ranks_that_change() -> None:
-    worker = here(PowerSGD(4, error_feedback=False))
-    (family,) = worker.families
-    assert isinstance(family, LowRank)
+    worker = workers_of(PowerSGD(4, error_feedback=False))
     out = np.empty(LENGTH, np.float32)
     block = next(block for block in BLOCKS if block.name == "conv2")
     for call, rank in enumerate([4, 1, 1, 3, 1000]):
-        family.ranks = {block.name: rank for block in BLOCKS}
-        worker.aggregate([noise(0, 0)], out, call)
-        (measures,) = worker.measures
-        assert measures is not None
+        worker.families[0].ranks = dict.fromkeys(worker.bucket.names, rank)
+        alone(worker, noise(0, 0), out, call)
         if rank == 1000:  # not smaller then
             assert (out == noise(0, 0)).all()
-            assert measures.payload_bytes == 4 * LENGTH
-            assert family.state_dict()["q"] == {}
+            assert worker.measures[0].payload_bytes == 4 * LENGTH
         else:
             assert np.linalg.matrix_rank(storage_matrix(block, out).astype(np.float64), tol=1e-3) == rank
-            assert q_of(worker, "conv2").shape == (72, rank)
-            assert measures.payload_bytes == sum(PowerSGD(rank).payload_bytes(block.shape) for block in BLOCKS)
+            assert worker.families[0].state_dict()["q"]["conv2"].shape == (72, rank)
+            assert worker.measures[0].payload_bytes == sum(
+                PowerSGD(rank).payload_bytes(block.shape) for block in BLOCKS
+            )
 
 
 def test_states_of_others_are_refused() -> None:
-    def stepped(blocks: list[Block], method: PowerSGD) -> Any:
-        group = here(method, blocks=blocks)
-        length = group.bucket.length
-        group.aggregate([noise(0, 0, length)], np.empty(length, np.float32), 0)
-        return group.state_dict()
+    family = LowRank(PowerSGD(2))
+    with pytest.raises(ValueError, match="another error feedback"):
+        family.load_state_dict(LowRank(PowerSGD(2, error_feedback=False)).state_dict())
+    with pytest.raises(ValueError, match="another error feedback"):
+        LowRank(PowerSGD(2, error_feedback=False)).load_state_dict(family.state_dict())
 
-    def go_on(state: Any, method: PowerSGD) -> Vector:
-        worker, out = here(method), np.empty(LENGTH, np.float32)
-        worker.load_state_dict(state)
-        worker.aggregate([noise(0, 1)], out, 1)
-        return out
 
-    with_memory, without = PowerSGD(2), PowerSGD(2, error_feedback=False)
-    for one, other in ((with_memory, without), (without, with_memory)):
-        with pytest.raises(ValueError, match="another error feedback"):
-            here(one).load_state_dict(stepped(BLOCKS, other))
-    shapes = [(8, 3, 9), (12, 8, 3, 3), *(block.shape for block in BLOCKS[2:])]
-    same_matrices = blocks_of([(b.name, s, b.compressed) for b, s in zip(BLOCKS, shapes, strict=True)])
-    merged = blocks_of([("conv1", (27, 8), False), *LAYERS[1:]])
-    for blocks in (same_matrices, merged):
-        with pytest.raises(ValueError, match=r"memory is of another model .* conv1 has shape .*, the parameter \(8, 3"):
-            go_on(stepped(blocks, with_memory), with_memory)
-    # the same number of rows and columns
-    assert (
-        go_on(stepped(same_matrices, without), without).tobytes() == go_on(stepped(BLOCKS, without), without).tobytes()
-    )
-    with pytest.raises(ValueError, match="Q of conv1 has 8 rows, 27 are due"):
-        go_on(stepped(merged, without), without)
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"conv1": ("q", torch.zeros(8, 2))}, r"the state's Q of conv1 must be of shape \(27, any\), got \(8, 2\)"),
+        ({"conv1": ("memory", torch.zeros(9))}, r"the state's memory of conv1 must be of shape \(8, 3, 3, 3\)"),
+        ({"other": ("memory", torch.zeros(9))}, "the state's memory of other must be nothing here"),
+    ],
+)
+def test_states_of_other_layers_are_refused(changed: dict[str, Any], said: str) -> None:
+    worker = workers_of(PowerSGD(2))
+    alone(worker, noise(0, 0), np.empty(LENGTH, np.float32), 0)
+    state = worker.families[0].state_dict()
+    ((name, (kind, value)),) = changed.items()
+    state[kind][name] = value
+    with pytest.raises(ValueError, match=said):
+        check_shapes(state, {block.name: block.shape for block in BLOCKS})
 
 
 @pytest.mark.parametrize(
@@ -507,8 +494,7 @@ def test_orthonormalise(rows: int, columns: int, kind: str, scale: float, seed: 
 
 
 def test_no_layers() -> None:
-    worker = here(PowerSGD(), blocks=[])
-    worker.aggregate([np.empty(0, np.float32)], np.empty(0, np.float32), 0)
-    (measures,) = worker.measures
-    assert measures is not None
-    assert measures.density == measures.payload_bytes == 0
+    worker = workers_of(PowerSGD(), 1, [])
+    alone(worker, np.empty(0, np.float32), np.empty(0, np.float32), 0)
+    assert worker.measures[0] is not None
+    assert worker.measures[0].density == worker.measures[0].payload_bytes == 0

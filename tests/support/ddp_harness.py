@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -71,6 +72,14 @@ def hooked(net: nn.Module, method: Any, *, hook: Any = ddp.hook, wrapping: Any =
     state = ddp.State(model, method, **options)
     model.register_comm_hook(state, hook)
     return model, state
+
+
+@contextmanager
+def staying(on_device: bool = True) -> Iterator[None]:
+    """Within, methods that have torch forms use them on this rank, for gradients on the CPU too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradiveq.ddp.driver.on_device", lambda buffer: on_device)
+        yield
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from gradiveq.compressors.base import Compressor, Draw, Float32
-from gradiveq.ddp import native
-from gradiveq.ddp.wire import array_of, tensor_of
+from gradiveq.exchange.kernels import HOST
 from gradiveq.methods import Compressed, takes_mean
 from gradiveq.specs import parse
 
@@ -60,7 +59,7 @@ def compressor_of(spec: str) -> Compressor:
 
 
 def assert_same_bits(got: Tensor, expected: Any) -> None:
-    theirs = array_of(got.cpu().contiguous())
+    theirs = HOST.array(got.cpu().contiguous())
     assert (theirs.dtype, theirs.shape) == (expected.dtype, expected.shape)
     assert theirs.tobytes() == expected.tobytes(), f"{(theirs != expected).sum()} of {theirs.size} differ"
 
@@ -70,12 +69,12 @@ def check_bits(spec: str, values: Float32, draw: Draw, device: torch.device) -> 
     compressor = compressor_of(spec)
     there = torch.from_numpy(values).to(device)
     payload = compressor.compress(values, draw)
-    assert_same_bits(native.compress(compressor, there, draw), payload)
+    assert_same_bits(compressor.compress_tensor(there, draw), payload)
     assert_same_bits(there, values)
 
     expected, got = np.full(len(values), 7, np.float32), torch.full((len(values),), 7.0, device=device)
     compressor.decompress(payload, expected, draw)
-    native.decompress(compressor, tensor_of(payload).to(device), got, draw)
+    compressor.decompress_tensor(HOST.tensor(payload).to(device), got, draw)
     assert_same_bits(got, expected)
     if compressor.collective == "all_gather":  # of two ranks, at any byte of a message
         other = compressor.compress(values[::-1].copy(), draw)
@@ -83,10 +82,10 @@ def check_bits(spec: str, values: Float32, draw: Draw, device: torch.device) -> 
         with np.errstate(over="ignore"):
             for one in (payload, other):
                 compressor.add_to(one, expected, draw, np.empty_like(expected))
-        native.add_to(compressor, torch.from_numpy(messages).to(device)[:, 3:], got)
+        compressor.add_tensors(torch.from_numpy(messages).to(device)[:, 3:], got)
         assert_same_bits(got, expected)
     compressor.finish(expected, 3)
-    native.finish(compressor, got, 3)
+    compressor.finish_tensor(got, 3)
     assert_same_bits(got, expected)
 
 

@@ -63,6 +63,10 @@ def test_the_bytes_of_an_iteration() -> None:
     assert iteration_bytes("powersgd:2:min_compression_rate=2", BLOCKS) == Handed(4 * by_hand)
     kept = sum(TopK(0.01).payload_bytes(block.length) for block in BLOCKS)
     assert iteration_bytes("topk:0.01+ef", BLOCKS) == Handed(all_gather=kept + 8)
+    biases = [block.length for block in BLOCKS if block.name.endswith(".bias")]
+    weights = kept - sum(TopK(0.01).payload_bytes(length) for length in biases)
+    mixed = iteration_bytes("topk:0.01/*.bias=identity+ef", BLOCKS)
+    assert mixed == Handed(all_reduce=4 * sum(biases), all_gather=weights + 8)
     coded = sum(-(-n * m // 256) * 32 if n * m > 432 else 32 * 2 for n, m in matrices[:-1])
     assert iteration_bytes("gradiveq:ratio=8:slice_size=256", BLOCKS) == Handed(4 * (coded + 640 + vectors))
 

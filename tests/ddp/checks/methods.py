@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
@@ -18,10 +19,12 @@ from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
-from gradiveq.flatten import Block
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.families import make_family
+from gradiveq.flatten import Block, Bucket
+from gradiveq.here import Here
 from gradiveq.methods import Compressed, takes_mean
-from gradiveq.powersgd import PowerSGD, PowerSGDWorker, powersgd_here
+from gradiveq.powersgd import PowerSGD
 from ring import lockstep
 from ring.lockstep import LockstepRing
 from tests.support.ddp_harness import (
@@ -37,6 +40,7 @@ from tests.support.ddp_harness import (
     same_everywhere,
     sgd,
     size,
+    staying,
     step,
     train,
     weights,
@@ -55,8 +59,17 @@ def local_gradients(net: nn.Module, iteration: int) -> list[Any]:
     return [one.numpy() for one in gathered(own)]
 
 
+def here(method: Any, shapes: Mapping[str, tuple[int, ...]], *, seed: int) -> Here:
+    """As many workers as ranks in this process, with one vector of parameters in this order, as PyTorch has them."""
+    blocks: list[Block] = []
+    for index, (name, shape) in enumerate(shapes.items()):
+        blocks.append(Block(name, blocks[-1].stop if blocks else 0, math.prod(shape), shape, False, index))
+    bucket = Bucket(tuple(blocks), blocks[-1].stop)
+    return Here(lambda r: make_family(method, blocks, rank=r, size=size(), seed=seed), bucket, size())
+
+
 def against_one_process(method: Compressed, iterations: int = 6) -> None:
-    """The hook's means are those of `exchange_here`, on whose correctness tests of their own insist.
+    """The hook's means are those of `Here`, on whose correctness tests of their own insist.
 
     The same compressors get the same gradients, memories and random numbers; payloads that are gathered are added in
     the same order, so that the means are equal bit by bit; sums are within rounding.
@@ -64,18 +77,14 @@ def against_one_process(method: Compressed, iterations: int = 6) -> None:
     net, reference = Net(), Net()
     model, _ = hooked(net, method, seed=3, min_ratio=1e-9)
     optimizer = sgd(model)
-    parts, offset = [], 0
-    for name, p in net.named_parameters():
-        parts.append(Part(name, offset, offset + p.numel(), method.compressor))
-        offset += p.numel()
-    workers = [Worker(parts, offset, rank=r, size=size(), seed=3, feedback=method.feedback) for r in range(size())]
+    workers = here(method, {name: tuple(p.shape) for name, p in net.named_parameters()}, seed=3)
     exact = method.compressor.collective == "all_gather"
     for iteration in range(iterations):
         reference.load_state_dict(net.state_dict())
         locals_ = local_gradients(reference, iteration)
         expected = np.mean(locals_, axis=0, dtype=np.float32)
         if iteration >= START:
-            exchange_here(workers, locals_, expected, iteration)
+            workers.aggregate(locals_, expected, iteration)
         x, y = batch(iteration)
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
@@ -138,34 +147,28 @@ def against_powersgd_here(on_device: bool) -> None:
         orders.append([names[id(p)] for p in bucket.parameters()])
         return ddp.hook(state, bucket)
 
-    model, state = hooked(net, PowerSGD(2), hook=recording, seed=5, wrapping={"bucket_cap_mb": 25})
-    if on_device:
-        state._scheme = NativePowerSGDScheme(PowerSGD(2), 5)
+    model, _ = hooked(net, PowerSGD(2), hook=recording, seed=5, wrapping={"bucket_cap_mb": 25})
     optimizer = sgd(model)
     places, offset = {}, 0
     for name, p in net.named_parameters():
         places[name] = slice(offset, offset + p.numel())
         offset += p.numel()
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    workers: list[PowerSGDWorker] = []
+    workers: Here | None = None
     for iteration in range(6):
         reference.load_state_dict(net.state_dict())
         locals_ = local_gradients(reference, iteration)
         x, y = batch(iteration)
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        with staying(on_device):
+            F.cross_entropy(model(x), y).backward()
         if iteration >= START:
             order = orders[-1]
-            if not workers:
-                blocks, offset = [], 0
-                for name in order:
-                    length = places[name].stop - places[name].start
-                    blocks.append(Block(name, offset, length, shapes[name], False))
-                    offset += length
-                workers = [PowerSGDWorker(blocks, PowerSGD(2), seed=5) for _ in range(size())]
+            if workers is None:
+                workers = here(PowerSGD(2), {name: shapes[name] for name in order}, seed=5)
             elements = np.concatenate([np.arange(places[name].start, places[name].stop) for name in order])
             expected = np.empty(offset, np.float32)
-            powersgd_here(workers, [one[elements] for one in locals_], expected, iteration)
+            workers.aggregate([one[elements] for one in locals_], expected, iteration)
             np.testing.assert_allclose(gradients(model).numpy()[elements], expected, rtol=1e-4, atol=1e-6)
         optimizer.step()
 
@@ -414,9 +417,9 @@ def torch_operations_give_the_same_bits() -> None:
     for method, hook in cases:
         results = []
         for on_device in (False, rank() % 2 == 1):
-            model, state = hooked(Net(), method, hook=hook)
-            state._scheme.on_device = lambda work, on_device=on_device: on_device
-            results.append(train(model, range(4)))
+            model, _ = hooked(Net(), method, hook=hook)
+            with staying(on_device):
+                results.append(train(model, range(4)))
         assert torch.equal(*results), (method, hook)
 
 

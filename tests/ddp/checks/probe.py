@@ -14,10 +14,9 @@ from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.topk import TopK
 from gradiveq.ddp.probing import default_methods
-from gradiveq.exchange import Part, Worker, exchange_here
 from gradiveq.methods import Compressed
 from gradiveq.powersgd import PowerSGD
-from tests.ddp.checks.methods import FULL_RANK, local_gradients
+from tests.ddp.checks.methods import FULL_RANK, here, local_gradients
 from tests.support.ddp_harness import (
     Net,
     batch,
@@ -61,12 +60,14 @@ def probe_reports_what_would_be() -> None:
     methods = {
         "identity": Identity(),
         "half": Half(),
+        "bfloat": Half("bfloat16"),
         "topk": TopK(0.1),
         "sign": Sign("vote"),
         "some": Compressed(TopK(0.1), overrides=(("*.bias", Identity()),)),
         "full": PowerSGD(999, min_compression_rate=0.0),
         "rank 2": PowerSGD(2),
         "gradiveq": GradiVeQ(n_components=2, fit_slices="all"),
+        "remembering": GradiVeQ(n_components=2, fit_slices="all", error_feedback=True),
         "lossless": GradiVeQ(ratio=1, fit_slices="all", slice_size=8),
     }
     found = ddp.probe(model, methods, sample=3, holdout=1, also=("fc.weight",))
@@ -86,10 +87,9 @@ def probe_reports_what_would_be() -> None:
         places[name] = slice(offset, offset + p.numel())
         offset += p.numel()
     for name, compressor in (("topk", TopK(0.1)), ("sign", Sign("vote"))):
-        parts = [Part(layer, place.start, place.stop, compressor) for layer, place in places.items()]
-        workers = [Worker(parts, offset, rank=r, size=size()) for r in range(size())]
+        workers = here(compressor, {layer: tuple(p.shape) for layer, p in net.named_parameters()}, seed=0)
         estimate = np.empty(offset, np.float32)
-        exchange_here(workers, locals_, estimate, 3)
+        workers.aggregate(locals_, estimate, 3)
         np.testing.assert_allclose(rows[name, "all"].held_out_loss, off(estimate), rtol=1e-4)
         for layer, place in places.items():
             np.testing.assert_allclose(rows[name, layer].held_out_loss, off(estimate, place), rtol=1e-4)
@@ -97,6 +97,9 @@ def probe_reports_what_would_be() -> None:
     assert rows["identity", "all"].ratio == 1
     assert rows["half", "all"].ratio == 2
     assert 0 < rows["half", "all"].held_out_loss < 1e-5
+    assert rows["bfloat", "all"].ratio == 2
+    assert 0 < rows["bfloat", "all"].held_out_loss < 1e-4
+    assert rows["remembering", "all"].held_out_loss == rows["gradiveq", "all"].held_out_loss  # it isn't simulated
     assert rows["some", "fc.bias"].held_out_loss < 1e-12 < rows["some", "fc.weight"].held_out_loss
     assert rows["full", "all"].held_out_loss < 1e-9
     assert rows["lossless", "all"].held_out_loss < 1e-9

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from gradiveq.ddp.native_lowrank import NativePowerSGDScheme
 from torch import Tensor, nn
 
 import gradiveq.ddp as ddp
@@ -19,6 +18,7 @@ from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.identity import Identity
 from gradiveq.compressors.topk import TopK
 from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.requests import Iteration
 from gradiveq.methods import Compressed
 from gradiveq.powersgd import PowerSGD
 from tests.ddp.checks.methods import FULL_RANK, windows
@@ -36,6 +36,7 @@ from tests.support.ddp_harness import (
     same_everywhere,
     sgd,
     size,
+    staying,
     step,
     train,
     weights,
@@ -51,6 +52,7 @@ STATEFUL = {
     "gradiveq-auto": windows(
         sample="auto", compress="auto", ratio=None, loss_threshold=0.4, max_sample=12, stop_multiple=1.05
     ),
+    "gradiveq-remembering": windows(sample=4, compress=3, holdout_every=2, error_feedback=True),
 }
 
 
@@ -100,11 +102,11 @@ def memories_survive_new_buckets() -> None:
         for iteration in range(
             4
         ):  # of which each leaves it as it was, as its gradient is zero and what is sent is lost
-            memory = loaded.state_dict()["scheme"]["memory"]
+            memory = loaded.state_dict()["family"]["memory"]
             other.zero_grad()
             (other(batch(iteration)[0]) * 0).sum().backward()
             mean = {name: p.grad for name, p in net.named_parameters()}
-            after = loaded.state_dict()["scheme"]["memory"]
+            after = loaded.state_dict()["family"]["memory"]
             for name, before in memory.items():
                 kept = after[name]
                 sent = before - kept
@@ -232,20 +234,19 @@ def autocast_in_bfloat16() -> None:
         results, logs = [], []
         for inside in ways:
             model, state = hooked(Net(), method)
-            if method is by_torch:
-                state._scheme = NativePowerSGDScheme(by_torch, 0)
             optimizer = sgd(model)
-            for iteration in range(6):
-                x, y = batch(iteration)
-                optimizer.zero_grad()
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = F.cross_entropy(model(x), y)
-                    if inside:
+            with staying(method is by_torch):
+                for iteration in range(6):
+                    x, y = batch(iteration)
+                    optimizer.zero_grad()
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        loss = F.cross_entropy(model(x), y)
+                        if inside:
+                            loss.backward()
+                    if not inside:
                         loss.backward()
-                if not inside:
-                    loss.backward()
-                optimizer.step()
-                same_everywhere(weights(model), f"the weights after iteration {iteration}")
+                    optimizer.step()
+                    same_everywhere(weights(model), f"the weights after iteration {iteration}")
             results.append(weights(model))
             logs.append([window["held_out"] for window in state.window_log])
         assert torch.equal(results[0], results[-1]), method
@@ -297,7 +298,7 @@ def complex_parameters() -> None:
         model, state = hooked(net, method)
         train(model, range(6))
         if name in ("topk", "qsgd"):
-            assert state.state_dict()["scheme"]["memory"]["mix"].shape == (8, 10, 2)
+            assert state.state_dict()["family"]["memory"]["mix"].shape == (8, 10, 2)
         if rank() == 0:
             net.mix.register_hook(lambda grad: torch.full_like(grad, torch.nan))
         with raises(RuntimeError, "mix has a non-finite gradient on rank 0"):
@@ -373,6 +374,10 @@ def several_models_and_groups() -> None:
             dist.destroy_process_group(evens)
 
 
+#: Windows of four and three iterations.
+FEW_SAMPLES = ("gradiveq", "gradiveq-remembering")
+
+
 def saved_and_loaded(state: Any) -> Any:
     """By way of a file, as `torch.load` does it by default."""
     file = io.BytesIO()
@@ -411,7 +416,7 @@ def resumed_equals_uninterrupted(method: Any, stops: list[int], total: int) -> N
 for _name, _method in STATEFUL.items():
 
     def _resume(method: Any = _method, name: str = _name) -> None:
-        stops, total = ([3, 5, 6, 8, 9, 11], 14) if name == "gradiveq" else ([4, 6], 9)
+        stops, total = ([3, 5, 6, 8, 9, 11], 14) if name in FEW_SAMPLES else ([4, 6], 9)
         if name == "gradiveq-auto":
             stops, total = [7, 12, 13, 16, 17], 30
         resumed_equals_uninterrupted(method, stops, total)
@@ -426,7 +431,7 @@ def another_number_of_workers() -> None:
     members = list(range(size() // 2))
     half = dist.new_group(members)
     try:
-        for method in (REMEMBERING, PowerSGD(2), windows(), windows(sample=50)):
+        for method in (REMEMBERING, PowerSGD(2), windows(), windows(sample=50), windows(error_feedback=True)):
             model, state = hooked(Net(), method)
             optimizer = sgd(model)
             train(model, range(9), optimizer)
@@ -440,16 +445,18 @@ def another_number_of_workers() -> None:
                     resumed.load_state_dict(states if rule == "sum" else states[0], memories=rule)
                     fewer.load_state_dict(model.state_dict())
                     after = resumed.state_dict()
-                    memories = [one["scheme"].get("memory") for one in states]
-                    if memories[0] is not None and rule == "sum":
+                    memories = [one["family"]["memory"] for one in states]
+                    assert bool(memories[0]) == ("windows" not in after["family"] or method.error_feedback)
+                    if rule == "sum":
+                        assert after["family"]["memory"].keys() == memories[0].keys()
                         mine = list(range(rank(), size(), len(members)))
-                        for name, tensor in after["scheme"]["memory"].items():
+                        for name, tensor in after["family"]["memory"].items():
                             expected = sum(memories[r][name] for r in mine) * (len(members) / size())
                             close(tensor, expected, 1e-7)
-                    elif memories[0] is not None:
-                        assert not after["scheme"]["memory"]
-                    if "bases" in after["scheme"]:
-                        assert_equal(after["scheme"]["bases"], states[0]["scheme"]["bases"])
+                    else:
+                        assert not after["family"]["memory"]
+                    if "bases" in after["family"]:
+                        assert_equal(after["family"]["bases"], states[0]["family"]["bases"])
                     opt = sgd(fewer)
                     for iteration in range(9, 14):
                         step(fewer, opt, iteration)
@@ -467,16 +474,16 @@ def fits_run_beside_training() -> None:
     """What follows a sample is on a thread; backward returns without it."""
     model, state = hooked(Net(), windows(sample=3, compress=2))
     release, entered = threading.Event(), threading.Event()
-    absorb = state._scheme._absorb
+    absorb = state._family._absorb
 
-    def slowly(fit: bool, first: bool) -> Any:
+    def slowly(now: Iteration, first: bool) -> Any:
         entered.set()
         assert release.wait(20)
-        return absorb(fit, first)
+        yield from absorb(now, first)
 
     optimizer = sgd(model)
     train(model, range(4), optimizer)  # two at the start, two samples
-    state._scheme._absorb = slowly
+    state._family._absorb = slowly
     step(model, optimizer, 4)
     assert entered.wait(20)
     assert state.phase == "sample"
