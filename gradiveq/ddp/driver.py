@@ -231,6 +231,7 @@ class _Carrier:
             delivery.group.size,
             delivery.index,
             flaw=delivery.flaw,
+            all_make=True,
             seen=partial(_seen, delivery, self.kernels),
             kept=delivery.kept,
         )

@@ -152,8 +152,8 @@ class Compression(Family):
         (message,) = yield Round([Spread(make)])
         if not call.wanted:
             return None
-        if message is None:  # the mean is not finite
-            if finite is None:
+        if message is None:  # the mean is not finite; where, all workers know or none
+            if not call.all_make:
                 out.fill(np.nan)
             return out
         with now.span("decode"):

@@ -109,11 +109,6 @@ class ByName:
         for block in bucket.blocks:
             if block.name in known:
                 block.view(flat).copy_(known[block.name])
-            self._home[block.name] = bucket, block
-            self._loaded.pop(block.name, None)
-        self._flat[bucket] = flat
-        lived_in = {bucket for bucket, _ in self._home.values()}
-        self._flat = {bucket: tensor for bucket, tensor in self._flat.items() if bucket in lived_in}
         return flat
 
     def stage(self, bucket: Bucket, flat: Tensor) -> None:
@@ -121,8 +116,17 @@ class ByName:
         self._staged[bucket] = flat
 
     def commit(self) -> None:
+        """The iteration counts: what was staged is remembered, of parameters that are in these buckets from now on."""
+        new = [bucket for bucket in self._staged if bucket not in self._flat]
         self._flat.update(self._staged)
         self._staged = {}
+        for bucket in new:
+            for block in bucket.blocks:
+                self._home[block.name] = bucket, block
+                self._loaded.pop(block.name, None)
+        if new:
+            lived_in = {bucket for bucket, _ in self._home.values()}
+            self._flat = {bucket: tensor for bucket, tensor in self._flat.items() if bucket in lived_in}
 
     def forget(self) -> None:
         """The iteration is skipped."""

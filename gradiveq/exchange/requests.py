@@ -168,6 +168,7 @@ class Call:
         wanted: whether the mean is needed on this worker.
         measured: whether `Iteration.measures` are.
         per_hop: whether the driver can carry codecs that each hop decodes, adds and encodes again.
+        all_make: whether `Spread.make` is called on all workers, and not on the master only.
         seen: a payload that is summed as the others see it, rounded on the wire.
         kept: tensors of a round that what follows the next round reads. On a GPU that may run on another stream, so
             their memory may be used again only in the next iteration.
@@ -185,6 +186,7 @@ class Call:
     wanted: bool = True
     measured: bool = False
     per_hop: bool = False
+    all_make: bool = False
     seen: Callable[[Any], Any] = lambda payload: payload
     votes: Callable[[], int] = lambda: 0
     kept: list[Any] = field(default_factory=list)

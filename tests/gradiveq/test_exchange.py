@@ -193,8 +193,6 @@ def test_measures() -> None:
 def test_what_is_not_accepted_leaves_no_trace(feedback: ErrorFeedback) -> None:
     one, other = workers(TopK(0.2), feedback), workers(TopK(0.2), feedback)
     means = [np.empty(LENGTH, np.float32) for _ in range(2)]
-    for group in (one, other):  # before, there is no memory to be seen
-        group.aggregate(gradients(50), means[0], 0, 0.5)
     for step in range(5):
         for rank, family in enumerate(one.families):
             before = contents(family.state_dict())
