@@ -3,11 +3,18 @@
 `Aggregator(model, ring, method)` takes any `Method`; `parse("topk:0.01+ef")` makes one of a short text.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Method, Plain, QSGDRing
-from gradiveq.over_ring.aggregator import Aggregator, FitError, NonFiniteGradient, Report
 from gradiveq.powersgd import PowerSGD
+from gradiveq.report import FitError, NonFiniteGradient, Report
 from gradiveq.specs import parse
+
+if TYPE_CHECKING:
+    from gradiveq.over_ring.aggregator import Aggregator
 
 __all__ = [
     "Accordion",
@@ -25,3 +32,12 @@ __all__ = [
     "Report",
     "parse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the aggregator when it is asked for: nothing else needs the package `ring`."""
+    if name == "Aggregator":
+        from gradiveq.over_ring.aggregator import Aggregator
+
+        return Aggregator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

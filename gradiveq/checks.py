@@ -1,4 +1,4 @@
-"""Of what kind a hyper-parameter has to be: a text that looks like a number isn't one."""
+"""Kinds of hyper-parameters: a text that looks like a number isn't one."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
 
@@ -78,6 +79,10 @@ class Block:
             return self.compressed and self.stride is None
         return self.stride[0] == 1 and max(self.shape[1:]) > 1
 
+    @cached_property
+    def _as_matrix(self) -> tuple[int, int, bool]:
+        return *matrix_shape(self.shape), self.rows_are_innermost
+
     def view(self, flat: Tensor) -> Tensor:
         """The block's stretch of a flat tensor, as a view in the parameter's shape."""
         part = flat[self.start : self.stop]
@@ -99,9 +104,9 @@ class Block:
         Returns:
             A view, contiguous or the transpose of what is.
         """
-        rows, columns = matrix_shape(self.shape)
+        rows, columns, rows_are_innermost = self._as_matrix
         part = flat[self.start : self.stop]
-        if self.rows_are_innermost:
+        if rows_are_innermost:
             return part.reshape(columns, rows).T
         return part.reshape(rows, columns)
 
@@ -181,7 +186,7 @@ def convolution_weights(model: nn.Module) -> set[int]:
 
 
 class Layout:
-    """Where each parameter's gradient is in the vector, and the copies there and back.
+    """The place of each parameter's gradient in the vector, and the copies there and back.
 
     Parameters that don't require a gradient when the layout is made are left out: nothing is sent for them. One that
     several modules share is counted once.

@@ -119,7 +119,8 @@ def carry(exchanges: Sequence[Exchange], calls: Sequence[Call]) -> Any:
             return ended[0]
         if any(call.flaw for call in calls):
             return None
-        answers = [_answers([one.requests[i] for one in rounds], calls) for i in range(len(rounds[0].requests))]
+        with overflows_allowed():
+            answers = [_answers([one.requests[i] for one in rounds], calls) for i in range(len(rounds[0].requests))]
         results = [[answer[rank] for answer in answers] for rank in range(len(exchanges))]
 
 
@@ -147,11 +148,10 @@ def _answers(requests: Sequence[Any], calls: Sequence[Call]) -> list[Any]:
 
 def _total(payloads: Sequence[Any], mean: bool) -> Any:
     total = payloads[0].copy()
-    with overflows_allowed():
-        for payload in payloads[1:]:
-            total += payload
-        if mean:
-            total /= total.dtype.type(len(payloads))
+    for payload in payloads[1:]:
+        total += payload
+    if mean:
+        total /= total.dtype.type(len(payloads))
     return total
 
 

@@ -210,9 +210,9 @@ class Accordion:
     Attributes:
         low: the low compression, for critical regimes.
         high: the high compression, for the others.
-        interval, window, eta: of `gradiveq.exchange.critical_regimes.CriticalRegimes`. In the paper an interval is 10 epochs and its
-            window 1; the default is as many iterations of CIFAR at a batch of 2,048, as in Sahu et al. 2021. A window
-            of None is a tenth of the interval.
+        interval, window, eta: of `gradiveq.exchange.critical_regimes.CriticalRegimes`. In the paper an interval is 10
+            epochs and its window 1; the default is as many iterations of CIFAR at a batch of 2,048, as in Sahu et al.
+            2021. A window of None is a tenth of the interval.
     Raises:
         TypeError, ValueError: a value is out of its range, or the settings differ in more than the compression.
     """

@@ -52,7 +52,8 @@ SLOPE_ERROR = 0.025
 
 @dataclass(frozen=True)
 class NoiseEstimate:
-    """Of Assumptions 3 and 4, from one window; squares are in units of the gradient, summed over its elements.
+    """The constants of Assumptions 3 and 4, from one window; squares are in the gradient's units, summed over its
+    elements.
 
     Attributes:
         multiple: M, how the noise grows with the gradient; 0 where it can't be told.

@@ -73,7 +73,7 @@ class RunningNoise:
         self._signs: Tensor | None = None  # of elements on a device, once there are any
         self._sketches = np.zeros((block, width), np.float64)  # of the block under way
         self._done = 0
-        # Of each block: the sums over its iterations of this worker's sketches and of the workers' mean, Σ‖x_t‖² (0
+        # Each block's: the sums over its iterations of this worker's sketches and of the workers' mean, Σ‖x_t‖² (0
         # with one worker), and what `estimate_of` wants.
         self._own: deque[Float64] = deque(maxlen=blocks)
         self._mean: deque[Float64] = deque(maxlen=blocks)

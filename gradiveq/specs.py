@@ -34,7 +34,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from gradiveq.compressors import COMPRESSORS, Compressor
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.exchange.error_memory import ErrorFeedback, Form
-from gradiveq.methods import METHODS, Accordion, AutoThreshold, Compressed, Method
+from gradiveq.methods import METHODS, Accordion, AutoThreshold, Compressed, GradiVeQ, Method
 from gradiveq.powersgd import PowerSGD
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ UNFIT = {
 }
 #: Methods whose settings are other options of a command.
 WITHOUT_SETTINGS = ("rar", "qsgd", "gradiveq")
-#: Of ACCORDION's, before its two methods.
+#: ACCORDION's settings, which come before its two methods.
 REGIME_SETTINGS = ("interval=", "window=", "eta=")
 
 
@@ -89,7 +89,7 @@ def known_names() -> list[str]:
 
 
 def describe() -> list[tuple[str, str]]:
-    """Of every compressor a spec with all fields and their defaults, and the first line that says what it is."""
+    """A spec of every compressor with all fields and their defaults, and the first line that says what it is."""
     found = []
     for name, kind in COMPRESSORS.items():
         fields = [f"{field.name}={str(field.default).lower()}" for field in _fields(kind)]
@@ -118,6 +118,8 @@ def _parse(text: str, momentum: float) -> Method:
         if feedback is not None and "error_feedback=false" in first.split(":"):
             raise ValueError("error_feedback=false and +ef contradict each other")
         at, feedback = "", None
+    if name == GradiVeQ.name and feedback == ErrorFeedback() and not (overrides or at or caret):
+        return GradiVeQ(error_feedback=True)
     if name in METHODS:
         if overrides or at or caret or feedback is not None:
             why, fitting = UNFIT.get(name, (f"{name} has no layers, feedback or master to choose", "its settings do"))

@@ -92,7 +92,7 @@ def error_bound(constants: Sequence[Constants], squared_norms: Sequence[float]) 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one vector, compressed a number of times with other random numbers.
+    """What was measured of one vector, compressed a number of times with other random numbers.
 
     Attributes:
         norm: ‖x‖².
@@ -132,7 +132,7 @@ def measure(parts: Sequence[Part], vector: Float32, times: int = 1, seed: int = 
     """Compress a vector part by part and compare.
 
     Args:
-        parts: the layers, or one part for the entire model; as `gradiveq.exchange.Worker` takes them.
+        parts: the layers, or one part for the entire model; as `gradiveq.exchange.compressed.Compression` takes them.
         vector: finite float32 of shape (length,). Not modified.
         times: how often, each with its own random numbers; 1 is enough if there are none.
         seed: of the random numbers.

@@ -1,6 +1,6 @@
-"""What a method costs in DDP's hook on one model: the hook's own code (`gradiveq.ddp.scheme`), run without a network.
+"""What a method costs in DDP's hook on one model: the hook's own code (`gradiveq.ddp.driver`), run without a network.
 
-Each bucket of the model's own gradients goes through the scheme that `gradiveq.ddp.State` would choose, on a process
+Each bucket of the model's own gradients goes through the family that `gradiveq.ddp.State` would choose, on a process
 group that only notes what it is asked to send. So payloads, rounds, error memories and seconds are those of the hook on
 a CPU; nothing about a method is written down twice. GradiVeQ's bases are random numbers of the right shape: how long a
 product takes doesn't depend on them.
@@ -370,8 +370,8 @@ def _compressing(bases: Mapping[str, LayerBasis]) -> dict[str, Any]:
         "sampler": None,
         "fit_due": False,
         "iteration": START,
-        "memory": {},
-        "momentum": {},
+        "memory": None,
+        "momentum": None,
         "total_error": 0.0,
         "bases": [_as_tensors(basis_state(basis)) for basis in bases.values()],
     }

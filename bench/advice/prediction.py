@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from bench.advice.costs import PLAIN, BucketCost, MethodCost, RoundCost, SentBytes
 from bench.advice.model import Profile
-from bench.virtual.ddp_iteration import Bucket, BucketRound, Iteration, Load, iteration
+from bench.virtual.ddp_iteration import BucketRound, DDPIteration, Load, TimedBucket, iteration
 from ring import dry
 from ring.cluster import Cluster
 from ring.codec import IdentityCodec
@@ -78,7 +78,7 @@ class Prediction:
     """
 
     time_s: float
-    compressed: Iteration
+    compressed: DDPIteration
     bytes_sent: float
 
 
@@ -174,7 +174,7 @@ class Situation:
             total_s += sum(network.load(sent).busy_s for one in bucket.rounds for sent in one.sent)
         return total_s
 
-    def _iteration(self, buckets: Sequence[Bucket]) -> Iteration:
+    def _iteration(self, buckets: Sequence[TimedBucket]) -> DDPIteration:
         profile, slow = self.profile, self.slowdown
         # DDP copies each bucket's means to the gradients at the end of backward.
         copying_s = slow * sum(self.copies_s) / 2 if buckets else 0.0
@@ -189,7 +189,7 @@ class Situation:
 
     def _bucket(
         self, cost: BucketCost, ready_s: float, copy_s: float, by_rates: bool, network: FittedNetwork
-    ) -> Bucket:
+    ) -> TimedBucket:
         rounds = []
         for number, one in enumerate(cost.rounds):
             computing_s = self._encoding_s(cost, one, by_rates) if number == 0 else self._host_s(one.compute_s)
@@ -197,7 +197,7 @@ class Situation:
                 computing_s += self.slowdown * copy_s / 2
             loads = tuple(network.load(sent) for sent in one.sent)
             rounds.append(BucketRound(computing_s, loads))
-        return Bucket(self.slowdown * ready_s, tuple(rounds), self._decoding_s(cost, by_rates))
+        return TimedBucket(self.slowdown * ready_s, tuple(rounds), self._decoding_s(cost, by_rates))
 
     def _host_s(self, seconds: float) -> float:
         """Measured on this machine."""
@@ -239,7 +239,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Against:
-    """A method beside plain DDP, by bandwidth: a sweep for `bench.scaling.stretches`."""
+    """A method beside plain DDP, by bandwidth: a sweep for `bench.virtual.scaling.stretches`."""
 
     situation: Situation
     method: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +87,7 @@ def configure(options: dict[str, Any]) -> Configuration:
         **{name: options[name] for name in same},
     )
     every: dict[str, Method] = {"rar": Plain(), "qsgd": qsgd, "gradiveq": gradiveq}
+    every["gradiveq+ef"] = replace(gradiveq, error_feedback=True)
     methods: dict[str, Method] = {}
     for name in options["methods"]:
         method = every[name] if name in every else _parse(name, settings.momentum)

@@ -11,9 +11,6 @@ from ring.cluster import Cluster, ClusterError, parse
 
 #: The cluster of the GradiVeQ paper's Fig. 7.
 DEFAULT = "gradiveq-cpu"
-#: The most workers that train for real in one process, as each emulates all; larger clusters can be predicted without
-#: data (`ring.dry`).
-MOST_THREADS = 32
 
 
 def choose(name: str | None, recorded: Mapping[str, Any], ranks: int | None) -> Cluster | None:
@@ -29,10 +26,6 @@ def choose(name: str | None, recorded: Mapping[str, Any], ranks: int | None) -> 
     if name == NO_CLUSTER:
         return None
     cluster = parse(recorded["cluster"], "the run's record") if recorded else load(name or DEFAULT)
-    if ranks is None and cluster.nodes > MOST_THREADS:
-        raise ClusterError(
-            f"{name}: `nodes` is {cluster.nodes}, but at most {MOST_THREADS} workers train in one process"
-        )
     if ranks in (None, cluster.nodes):
         return cluster
     if cluster.other_nodes or cluster.other_links:

@@ -47,12 +47,14 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
 * `virtual_seconds` are an iteration's on the cluster, "measure" likewise not in `virtual_s`. "overhead" is processor
   time of messages, which only clusters have.
 * `losses` is there in iterations in which the aggregator measured any (`gradiveq.over_ring.aggregator.Report.losses`).
-* `compression` is there if the method has a compressor, in iterations that weren't skipped: what `exchange.Measures`
-  says of rank 0 (norm and errors are squared), and "relative_error", compression_error over norm. "payload_bytes" is
-  what the rank itself has to say; how often that travels is in `bytes_sent`.
-* `window` is an entry of `gradiveq.over_ring.aggregator.Aggregator.window_log`: per layer d, ratio, in-sample and held-out loss,
-  and so on; or what ACCORDION or a threshold's formula has decided (`gradiveq.exchange.critical_regimes`, `gradiveq.switching`). Its
-  line comes when the window is complete, which is after the next window's first iteration.
+* `compression` is there if the method has a compressor, in iterations that weren't skipped: what
+  `gradiveq.exchange.error_memory.Measures` says of rank 0 (norm and errors are squared), and "relative_error",
+  compression_error over norm. "payload_bytes" is what the rank itself has to say; how often that travels is in
+  `bytes_sent`.
+* `window` is an entry of `gradiveq.over_ring.aggregator.Aggregator.window_log`: per layer d, ratio, in-sample and
+  held-out loss, and so on; or what ACCORDION or a threshold's formula has decided
+  (`gradiveq.exchange.critical_regimes`, `gradiveq.exchange.switching`). Its line comes when the window is complete,
+  which is after the next window's first iteration.
 
 **summary.json**
 
@@ -67,7 +69,7 @@ while it emulates. Runs with `--cluster none`, and those recorded before there w
         "compute_cpu_s", "evaluation_s", "checkpoint_s", "weights_sha256", "windows" (how many),
         "last_window": {"window", "iteration", "layers": {name: {"d", "slice_size", "ratio", "in_sample_loss",
         "held_out_loss"}}} or null,
-        "threshold": what `gradiveq.switching.AutoThresholdStrategy` logs, or null,
+        "threshold": what `gradiveq.exchange.switching.AutomaticThreshold` logs, or null,
         "compression": {"density", "relative_error", "compression_error", "error", "payload_bytes"} or null: means over
         the iterations that weren't skipped, and over the ranks,
         "noise": the last iteration's, or null,

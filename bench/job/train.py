@@ -166,7 +166,7 @@ def optimizer_momentum(method: Method, settings: Settings) -> float:
     return 0.0 if feedback is not None and feedback.form == "update" else settings.momentum
 
 
-#: Of `exchange.Measures`, what is summed over a run.
+#: Fields of `gradiveq.exchange.error_memory.Measures` that are summed over a run.
 SUMMED = ("density", "relative_error", "compression_error", "error", "payload_bytes")
 
 
@@ -185,7 +185,8 @@ class Trainer:
         method: how gradients are aggregated.
         nonfinite: "fail", or "skip" to leave out a step to which some rank has no finite gradient: then weights and
             batch norm's statistics are as before it on all ranks.
-        device: where the model is; if it is a GPU, gradients are encoded and decoded there (`gradiveq.over_ring.staging`).
+        device: where the model is; if it is a GPU, gradients are encoded and decoded there
+            (`gradiveq.over_ring.staging`).
         gpu_aware: MPI reads and writes the GPU's memory itself.
         trace: keep what happened in the last iteration of the phase in `TRACED` in the timeline, for `ring.trace`.
         cluster: of as many nodes as there are ranks; its clock runs beside this machine's, within `step` only. What is

@@ -1,8 +1,9 @@
 """How near a device comes to its limits, in a minute or two: `python -m bench.device [--device cuda] [--out FOLDER]`.
 
 What GradiVeQ, QSGD (if Triton is there) and the half-precision compressor do with a gradient on a device
-(`gradiveq.over_ring.staging`, `gradiveq.pca.projection`, `gradiveq.over_ring.qsgd_triton`, `gradiveq.device`), copies between it and the
-host, and a whole exchange of one worker with itself: encode, copy to the host, a ring of one, copy back, decode.
+(`gradiveq.over_ring.staging`, `gradiveq.pca.projection`, `gradiveq.over_ring.qsgd_triton`, `gradiveq.device`), copies
+between it and the host, and a whole exchange of one worker with itself: encode, copy to the host, a ring of one, copy
+back, decode.
 
     limit of memory    a copy of a large vector on the device: its bytes are read and written
     limit of products  a large square product in float32, without TF32

@@ -4,7 +4,7 @@
     network                              [== bucket 1 ==]     [== bucket 2 ==]      [= bucket 3 =]
     callbacks                                             decode 1           decode 2          decode 3
 
-Rules, all of them DDP's and the hook's (`gradiveq.ddp.scheme`), for nodes that are alike and begin together:
+Rules, all of them DDP's and the hook's (`gradiveq.ddp.driver`), for nodes that are alike and begin together:
 
     bucket k is ready       when backward has come to its last gradient; encoding it takes backward's thread
     exchange k begins       when it was issued and the one before has ended:  start_k = max(issued_k, end_(k-1))
@@ -44,7 +44,7 @@ class BucketRound(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Bucket:
+class TimedBucket:
     """One bucket's exchange.
 
     Attributes:
@@ -59,7 +59,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Iteration:
+class DDPIteration:
     """What came of it.
 
     Attributes:
@@ -91,11 +91,11 @@ def iteration(
     forward_s: float,
     backward_s: float,
     update_s: float,
-    buckets: Sequence[Bucket],
+    buckets: Sequence[TimedBucket],
     *,
     cores: float = 1.0,
     overlap_slowdown: float = 1.0,
-) -> Iteration:
+) -> DDPIteration:
     """Go through one iteration.
 
     Args:
@@ -116,7 +116,7 @@ def iteration(
     return _Clock(buckets, cores, overlap_slowdown).run(_steps(forward_s, backward_s, update_s, buckets))
 
 
-def _steps(forward_s: float, backward_s: float, update_s: float, buckets: Sequence[Bucket]) -> Iterator[_Step]:
+def _steps(forward_s: float, backward_s: float, update_s: float, buckets: Sequence[TimedBucket]) -> Iterator[_Step]:
     """What the main thread does."""
     yield _Step(forward_s)
     done_s, last = 0.0, len(buckets) - 1
@@ -148,7 +148,7 @@ def _steps(forward_s: float, backward_s: float, update_s: float, buckets: Sequen
 class _Clock:
     """Three things at a time: the main thread's step, one exchange, one decoding."""
 
-    def __init__(self, buckets: Sequence[Bucket], cores: float, overlap_slowdown: float) -> None:
+    def __init__(self, buckets: Sequence[TimedBucket], cores: float, overlap_slowdown: float) -> None:
         self._buckets, self._cores, self._slow = buckets, cores, overlap_slowdown
         self._now_s = self._exposed_s = self._network_s = 0.0
         self._network: deque[tuple[tuple[int, int], float, float]] = deque()  # what, seconds left, cores wanted
@@ -156,7 +156,7 @@ class _Clock:
         self._done: set[tuple[int, int]] = set()
         self._exchanges: list[tuple[float, float]] = []
 
-    def run(self, steps: Iterator[_Step]) -> Iteration:
+    def run(self, steps: Iterator[_Step]) -> DDPIteration:
         for step in steps:
             if step.wait is not None:
                 while step.wait not in self._done:
@@ -167,7 +167,7 @@ class _Clock:
                 left_s -= self._go_on(left_s)[1]
             if step.issue is not None:
                 self._issue(*step.issue)
-        return Iteration(self._now_s, self._exposed_s, self._network_s, tuple(self._exchanges))
+        return DDPIteration(self._now_s, self._exposed_s, self._network_s, tuple(self._exchanges))
 
     def _issue(self, index: int, number: int) -> None:
         collectives = self._buckets[index].rounds[number].collectives

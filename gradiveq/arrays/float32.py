@@ -1,4 +1,4 @@
-"""Where float32 ends, for what is rounded or cut by hand."""
+"""float32: types of arrays, and where the format ends, for what is rounded or cut by hand."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ _PATTERNS = types.Array(types.int32, 1, "C", readonly=True)
 
 
 def num_kept(length: int, ratio: float, count: int | None) -> int:
-    """How many of `length` elements a sparsifier keeps: `count`, or the fraction `ratio` of them but at least 1."""
+    """Number of elements that a sparsifier keeps: `count`, or the fraction `ratio` of them but at least 1."""
     kept = max(1, round(ratio * length)) if count is None else count
     return min(kept, length)
 

@@ -1,4 +1,4 @@
-"""The compressors by name. Adding one takes a file here and a line below (README, "Adding a method")."""
+"""The compressors by name. Adding one takes a file here and a line below (`gradiveq/METHODS.md`, "Adding a method")."""
 
 from __future__ import annotations
 

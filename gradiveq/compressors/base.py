@@ -1,6 +1,7 @@
 """What every compressor of gradients is: a function of a vector, hyper-parameters and a key for random numbers.
 
-A compressor's file holds both of its forms: NumPy's and Numba's for the host, and where there is one, torch's for a device.
+A compressor's file holds both of its forms: NumPy's and Numba's for the host, and torch's for a device, where there is
+one.
 
 A compressor knows nothing of rings, layers or memories: `gradiveq.exchange` applies it to a layer or to the whole
 model, adds what error feedback kept, and sends the payload. It says by which collective its payloads travel:
@@ -129,7 +130,7 @@ class Compressor(ABC):
         return "compress_tensor" in type(self).__dict__
 
     def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
-        """As `compress`.
+        """The payload, as of `compress`.
 
         Args:
             values: float32 of shape (length,), on any device.
@@ -149,11 +150,11 @@ class Compressor(ABC):
         raise TypeError(f"{self.name} has no torch form")
 
     def decompress_tensor(self, payload: Tensor, out: Tensor, draw: Draw) -> None:
-        """As `decompress`."""
+        """Write the estimate into `out`, as `decompress` does."""
         out.copy_(self.estimates(payload, len(out)))
 
     def add_tensors(self, payloads: Tensor, total: Tensor) -> None:
-        """As `add_to` of one payload after the other.
+        """Add the estimates of several payloads, one after the other, as `add_to` does.
 
         Args:
             payloads: what was gathered, uint8 of shape (ranks, bytes).
@@ -163,10 +164,10 @@ class Compressor(ABC):
                 total += estimate
 
     def finish_tensor(self, total: Tensor, size: int) -> None:
-        """As `finish`."""
+        """Turn the sum into what training uses, as `finish` does."""
         total /= constant(size, total)
 
 
 def at_once(length: int) -> int:
-    """How many payloads of vectors of this length are decoded at once: as many as have 4 Mi elements, or one."""
+    """Number of payloads of vectors of this length that are decoded at once: those of 4 Mi elements, or one."""
     return max(1, (1 << 22) // max(1, length))

@@ -116,7 +116,7 @@ class QSGDGather(Compressor):
 
     @property
     def bits(self) -> int:
-        """Of an element's code: a number in 0 ... 2s."""
+        """Bits of an element's code, which is a number in 0 ... 2s."""
         return (2 * self.levels).bit_length()
 
     def compress(self, values: Float32, draw: Draw, latest: Float32 | None = None) -> Array:
@@ -147,7 +147,7 @@ class QSGDGather(Compressor):
         return 4 * self._num_norms(length) + packed_bytes(length, self.bits)
 
     def constants(self, length: int) -> Constants:
-        """Ω of `gradiveq.over_ring.qsgd.level_variance`, the tight form of the paper's Lemma 3.1 (3.4 in later versions)."""
+        """Ω of `gradiveq.arrays.levels.level_variance`, the tight form of the paper's Lemma 3.1 (3.4 in later ones)."""
         variance = level_variance(self.levels, max(1, min(self._bucket(length), length)), self.norm)
         return Constants(omega=variance, delta=1 - variance if variance < 1 else None, variance=variance)
 
@@ -158,13 +158,13 @@ class QSGDGather(Compressor):
         return -(-length // self._bucket(length))
 
     def _stretches(self, length: int, wire: Array) -> Iterator[tuple[int, Array]]:
-        """Where each stretch of the vector begins, and its codes on the wire."""
+        """The first element of each stretch of the vector, and its codes on the wire."""
         stretch_bytes = packed_bytes(_STRETCH, self.bits)
         for index, start in enumerate(range(0, length, _STRETCH)):
             yield start, wire[index * stretch_bytes : (index + 1) * stretch_bytes]
 
     def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
-        """With norm "l2", norms may be the float32 beside the host's, and then codes one level off."""
+        """L2 norms may be the float32 beside the host's, and then codes may be one level off."""
         length, bucket = len(values), self._bucket(len(values))
         if not length:
             return values.new_empty(0, dtype=torch.uint8)

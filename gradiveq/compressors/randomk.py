@@ -95,7 +95,7 @@ class RandomK(Compressor):
         )
 
     def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
-        """Indices are drawn on the host, in a loop whose length depends on what it draws, and copied from pinned memory."""
+        """Indices are drawn on the host, in a loop whose length depends on what it draws, and copied to the device."""
         sent = values[copied(self.indices(len(values), draw), values.device)]
         if self.unbiased and len(sent):
             return (sent.double() * (len(values) / len(sent))).clamp_(-LARGEST, LARGEST).float()

@@ -71,7 +71,7 @@ class Sign(Compressor):
         return self._header(length) + -(-length // 8)
 
     def constants(self, length: int) -> Constants:
-        """Of "scaled", Ω = 0 and δ = 1/d (Karimireddy et al. 2019, section 3); of the others there are none.
+        """Ω = 0 and δ = 1/d for "scaled" (Karimireddy et al. 2019, section 3); the others have none.
 
         ‖C(x)‖² = ‖x‖₁²/d and ‖x - C(x)‖² = ‖x‖² - ‖x‖₁²/d, where ‖x‖² <= ‖x‖₁² <= d‖x‖². A vector of ±1 is of length √d
         however short x is.

@@ -114,7 +114,7 @@ def decode_positions(payload: Array, length: int) -> tuple[UInt32, UInt8]:
 
 
 def decode_count(payload: Array, length: int) -> int:
-    """How many elements a payload speaks of, from its header.
+    """Number of elements that a payload speaks of, from its header.
 
     Raises:
         ValueError: none, or more than the vector has.

@@ -93,7 +93,7 @@ class TernGrad(Compressor):
         if len(values):
             scale = self._scale(values)
             payload[:4] = np.array([scale]).view(np.uint8)
-            # Of zeros, any other scale gives the trits of zeros.
+            # Zeros have the same trits with any other scale.
             _ternarise(values, scale or np.float32(1), stream_key(*map(np.uint64, draw)), payload[4:])
         return payload
 
@@ -126,8 +126,10 @@ class TernGrad(Compressor):
         return scale
 
     def compress_tensor(self, values: Tensor, draw: Draw) -> Tensor:
-        """With `clip`, the scale may be the float32 beside the host's while the vector's first element is within 2^13/√n
-        standard deviations of the mean and n < 2^26: its sums are in the device's order."""
+        """The scale of a clipped vector may be the float32 beside the host's, as its sums are in the device's order.
+
+        That holds while the vector's first element is within 2^13/√n standard deviations of the mean and n < 2^26.
+        """
         length = len(values)
         if not length:
             return values.new_empty(0, dtype=torch.uint8)

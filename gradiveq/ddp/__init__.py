@@ -15,8 +15,8 @@
     PowerSGD                        all_reduce, twice                       stays there
     QSGDRing, Accordion, ...        none; the error says why
 
-(On a GPU nothing of this has been run yet; `tests/test_gpu.py` is ready. Over NCCL nothing that stays there waits for
-the device before the next iteration, but once in a window of GradiVeQ's, when its bases are copied there. Gloo copies a
+(On a GPU nothing of this has been run yet; `tests/gpu/test_gpu.py` is ready. Over NCCL nothing that stays there waits
+for the device before the next iteration, but once in a window of GradiVeQ's, when its bases are copied there. Gloo copies a
 GPU's tensors to the host by itself; its futures know of no streams, so train on the default stream then.)
 
 Conventions are those of PyTorch's own hooks. The hook returns before communication ends, `process_group=None` is the

@@ -34,7 +34,7 @@ class Carried:
         self.before_s, self.after_s, self.sent = [0.0] * number, [0.0] * number, [0] * number
 
 
-#: Told of a round that is through, and how many seconds it took.
+#: A function that is told of a round that is through, and of the seconds that it took.
 AfterRound = Callable[[Round, float], None]
 
 
@@ -142,7 +142,7 @@ def _sums(payloads: Sequence[Array], group: ProcessGroup | None) -> list[Array]:
 
 
 def _gathered(requests: Sequence[Gather], group: ProcessGroup | None, what: str, number: int) -> list[list[Array]]:
-    """Of each request everybody's message, by rank."""
+    """Everybody's message of each request, by rank."""
     if group is None:
         return [[one.message] for one in requests]
     if isinstance(requests[0].lengths, str):

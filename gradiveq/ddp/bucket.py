@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gradiveq.flatten import Block, Bucket
 
-#: Where a module is in what `torch.compile` makes of it.
+#: Name of the module in what `torch.compile` makes of it.
 COMPILED = "_orig_mod"
 
 #: What compressors can take, all of them as float32; buckets of other types travel as they are.
@@ -108,7 +108,7 @@ def _uncompiled(name: str) -> str:
 
 
 def _stride(p: Tensor) -> tuple[int, ...]:
-    """Of the parameter's gradient in the bucket: its own if that is dense, as in DDP's reducer."""
+    """Strides of the parameter's gradient in the bucket: its own if that is dense, as in DDP's reducer."""
     stride = p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()
     return (*(2 * one for one in stride), 1) if p.is_complex() else tuple(stride)
 

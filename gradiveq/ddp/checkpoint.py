@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from gradiveq.ddp.agreement import disagreement
 from gradiveq.exchange.error_memory import Memories
-from gradiveq.flatten import matrix_shape
+from gradiveq.exchange.family import check_shapes
 from gradiveq.report import listed
 
 _FIELDS = {"identity": Mapping, "rank": int, "size": int, "iteration": int, "traffic": list, "family": Mapping}
@@ -73,15 +71,4 @@ def _check(state: object, identity: Mapping[str, Any], shapes: Mapping[str, tupl
     difference = disagreement([state["identity"], identity], ("there", "here"))
     if difference:
         raise ValueError(f"the state is of another model or method: {difference}")
-    columns = {name: matrix_shape(shape)[1:] for name, shape in shapes.items() if len(shape) > 1}
-    _check_shapes("memory", state["family"].get("memory") or {}, shapes, 0)
-    _check_shapes("Q", state["family"].get("q", {}), columns, 1)
-
-
-def _check_shapes(what: str, kept: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], free: int) -> None:
-    """Refuse tensors that have other dimensions than these and some free ones behind them."""
-    for name, one in kept.items():
-        found, due = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__, shapes.get(name)
-        if due is None or len(found) != len(due) + free or found[: len(due)] != due:
-            shape = "nothing here" if due is None else f"of shape ({', '.join([*map(str, due), *['any'] * free])})"
-            raise ValueError(f"the state's {what} of {name} must be {shape}, got {found}")
+    check_shapes(state["family"], shapes)

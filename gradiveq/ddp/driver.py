@@ -392,7 +392,7 @@ class _Carrier:
         return finish
 
 
-#: Told of a bucket that is through, and what went wrong in there; says what is to be raised.
+#: A function that is told of a bucket that is through, and of what went wrong; it says what is to be raised.
 Judge = Callable[[Delivery, Exception | None], Exception | None]
 
 

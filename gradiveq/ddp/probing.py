@@ -162,7 +162,7 @@ class Probe:
         self.iteration += 1
 
     def report(self) -> list[LayerReport]:
-        """For each method all layers together, then one by one.
+        """Rows for each method: all layers together, then one by one.
 
         Raises:
             RuntimeError: nothing has been held out yet.

@@ -29,12 +29,12 @@ from gradiveq.exchange.requests import Iteration
 from gradiveq.flatten import Bucket
 from gradiveq.report import NonFiniteGradient, listed
 
-#: Of PyTorch's convention: DDP rebuilds its buckets after the first iteration.
+#: PyTorch's convention for `start_iteration`, as DDP rebuilds its buckets after the first iteration.
 FIRST_START = 2
 
 
 class CompressionStats(NamedTuple):
-    """As PyTorch's PowerSGD hook reports them, but in bytes. Of this rank, from `start_iteration` on.
+    """Bytes of this rank from `start_iteration` on, in the words of PyTorch's PowerSGD hook.
 
     Attributes:
         compress_rate: before / after; 0 if nothing was sent.
@@ -164,7 +164,7 @@ class State:
         }
         self._loss_scale = loss_scale
         self._compared = False
-        # Of the iteration under way. Callbacks come on threads of the backend's.
+        # The iteration under way. Callbacks come on threads of the backend's.
         self._lock = threading.Lock()
         self._flights: list[Flight] = []
         self._begun = self._landed = 0
@@ -178,8 +178,8 @@ class State:
 
     @property
     def phase(self) -> str:
-        """Of the next iteration: "start" before `start_iteration`, then "plain", "compressed", or GradiVeQ's "warm-up",
-        "sample" and "compress" (as far as it is known: a fit that is under way may end the sampling)."""
+        """Phase of the next iteration: "start" before `start_iteration`, then "plain", "compressed", or GradiVeQ's
+        "warm-up", "sample" and "compress" (as far as it is known: a fit that is under way may end the sampling)."""
         self._settle()
         return "start" if self.iteration < self.start_iteration else self._family.phase
 

@@ -21,7 +21,7 @@ from gradiveq.methods import Compressed, GradiVeQ, Plain
 from gradiveq.pca.loss import Loss
 from gradiveq.powersgd import PowerSGD
 
-#: Longer than any probe measures.
+#: Iterations that no probe reaches.
 NEVER = 10**9
 
 

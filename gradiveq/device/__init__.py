@@ -1,7 +1,7 @@
 """Methods on a device, as torch operations: kernels, random bits and packed codes, copies to the host.
 
 NEVER RUN ON A GPU. All of it is tested on CPU tensors, and on torch's meta device under a mode that refuses what would
-wait. `tests/test_gpu.py` is ready for a card.
+wait. `tests/gpu/test_gpu.py` is ready for a card.
 
 **Bits.** A compressor's torch form (in its own file, beside NumPy's) gives the payload that the other gives, and
 decodes it alike, bit by bit; but for norms that are sums. Largest magnitudes are exact. Sums (of squares, magnitudes,

@@ -100,7 +100,7 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
 
 
 def places(bits: Tensor, count: int) -> Tensor:
-    """Where bits are set, int64 of shape (..., count), ascending: `nonzero` of as many as are known to be there."""
+    """Indices of the bits that are set, int64 of shape (..., count), ascending: `nonzero` of a known number of bits."""
     target = torch.where(bits, bits.cumsum(-1) - 1, count)
     found = target.new_zeros(*bits.shape[:-1], count + 1)  # the last one takes what isn't set
     every = torch.arange(bits.shape[-1], device=bits.device).expand_as(target)

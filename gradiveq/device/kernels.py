@@ -88,10 +88,12 @@ class DeviceKernels:
         return torch.where(norms.isfinite(), 0, codes).amax()
 
     def orthonormal(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """By the library's QR decomposition (Householder's, in float64, all matrices of one shape at once), which has no
-        step that depends on what it finds: column after column, as the host does it, would take about 20 operations on
-        the device for each. Signs may differ from the host's, and so may what replaces a column that depends on others;
-        P Qᵀ differs by rounding."""
+        """QR decompositions (Householder's, in float64, all matrices of one shape at once).
+
+        They have no step that depends on what it finds: column after column, as the host does it, would take about 20
+        operations on the device for each. Signs may differ from the host's, and so may what replaces a column that
+        depends on others; P Qᵀ differs by rounding.
+        """
         found: dict[int, Tensor] = {}
         shapes: dict[torch.Size, list[int]] = {}
         for i, matrix in enumerate(matrices):

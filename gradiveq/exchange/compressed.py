@@ -92,11 +92,11 @@ class Compression(Family):
         own = kernels.empty(call.bucket.length) if self.memory.wants(call) else None
         payloads, num_sent, num_bytes = [], 0, 0
         for part in parts:
-            draw = self._draw(call, part, call.rank)
-            payload = kernels.compress(part.compressor, x[part.where], draw, latest[part.where])
+            draw, where = self._draw(call, part, call.rank), part.where
+            payload = kernels.compress(part.compressor, x[where], draw, latest[where])
             if own is not None:
                 seen = call.seen(payload) if part.summed else payload
-                kernels.decompress(part.compressor, seen, own[part.where], draw)
+                kernels.decompress(part.compressor, seen, own[where], draw)
             if call.measured:
                 num_sent += part.compressor.num_sent(payload, part.length)
                 num_bytes += payload.nbytes

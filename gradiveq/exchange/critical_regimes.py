@@ -82,7 +82,7 @@ class CriticalRegimes:
         return self._lr is not None and lr < self._lr
 
     def critical_at(self, lr: float) -> list[bool]:
-        """By layer, for an iteration with this learning rate. Changes nothing."""
+        """Whether each layer is critical in an iteration with this learning rate. Changes nothing."""
         return [True] * len(self.layers) if self.decays(lr) else list(self.critical)
 
     def accept(self, mean: Float32, lr: float) -> None:
@@ -161,6 +161,6 @@ def check(interval: int, window: int | None, eta: float) -> None:
 
 
 def _norm(values: Float32) -> float:
-    """In float64, whose squares don't overflow; by pieces, so that no copy of a layer is made."""
+    """The norm in float64, whose squares don't overflow; by pieces, so that no copy of a layer is made."""
     pieces = (values[start : start + 65536].astype(np.float64) for start in range(0, len(values), 65536))
     return math.sqrt(sum(float(np.sum(np.square(piece))) for piece in pieces))

@@ -117,7 +117,7 @@ class ByName:
         return flat
 
     def stage(self, bucket: Bucket, flat: Tensor) -> None:
-        """What the bucket's vector will be, unless the iteration is skipped. The memory is this object's from now on."""
+        """What the bucket's vector will be, unless the iteration is skipped. This object owns it from now on."""
         self._staged[bucket] = flat
 
     def commit(self) -> None:
@@ -210,9 +210,10 @@ class ErrorMemory:
         error = float(sum_of_squares(left)) if call.measured else 0.0
         remembered = 0.0
         if self.feedback is not None:
+            remembered = error
             if self.feedback.form == "scaled":
                 left *= np.float32(call.now.lr)
-            remembered = float(sum_of_squares(left)) if call.measured else 0.0
+                remembered = float(sum_of_squares(left)) if call.measured else 0.0
             self.errors.stage(call.bucket, call.kernels.tensor(left))
         if call.measured:
             self._next_total = self.total_error + remembered
@@ -237,10 +238,10 @@ class ErrorMemory:
         self._next_total = self.total_error
 
     def state_dict(self) -> dict[str, Any]:
-        """By parameter name; it differs by rank. Copies."""
+        """What is remembered, by parameter name; it differs by rank. Copies; None where nothing is."""
         return {
-            "memory": self.errors.state_dict(),
-            "momentum": self._momentum.state_dict(),
+            "memory": None if self.feedback is None else self.errors.state_dict(),
+            "momentum": self._momentum.state_dict() if self._has_momentum else None,
             "total_error": self.total_error,
         }
 
@@ -251,10 +252,12 @@ class ErrorMemory:
             ValueError: the state is of another error feedback; nothing was changed.
         """
         for name, mine in (("memory", self.feedback is not None), ("momentum", self._has_momentum)):
-            if state[name] and not mine:
+            if (state[name] is not None) != mine:
                 raise ValueError(f"the state's {name} is of another error feedback than this worker's")
-        self.errors.load_state_dict(state["memory"])
-        self._momentum.load_state_dict(state["momentum"])
+        if self.feedback is not None:
+            self.errors.load_state_dict(state["memory"])
+        if self._has_momentum:
+            self._momentum.load_state_dict(state["momentum"])
         self.total_error = self._next_total = state["total_error"]
 
     def load_others(self, states: Sequence[Mapping[str, Any]], memories: Memories, rank: int, size: int) -> None:

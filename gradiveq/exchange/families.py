@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 from gradiveq.compressors.base import Compressor
@@ -15,7 +15,7 @@ from gradiveq.exchange.parts import Part, worth_compressing
 from gradiveq.exchange.requests import Call
 from gradiveq.exchange.switching import AutomaticThreshold, Switching
 from gradiveq.exchange.windows import Windows
-from gradiveq.flatten import Block
+from gradiveq.flatten import Block, Bucket
 from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Method, Plain, QSGDRing, takes_mean
 from gradiveq.powersgd import PowerSGD
 
@@ -91,10 +91,15 @@ def _compression(
             return [Part("model", 0, call.bucket.length, method.compressor, call.index)]
 
     elif method.granularity == "layer":
+        layers_of: dict[Bucket, list[Part]] = {}
         chosen = {part.name: _worth_it(part.compressor, part.length, min_ratio) for part in parts}
 
         def parts_of(call: Call) -> Sequence[Part]:
-            return _layers_of(call, chosen)
+            if call.bucket not in layers_of:
+                layers_of[call.bucket] = [
+                    Part(one.name, one.start, one.stop, chosen[one.name], one.index) for one in call.bucket.blocks
+                ]
+            return layers_of[call.bucket]
 
     else:
 
@@ -109,10 +114,6 @@ def _compression(
         num_parts=len(parts) if one_vector else len(blocks),
         on_device=all(compressor.on_device for compressor in used),
     )
-
-
-def _layers_of(call: Call, chosen: Mapping[str, Compressor]) -> list[Part]:
-    return [Part(one.name, one.start, one.stop, chosen[one.name], one.index) for one in call.bucket.blocks]
 
 
 def _worth_it(compressor: Compressor, length: int, min_ratio: float | None) -> Compressor:

@@ -1,12 +1,12 @@
 """What every family of methods is: one worker's side of an exchange, written once, without input or output.
 
     driver                                  family
-    ------------------------------------    ---------------------------------------------------------------
+    ------------------------------------    -----------------------------------------------------------------
     exchange(call, gradient)            ->  x = gradient + memory; compresses; yields rounds of requests
     carries requests out, resumes       ->  ...
                                         <-  the mean
     finds all vectors' means finite:
-    accept(now, mean)                   ->  what was left out is remembered, the schedule goes on; maybe more to exchange
+    accept(now, mean)                   ->  what was left out is remembered; maybe there is more to exchange
     finds one that isn't:
     skip()                              ->  nothing has happened
 
@@ -19,8 +19,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from gradiveq.exchange.error_memory import ErrorFeedback, ErrorMemory, Memories
 from gradiveq.exchange.requests import Call, Exchange, Iteration
+from gradiveq.flatten import matrix_shape
 
 
 class Family(ABC):
@@ -33,9 +36,9 @@ class Family(ABC):
         memory: wraps `rounds`, whatever they are.
     """
 
-    #: Of what this worker says in the next iteration about ending a window.
+    #: Whether this worker says in the next iteration that the window should end.
     vote = False
-    #: Of windows and decisions, for `Aggregator.window_log`.
+    #: Windows and decisions so far, for `Aggregator.window_log`.
     log: Sequence[dict[str, Any]] = ()
 
     def __init__(self, feedback: ErrorFeedback | None = None) -> None:
@@ -43,7 +46,7 @@ class Family(ABC):
 
     @property
     def phase(self) -> str:
-        """Of the next iteration, for reports."""
+        """Phase of the next iteration, for reports."""
         return "compressed"
 
     def stays_on_device(self) -> bool:
@@ -104,3 +107,28 @@ class Family(ABC):
     def load_others(self, states: Sequence[Mapping[str, Any]], memories: Memories, rank: int, size: int) -> None:
         """Go on as this rank of another number of workers, from the states of all the old ones, by rank."""
         self.memory.load_others(states, memories, rank, size)
+
+
+def check_shapes(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a family's state whose memories or Q are of other parameters.
+
+    Args:
+        shapes: of the parameters' gradients, by name.
+    Raises:
+        ValueError: names the parameter, the shape that was found and the one that is due.
+    """
+    if "inner" in state:
+        check_shapes(state["inner"] or {}, shapes)
+    columns = {name: matrix_shape(shape)[1:] for name, shape in shapes.items() if len(shape) > 1}
+    for key, what, due, free in (
+        ("memory", "memory", shapes, 0),
+        ("momentum", "momentum", shapes, 0),
+        ("q", "Q", columns, 1),
+    ):
+        for name, one in (state.get(key) or {}).items():
+            found, dims = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__, due.get(name)
+            if dims is None or len(found) != len(dims) + free or found[: len(dims)] != dims:
+                shape = (
+                    "nothing here" if dims is None else f"of shape ({', '.join([*map(str, dims), *['any'] * free])})"
+                )
+                raise ValueError(f"the state's {what} of {name} must be {shape}, got {found}")

@@ -30,7 +30,7 @@ REASONS = (
     "is in one bucket with parameters that gradiveq.ddp.State was not made of",
 )
 
-#: Those after which training can't go on.
+#: Reasons after which training can't go on.
 HARD = (REPLACED, UNKNOWN)
 
 

@@ -54,6 +54,14 @@ class _Matrix(NamedTuple):
     rank: int
 
 
+class _Split(NamedTuple):
+    """What of a vector is compressed, and what goes as it is: stretches, and the names of their layers."""
+
+    matrices: list[_Matrix]
+    plain: list[slice]
+    plain_names: list[str]
+
+
 class LowRank(Family):
     """One worker's side of PowerSGD. Memory: Q, and with error feedback a vector as long as the gradient.
 
@@ -70,14 +78,15 @@ class LowRank(Family):
         self.ranks: dict[str, int] = {}
         self._q: dict[str, Tensor] = {}  # (columns, rank)
         self._next_q: dict[str, Tensor | None] = {}  # of this iteration; None of what isn't compressed
+        self._splits: dict[tuple[Bucket, tuple[int, ...]], _Split] = {}
 
     def rounds(self, call: Call, x: Any, latest: Any) -> Exchange:
         kernels, now = call.kernels, call.now
         with now.span("encode"), overflows_allowed():
-            matrices, plain = self._split(call.bucket)
+            matrices, plain, plain_names = self._split(call.bucket)
             starts = kernels.orthonormal([self._start(matrix, call) for matrix in matrices])
             products = [one.block.matrix(x) @ q for one, q in zip(matrices, starts, strict=True)]
-        first = [*(x[block.where] for block in plain), *products]
+        first = [*(x[where] for where in plain), *products]
         (means,) = yield Round([Sum(first, mean=True)], last=not matrices)
 
         with now.span("encode"), overflows_allowed():
@@ -92,7 +101,7 @@ class LowRank(Family):
             (qs,) = yield Round([Sum(own, mean=True)])
 
         with now.span("decode"), overflows_allowed():
-            self._next_q.update(dict.fromkeys(block.name for block in plain))
+            self._next_q.update(dict.fromkeys(plain_names))
             for one, p, q, good in zip(matrices, ps, qs, finite, strict=True):
                 self._next_q[one.block.name] = kernels.tensor(q)
                 if call.wanted:
@@ -100,9 +109,9 @@ class LowRank(Family):
                     kernels.write_product(p, q, target)
                     if good is not True:  # on a device it isn't known
                         target[:] = kernels.choose(good, target, np.nan)
-            for block, mean in zip(plain, means, strict=False):
+            for where, mean in zip(plain, means, strict=False):
                 if call.wanted:
-                    call.out[block.where] = mean
+                    call.out[where] = mean
         return call.out
 
     def _keep(
@@ -110,23 +119,28 @@ class LowRank(Family):
     ) -> None:
         if not self.memory.wants(call):
             return
-        left = call.kernels.zeros(call.bucket.length)
+        left = call.kernels.zeros(call.bucket.length)  # what goes as it is leaves nothing
         for one, p, q in zip(matrices, ps, own, strict=True):
             left[one.block.where] = x[one.block.where]
             call.kernels.subtract_product(p, q, one.block.matrix(left))
         self.memory.keep(call, x, left, call.bucket.length, num_bytes)
 
-    def _split(self, bucket: Bucket) -> tuple[list[_Matrix], list[Block]]:
-        """What is compressed in a vector, and what goes as it is."""
-        matrices, plain = [], []
-        for number, block in enumerate(bucket.blocks):
-            method = replace(self.method, rank=self.ranks[block.name]) if block.name in self.ranks else self.method
-            rank = method.rank_of(block.shape)
-            if rank is None:
-                plain.append(block)
-            else:
-                matrices.append(_Matrix(block, number, rank))
-        return matrices, plain
+    def _split(self, bucket: Bucket) -> _Split:
+        limits = tuple(self.ranks.get(block.name, self.method.rank) for block in bucket.blocks)
+        found = self._splits.get((bucket, limits))
+        if found is None:
+            found = self._splits[bucket, limits] = _Split([], [], [])
+            for number, (block, limit) in enumerate(zip(bucket.blocks, limits, strict=True)):
+                rank = replace(self.method, rank=limit).rank_of(block.shape)
+                if rank is not None:
+                    found.matrices.append(_Matrix(block, number, rank))
+                    continue
+                found.plain_names.append(block.name)
+                if found.plain and found.plain[-1].stop == block.start:
+                    found.plain[-1] = slice(found.plain[-1].start, block.stop)
+                else:
+                    found.plain.append(block.where)
+        return found
 
     def _start(self, matrix: _Matrix, call: Call) -> Any:
         """Q to begin with, (columns, rank), its columns not yet orthonormal."""
@@ -148,7 +162,7 @@ class LowRank(Family):
                 if q is None:
                     self._q.pop(name, None)
                 else:
-                    self._q[name] = q.clone()
+                    self._q[name] = q
         self._next_q = {}
         return super().accept(now, mean)
 

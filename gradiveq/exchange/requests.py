@@ -11,13 +11,14 @@ carries them out and resumes it with one result for each request:
     Spread(make)                   what `make()` returns on the master
     Compare(numbers)               None; an error on all workers if they differ
 
-    driver                         where                                what it does
-    -----------------------------  -----------------------------------  -------------------------------------------------
-    `gradiveq.over_ring.driver`    over MPI, in lockstep, in virtual    hands the codec to the ring's all-reduce, so that
-                                   time                                 chunks are encoded while others travel
-    `gradiveq.ddp.driver`          in DDP's communication hook          encodes, starts futures, decodes in a callback
-    `gradiveq.here`                one process with all workers         adds arrays
-    `gradiveq.sizes`               nowhere                              counts bytes
+    driver                       where                                what it does
+    ---------------------------  -----------------------------------  -------------------------------------------------
+    `gradiveq.over_ring.driver`  over MPI, in lockstep, in virtual    hands the codec to the ring's all-reduce, so that
+                                 time                                 chunks are encoded while others travel
+    `gradiveq.ddp.driver`        in DDP's communication hook          encodes, starts futures, decodes in a callback
+    `gradiveq.ddp.blocking`      in a process group, waiting          sums arrays: bases, the probe
+    `gradiveq.here`              one process with all workers         adds arrays
+    `gradiveq.sizes`             nowhere                              counts bytes
 
 Results may be other workers' as well, and are not to be modified.
 
@@ -57,8 +58,8 @@ class Sum(NamedTuple):
 
     Attributes:
         payloads: arrays of any shape, the same shapes and dtypes on every worker. Not modified, but with a codec.
-        codec: with one, payloads[0] is the call's whole vector, and this is how it travels: as it is, quantised at every
-            hop, or projected on bases. Its memory may be overwritten by the result.
+        codec: how payloads[0] travels, which is the call's whole vector then: as it is, quantised at every hop, or
+            projected on bases. Its memory may be overwritten by the result.
         mean: divide by the number of workers.
     """
 

@@ -87,7 +87,7 @@ class Windows(Family):
         self._in_use: Bases | None = None
         self._fit_due = False  # once the sample of the last iteration is in
         self._iteration = 0
-        # Of the iteration under way, by layer. On a GPU nothing waits for them until it is over.
+        # The iteration under way, by layer. On a GPU nothing waits for them until it is over.
         self._samples: dict[str, HostCopy] = {}
         self._held_out: dict[str, HostCopy] = {}
         self._votes: Callable[[], int] | None = None
@@ -317,5 +317,5 @@ def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
 
 
 def _arrays(tree: Any) -> Any:
-    """Of a state with tensors, that with NumPy arrays."""
+    """The state with NumPy arrays in place of tensors."""
     return _converted(tree, Tensor, lambda tensor: tensor.numpy())

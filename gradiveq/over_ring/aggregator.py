@@ -1,8 +1,8 @@
 """Gradients averaged over workers, for any training loop: `loss.backward(); aggregator.aggregate(); optimizer.step()`.
 
-    aggregator    packs gradients into one vector, finds what isn't finite, reports, keeps count    (here)
-    family        what the method does with a vector                                                (`gradiveq.exchange`)
-    driver        carries its requests out                                                          (`gradiveq.over_ring.driver`)
+    aggregator    packs gradients into one vector, finds what isn't finite, reports      (here)
+    family        what the method does with a vector                                     (`gradiveq.exchange`)
+    driver        carries its requests out                                               (`gradiveq.over_ring.driver`)
 
 A worker with a non-finite gradient contributes zeros, so nobody's numbers are spoilt, and all workers know after the
 same pass; then they exchange which layers are concerned.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gradiveq.device.kernels import DeviceKernels
 from gradiveq.exchange.families import make_family
+from gradiveq.exchange.family import check_shapes
 from gradiveq.exchange.flaws import NOT_FINITE, flaw
 from gradiveq.exchange.kernels import HOST, Kernels
 from gradiveq.exchange.requests import Call, Iteration
@@ -56,14 +57,15 @@ class Aggregator:
             feedback as they were.
         chunk_bytes: the most payload in a message; None for the ring's.
         timeline: gets the same seconds as the reports.
-        device: where to keep gradients and to encode and decode them, if the method can (`gradiveq.over_ring.staging`): the
-            parameters' GPU. None for the host's path, which takes gradients of any device, one by one.
+        device: where to keep gradients and to encode and decode them, if the method can
+            (`gradiveq.over_ring.staging`): the parameters' GPU. None for the host's path, which takes gradients of any
+            device, one by one.
         gpu_aware: MPI reads the device's memory itself. It has to be an `ring.mpi.MPIRing` whose MPI can.
     Raises:
         TypeError, ValueError: an argument is invalid, or nothing in the model can be compressed as `method` asks.
     Memory: a vector as long as the gradient; with GradiVeQ what sampling holds (below), or while compressing twice the
-        bases; and one more vector in iterations whose held-out loss is measured. With a compressor everybody's payloads, and
-        with error feedback two vectors.
+        bases; and one more vector in iterations whose held-out loss is measured. With a compressor everybody's
+        payloads, and with error feedback two vectors.
 
         With `device` the vector is there and in pinned host memory. While GradiVeQ compresses, payload, bases and µ are
         on the device besides those on the host, which tell the losses of bases at their end.
@@ -92,8 +94,8 @@ class Aggregator:
             "after": such a record of the next window's first sample;
             "layers": by name "d" (one per group), "slice_size", "ratio", "in_sample_loss" and "held_out_loss" (the
             mean of the records; None before the first).
-            Of ACCORDION, its decisions (`gradiveq.exchange.critical_regimes.CriticalRegimes.log`), and of a threshold that follows from
-            a formula, that (`gradiveq.exchange.switching.AutomaticThreshold`).
+            ACCORDION's are its decisions (`gradiveq.exchange.critical_regimes.CriticalRegimes.log`). A threshold that
+            follows from a formula is told once (`gradiveq.exchange.switching.AutomaticThreshold`).
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class Aggregator:
 
     @property
     def phase(self) -> str:
-        """Of the next `aggregate()`."""
+        """Phase of the next `aggregate()`."""
         return self._family.phase
 
     def aggregate(self, lr: float = 1.0) -> Report:
@@ -300,6 +302,7 @@ class Aggregator:
         extra = next((name for name in theirs if name not in ours), None)
         if extra is not None:
             raise ValueError(f"the state is of another model: it has {extra}, which is missing here")
+        check_shapes(state["family"], {block.name: block.shape for block in self.layout.blocks})
         self._family.load_state_dict(state["family"])
         self.iteration, self._compared = state["iteration"], False
 

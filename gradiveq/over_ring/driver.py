@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # it needs Triton
 #: window. Both are means over the workers.
 FLAG, VOTE, CONTROLS = 0, 1, 2
 FLOAT32 = np.dtype(np.float32)
-#: Said in place of a length: there is nothing to send, as a number is not finite.
+#: A worker's word in place of a length: it has nothing to send, as a number is not finite.
 NOT_FINITE = 2**32 - 1
 
 

@@ -238,7 +238,7 @@ def gradient_codec(
 
 
 def gradient_sizes(blocks: Sequence[Block], config: PCAConfig, trailing: int = 0) -> Composite:
-    """As `gradient_codec`, of sizes only.
+    """The codec of `gradient_codec`, of sizes only.
 
     Args:
         config: with `n_components` or `ratio`; what a loss threshold leads to only data can tell.

@@ -207,7 +207,7 @@ class QSGD(Codec):
         )
 
     def key(self, hop: Hop) -> np.uint64:
-        """Of the random numbers of one encoding."""
+        """The key of one encoding's random numbers."""
         key = stream_key(np.uint64(self.seed), np.uint64(self.call), np.uint64(hop.rank), np.uint64(hop.step))
         return np.uint64(key)
 

@@ -1,4 +1,4 @@
-"""`gradiveq.over_ring.qsgd` on a GPU: each bucket is decoded, added and encoded by one program, in one pass over memory.
+"""`gradiveq.over_ring.qsgd` on a GPU: one program decodes, adds and encodes a bucket, in one pass over memory.
 
 The same format and, element by element, the same arithmetic as the host's loops: the same bits, but for an L2 norm, of
 which the squares are added in another order (in float64: once in some 2^29 buckets its last bit differs). Therefore
@@ -45,7 +45,7 @@ def _random24(index, low, high):
 
 @triton.jit
 def _place(length, BITS: tl.constexpr, BUCKET: tl.constexpr, WORDS: tl.constexpr):
-    """Of this program's bucket: its first element, its first word, its words of codes, and of each code's place in the
+    """This program's bucket: its first element, its first word, its words of codes, and of each code's place in the
     tile (fields, WORDS) the word, the element and whether there is one."""
     bucket = tl.program_id(0).to(tl.int64)
     first = bucket * BUCKET

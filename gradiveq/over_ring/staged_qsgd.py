@@ -127,6 +127,6 @@ class StagedQSGD(OnDevice):
         return self.words[place]
 
     def _place(self, payload: Payload, start: int) -> slice:
-        """Of a chunk, which begins with a bucket."""
+        """The words of a chunk, which begins with a bucket."""
         first = start // self.codec.bucket * (self.codec.num_bytes(self.codec.bucket) // 4)
         return slice(first, first + len(payload) // 4)

@@ -20,8 +20,8 @@ with one version of the libraries.
 On the CPU all of this runs as it does on a GPU, with copies that are done at once (`Lane`).
 
 **What stays on the host.** Compressors and PowerSGD get the gradient by one copy, and their mean goes back by one; so
-does QSGD in small chunks and without Triton. In large ones it is quantised on the device (`gradiveq.over_ring.staged_qsgd`), by a
-fused kernel. GradiVeQ needs none: its product takes the subtraction of Uᵀµ along.
+does QSGD in small chunks and without Triton. In large ones it is quantised on the device, by a fused kernel
+(`gradiveq.over_ring.staged_qsgd`). GradiVeQ needs none: its product takes the subtraction of Uᵀµ along.
 
 **GPU-aware MPI** takes pointers to a device's memory. Then the payload isn't copied at all: MPI's own all-reduce adds
 it (`ring.mpi.MPIRing.all_reduce_directly`). Its order of additions is MPI's.
@@ -166,7 +166,7 @@ class OnDevice(Codec):
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Of what travels, without the caller's elements."""
+        """Bytes of what travels, without the caller's elements."""
 
     @abstractmethod
     def mean_over(
@@ -204,7 +204,7 @@ class Staged(IdentityCodec, OnDevice):
         self._pieces, self._description = tuple(pieces), description
         self._starts = [piece.start for piece in self._pieces]
         self._covered = self._pieces[-1].stop if self._pieces else 0
-        # Of the call under way: copies to the host by piece, and elements of each that are not back.
+        # The call under way: copies to the host by piece, and elements of each that are not back.
         self._marks: list[Mark] = []
         self._missing: list[int] = []
 
@@ -292,14 +292,14 @@ class Staged(IdentityCodec, OnDevice):
 
 
 def staged_plain(mirror: Mirror, length: int, chunk_bytes: int) -> Staged:
-    """For the gradient as it is: the first `length` elements of the mirror; what is behind them is the caller's."""
+    """The gradient as it is: the first `length` elements of the mirror; what is behind them is the caller's."""
     cuts = range(0, length, max(1, chunk_bytes // 4))
     pieces = [Piece(start, min(start + cuts.step, length)) for start in cuts]
     return Staged(mirror, mirror.values, pieces, "identity")
 
 
 class _Stretch(NamedTuple):
-    """Where a layer, or what is between layers, is in the gradient and in the payload, on the device.
+    """The places of a layer, or of what is between layers, in the gradient and in the payload, on the device.
 
     Attributes:
         name: of a layer that has a projection.
@@ -378,8 +378,8 @@ def _decode(parts: Sequence[_Stretch]) -> None:
 def _runs(
     blocks: Sequence[Block], projections: Mapping[str, Projection], most: int
 ) -> Iterator[tuple[slice, int, str, Projection | None]]:
-    """(elements of the gradient, floats of the payload, name, projection) of each layer that has one, and of what is between
-    in stretches of `most` elements."""
+    """(elements of the gradient, floats of the payload, name, projection) of each layer that has one, and of what is
+    between, in stretches of `most` elements."""
     start = 0
     stop = blocks[-1].stop if blocks else 0
     for block in [*(block for block in blocks if block.name in projections), None]:

@@ -1,6 +1,11 @@
-"""PCA of gradient slices (Yu et al. 2018): what to fit (`config`), samples (`sampling`), eigenvectors (`solvers`), bases
-(`basis`), projecting on them (`projection`), and the windows of sampled and compressed iterations (`schedule`,
-`window_log`)."""
+"""PCA of gradient slices (Yu et al. 2018).
+
+config        what to fit, and groups of slices          projection    projecting a layer on its bases
+sampling      samples, fits, what is shared of them      coding        a vector of which layers are projected
+solvers       leading eigenvectors                       schedule      when to sample and when to compress
+basis         what a fit finds                           window_log    what is known of each window
+loss          ‖ĝ - g‖² / ‖g‖²
+"""
 
 from gradiveq.pca.basis import Basis, LayerBasis
 from gradiveq.pca.config import (

@@ -93,7 +93,7 @@ class LayerBasis:
 
 
 def basis_state(basis: LayerBasis) -> dict[str, Any]:
-    """Of dicts, lists, numbers and NumPy arrays; copies."""
+    """The basis as dicts, lists, numbers and NumPy arrays; copies."""
     return {
         "name": basis.name,
         "length": basis.length,

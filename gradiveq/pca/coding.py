@@ -154,7 +154,7 @@ class BucketCoding:
 
 
 def _between(layers: Sequence[Block], length: int) -> list[slice]:
-    """What of a vector is in none of the layers."""
+    """Stretches of a vector that are in none of the layers."""
     found, start = [], 0
     for layer in layers:
         if start < layer.start:

@@ -23,7 +23,7 @@ class Loss:
 
     @classmethod
     def between(cls, estimate: npt.NDArray[np.float32], exact: npt.NDArray[np.float32]) -> Loss:
-        """Of ĝ for g, both float32 of shape (length,). Not modified. Cost: three passes and a copy."""
+        """The loss of ĝ for g, both float32 of shape (length,). Not modified. Cost: three passes and a copy."""
         difference = estimate - exact
         return cls(float(np.dot(difference, difference)), float(np.dot(exact, exact)))
 

@@ -2,7 +2,8 @@
 
 The ring's codec on the host (`gradiveq.over_ring.pca_codec`) meets a few slices at a time and cuts its products
 accordingly; a bucket of the hook, or a device that has the whole gradient (`gradiveq.over_ring.staging`), has a layer's
-slices all at once, which one product per basis takes. (The product subtracts Uᵀµ as well, so there is no second pass that a fused kernel could save.)
+slices all at once, which one product per basis takes. (The product subtracts Uᵀµ as well, so there is no second pass
+that a fused kernel could save.)
 
 A user's loop may call this under `torch.autocast`, which leaves alone what is told where to write (`out`), and `dot`
 of float32. Bases in 16 bits would be worse, and others on a rank whose callback runs on another thread.

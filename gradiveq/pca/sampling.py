@@ -292,7 +292,7 @@ class PCASampler:
         return found
 
     def _places(self, dims: Float64) -> tuple[list[slice], list[int]]:
-        """Where each group is among all that is shared, and where each rank's share begins, by rank."""
+        """The place of each group among all that is shared, and the beginning of each rank's share, by rank."""
         lengths = [
             shared_floats(self.config, int(d), held.group.slice_size, held.count)
             for d, held in zip(dims, self.groups, strict=True)

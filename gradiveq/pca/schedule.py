@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 Phase = Literal["warm-up", "sample", "compress"]
 
-#: With sample="auto", d is looked at after every so many samples.
+#: Samples after which d is looked at, again and again, with sample="auto".
 CHECK_EVERY = 10
 #: Relative losses below this are rounding errors of float32 sums.
 ROUNDING = 1e-6

@@ -1,4 +1,4 @@
-"""Where training is in which of GradiVeQ's windows, and what is known of each: on the ring and in DDP alike.
+"""The log of GradiVeQ's windows: which one training is in, in which phase, and what is known of each.
 
 `gradiveq.exchange.windows` exchanges what is counted here: when a window goes on to its next phase, and the fields of
 its record.

@@ -5,5 +5,5 @@
     ... --driver hook --only 'topk.*ef'              a part of it
 
 Gradients come from a counter-based generator and from no network, so that they are the same on every processor.
-`tests/test_golden.py` compares each case.
+`test_golden.py` and `test_golden_hook.py` compare each case.
 """

@@ -1,7 +1,7 @@
 """What each rank of a job runs: cases one after another. Rank 0 writes the results as JSON.
 
-mpirun -n 3 python -m golden.ranks OUT SEED mpi NAMES         NAMES: a JSON list
-torchrun ... -m golden.ranks OUT SEED hook NAMES
+mpirun -n 3 python -m tests.golden.ranks OUT SEED mpi NAMES         NAMES: a JSON list
+torchrun ... -m tests.golden.ranks OUT SEED hook NAMES
 """
 
 from __future__ import annotations

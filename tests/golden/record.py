@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.processes import ROOT
+
 GOLDEN = Path(__file__).with_name("golden.json")
 DRIVERS = ("payloads", "here", "lockstep", "mpi", "hook")
 #: Whose threads would change the order of additions.
@@ -122,11 +123,10 @@ def run(driver: str, only: str = "", seed: int = 0) -> dict[str, Any]:
 def _job(command: Sequence[str], driver: str, names: Sequence[str], seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         done = subprocess.run(
-            [*command, "-m", "golden.ranks", str(out), str(seed), driver, json.dumps(names)],
+            [*command, "-m", "tests.golden.ranks", str(out), str(seed), driver, json.dumps(names)],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": path} | ENVIRONMENT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gradiveq.exchange.critical_regimes import CriticalRegimes, Span
+from gradiveq.compressors.identity import Identity
+from gradiveq.exchange.critical_regimes import CriticalRegimes
+from gradiveq.exchange.parts import Part
 
 Vector = npt.NDArray[np.float32]
-LAYERS = [Span("a", 0, 3), Span("b", 3, 10), Span("c", 10, 12)]
+LAYERS = [Part("a", 0, 3, Identity()), Part("b", 3, 10, Identity()), Part("c", 10, 12, Identity())]
 LENGTH = 12
 
 
@@ -124,7 +126,7 @@ def test_asking_changes_nothing() -> None:
 
 
 def test_sums_beyond_float32_are_critical() -> None:
-    regimes = CriticalRegimes([Span("a", 0, 2)], interval=2)
+    regimes = CriticalRegimes([Part("a", 0, 2, Identity())], interval=2)
     for _ in range(6):
         regimes.accept(np.full(2, 3e38, np.float32), 0.1)
     assert regimes.critical == [True]

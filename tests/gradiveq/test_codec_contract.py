@@ -66,7 +66,7 @@ def compressed_and_exact(length: int) -> Codec:
     """What a compressed iteration uses: a layer that PCA makes shorter, and the rest."""
     layer = length - length // 4
     blocks = [Block("conv", 0, layer, (1, 1, layer), True), Block("bias", layer, length - layer, (1,), False)]
-    return gradient_codec(blocks, [fitted(layer, "first")] if layer else [])[0]
+    return gradient_codec(blocks, {"conv": fitted(layer, "first")} if layer else {})[0]
 
 
 def all_three(length: int) -> Codec:

@@ -15,7 +15,7 @@ from gradiveq import Aggregator, NonFiniteGradient, Plain
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.half import Half
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import ErrorFeedback, Master, Worker, exchange_here
+from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.flatten import Layout
 from gradiveq.methods import Compressed
 from gradiveq.specs import parse
@@ -35,6 +35,7 @@ from tests.support.aggregators import (
     train,
 )
 from tests.support.processes import Launch
+from tests.support.workers_here import WorkersHere
 
 Vector = npt.NDArray[np.float32]
 CALLS = 4
@@ -78,51 +79,49 @@ def packed(method: Compressed, gradients: Gradients, rank: int, iteration: int) 
 
 
 class Expected:
-    """What one process makes of the same gradients (`exchange_here`), and what a ring has to send for it."""
+    """What one process makes of the same gradients (`gradiveq.here`), and what a ring has to send for it."""
 
     def __init__(self, method: Compressed, size: int, seed: int = 0) -> None:
         self.layout = Layout(small_model(), method.groups)
-        blocks, length = self.layout.blocks, self.layout.length
+        blocks = self.layout.blocks
         self.method, self.size = method, size
-        # Memories don't depend on the mean, so that both groups' are the same.
-        self.workers, self.alone = (
-            [
-                Worker(method.parts(blocks), length, rank=rank, size=size, seed=seed, feedback=method.feedback)
-                for rank in range(size)
-            ]
-            for _ in range(2)
+        self.workers = WorkersHere(
+            method.parts(blocks), size, seed=seed, feedback=method.feedback, master=method.master
         )
-        self.master = Master(method.master_parts(blocks), length, seed=seed) if method.master else None
         self.reduces = any(part.compressor.collective == "all_reduce" for part in method.parts(blocks))
 
     def call(self, call: int, lr: float) -> tuple[Vector, int]:
         """The mean, and bytes over all ranks."""
         gradients = [packed(self.method, noise, rank, call) for rank in range(self.size)]
-        sent = [worker.send(gradient, call, lr) for worker, gradient in zip(self.alone, gradients, strict=True)]
-        reduced = sum(vector.nbytes for vector in sent[0].reduced.values())
-        gathered = sum(len(one.gathered) for one in sent)
-        if self.master is not None or any(
-            part.compressor.collective == "all_gather" and not part.compressor.fixed_size
-            for part in self.alone[0].parts
+        begun = [self.workers.begun(rank, gradient, call, lr) for rank, gradient in enumerate(gradients)]
+        sent = [asked.requests for _, asked, _ in begun]
+        reduced = sum(payload.nbytes for payload in sent[0][0].payloads)
+        gathered = sum(len(gather.message) for _, gather in sent)
+        if self.method.master is not None or any(
+            part.compressor.collective == "all_gather" and not part.compressor.fixed_size for part in self.workers.parts
         ):
             gathered += 4 * self.size  # lengths first
-        elif sent[0].reduced:
-            reduced += next(iter(sent[0].reduced.values())).itemsize  # whose gradient isn't finite
+        elif sent[0][0].payloads:
+            reduced += sent[0][0].payloads[0].itemsize  # whose gradient isn't finite
         else:
             gathered += self.size
         mean = np.empty(self.layout.length, np.float32)
-        exchange_here(self.alone, gradients, mean, call, lr)
         rounds = 2
-        if self.master is not None:
+        if self.method.master is not None:
             rounds = 1
-            gathered += 4 * self.size + len(self.master.send(mean, call))
-            exchange_here(self.workers, gradients, mean, call, lr, self.master)
+            payloads = zip(*(one[0].payloads for one in sent), strict=True)
+            totals = [np.sum(of_all, axis=0, dtype=of_all[0].dtype) for of_all in payloads]
+            (spread,) = begun[0][0].send([totals, [gather.message for _, gather in sent]]).requests
+            gathered += 4 * self.size + len(spread.make())
+        for family in self.workers.families:
+            family.skip()
+        self.workers.aggregate(gradients, mean, call, lr)
         return mean, (self.size - 1) * (rounds * reduced + gathered)
 
 
 @pytest.mark.parametrize("spec", [*SPECS, *BOTH_WAYS])
 def test_what_one_process_gives(spec: str) -> None:
-    """The same bits on all ranks, and those of `exchange_here`; where floats are added in another order, nearly."""
+    """The same bits on all ranks, and those of `gradiveq.here`; where floats are added in another order, nearly."""
     method = compressed(spec)
     for size in (1, 2, 3, 5):
         expected = Expected(method, size, seed=7)
@@ -153,8 +152,8 @@ def test_what_one_process_gives(spec: str) -> None:
             if size <= 2 or not expected.reduces or method.master is None:
                 assert sum(report.bytes_sent for report in reports) == num_bytes
             assert len({report.ratio for report in reports}) == 1
-            for report, worker in zip(reports, expected.alone, strict=True):
-                assert report.measures == worker.measures
+            for report, worker in zip(reports, expected.workers.measures, strict=True):
+                assert report.measures == worker
 
 
 def test_the_mean_and_the_bytes_of_a_few_are_as_said() -> None:
@@ -242,10 +241,10 @@ def test_a_skipped_iteration_leaves_no_trace(spec: str) -> None:
         reports, grads = [], []
         for iteration in range(5):
             set_gradients(model, gradients, ring.rank, iteration)
-            before = pickle.dumps(aggregator.state_dict()["strategy"])
+            before = pickle.dumps(aggregator.state_dict()["family"])
             reports.append(aggregator.aggregate(lr=0.5))
             grads.append(collect(model))
-            assert (pickle.dumps(aggregator.state_dict()["strategy"]) == before) == (iteration == 2)
+            assert (pickle.dumps(aggregator.state_dict()["family"]) == before) == (iteration == 2)
         return reports, grads
 
     for reports, grads in run(3, work):
@@ -417,7 +416,7 @@ def test_memory_is_what_feedback_says() -> None:
             set_gradients(model, noise, ring.rank, iteration)
             corrected = packed(method, noise, ring.rank, iteration) + old
             aggregator.aggregate()
-            memory = aggregator.state_dict()["strategy"]["memory"]
+            memory = aggregator.state_dict()["family"]["memory"]
             sent = np.where(memory == 0, corrected, 0)
             assert np.count_nonzero(sent) == np.count_nonzero(corrected) - np.count_nonzero(memory)
             assert (sent + memory).tobytes() == corrected.tobytes()

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradiveq.strategy import Direct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.kernels import device as bench_device
 from gradiveq import QSGDRing
+from gradiveq.exchange.family import Family
+from gradiveq.over_ring.driver import RingDriver
 from gradiveq.over_ring.qsgd import QSGD
 from gradiveq.over_ring.staging import Lane
 from ring.codec import Hop
@@ -29,7 +30,7 @@ from tests.support.processes import Launch
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from gradiveq import device_qsgd, qsgd_triton
+from gradiveq.over_ring import qsgd_triton, staged_qsgd
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +105,7 @@ def test_an_l2_norm_is_the_hosts_within_rounding() -> None:
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of any size are quantised on the device, by one thread at a time."""
-    monkeypatch.setattr(device_qsgd, "FROM_ELEMENTS", 1)
+    monkeypatch.setattr(staged_qsgd, "FROM_ELEMENTS", 1)
     lock = threading.Lock()
 
     def locked(function: Callable[..., None]) -> Callable[..., None]:
@@ -130,24 +131,26 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_mean_is_the_hosts_bit_by_bit(
     method: QSGDRing, size: int, chunk_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strategies: list[Direct] = []
-    made = Direct.__init__
+    used: list[bool] = []
+    asked = RingDriver.on_device
 
-    def noted(self: Direct, *args: Any, **options: Any) -> None:
-        made(self, *args, **options)
-        strategies.append(self)
+    def noted(self: RingDriver, family: Family) -> bool:
+        used.append(asked(self, family))
+        return used[-1]
 
-    monkeypatch.setattr(Direct, "__init__", noted)
+    monkeypatch.setattr(RingDriver, "on_device", noted)
     assert_bitwise(*both(method, 2, noise, size=size, chunk_bytes=chunk_bytes))
-    assert [one.on_device for one in strategies] == [False] * size + [True] * size
+    half = len(used) // 2
+    assert used == [False] * half + [True] * half
+    assert half >= size
 
 
 def test_where_the_host_is_ahead() -> None:
     """Or the only one that can: a bucket has to fit into the registers of one program."""
-    enough = device_qsgd.FROM_ELEMENTS
-    assert device_qsgd.pays(QSGD(), enough, DEVICE)
-    assert not device_qsgd.pays(QSGD(), enough - 1, DEVICE)
-    assert not device_qsgd.pays(QSGD(bucket=qsgd_triton.MOST_OF_A_BUCKET + 1), enough, DEVICE)
+    enough = staged_qsgd.FROM_ELEMENTS
+    assert staged_qsgd.pays(QSGD(), enough, DEVICE)
+    assert not staged_qsgd.pays(QSGD(), enough - 1, DEVICE)
+    assert not staged_qsgd.pays(QSGD(bucket=qsgd_triton.MOST_OF_A_BUCKET + 1), enough, DEVICE)
 
 
 def test_no_float_crosses_the_bus(on_device: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,12 @@ from gradiveq.compressors.randomk import RandomK
 from gradiveq.compressors.sign import Sign
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import ErrorFeedback, Master, Part, Worker, exchange_here
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.family import check_shapes
 from gradiveq.exchange.message import LENGTH_BYTES, pack, unpack
-from gradiveq.exchange.parts import group_parts, layer_parts, model_parts
+from gradiveq.exchange.parts import Part, check_parts, group_parts, layer_parts, model_parts
 from gradiveq.flatten import Layout
+from tests.support.workers_here import WorkersHere
 
 Vector = npt.NDArray[np.float32]
 LENGTH, WORKERS, STEPS = 40, 3, 12
@@ -61,19 +63,19 @@ def gradients(step: int, length: int = LENGTH) -> list[Vector]:
 
 def workers(
     compressor: Compressor, feedback: ErrorFeedback | None, length: int = LENGTH, **options: Any
-) -> list[Worker]:
+) -> WorkersHere:
     third = length // 3
     parts = [Part("first", 0, third, compressor), Part("second", third, length, compressor)]
-    return [Worker(parts, length, rank=rank, size=WORKERS, feedback=feedback, **options) for rank in range(WORKERS)]
+    return WorkersHere(parts, WORKERS, feedback=feedback, **options)
 
 
-def trained(group: list[Worker], lr: Callable[[int], float]) -> tuple[Vector, list[Vector]]:
+def trained(group: WorkersHere, lr: Callable[[int], float]) -> tuple[Vector, list[Vector]]:
     """x after plain SGD on what the workers agree on, and their memories."""
     x, mean = np.zeros(LENGTH, np.float32), np.empty(LENGTH, np.float32)
     for step in range(STEPS):
-        exchange_here(group, gradients(step), mean, step, lr(step))
+        group.aggregate(gradients(step), mean, step, lr(step))
         x -= np.float32(lr(step)) * mean
-    return x, [worker.memory.copy() for worker in group if worker.memory is not None]
+    return x, [group.memory(rank) for rank in range(WORKERS)]
 
 
 def falling(step: int) -> float:
@@ -116,12 +118,12 @@ def test_gradient_is_algorithm_2() -> None:
         m = momentum * m + aggregated
         x = x - falling(t) * (aggregated + m)
 
-        exchange_here(group, gradients(t), mean, t, falling(t))
+        group.aggregate(gradients(t), mean, t, falling(t))
         own = momentum * own + mean
         mine -= falling(t) * (mean + own)
     np.testing.assert_allclose(mine, x, atol=1e-5)
-    for worker, error in zip(group, e, strict=True):
-        np.testing.assert_allclose(worker.memory, error, atol=1e-5)
+    for rank, error in enumerate(e):
+        np.testing.assert_allclose(group.memory(rank), error, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -158,9 +160,9 @@ def test_nothing_is_lost_but_what_memories_hold() -> None:
     group = workers(TopK(0.1), ErrorFeedback())
     total, sent, mean = np.zeros(LENGTH), np.zeros(LENGTH), np.empty(LENGTH, np.float32)
     for step in range(STEPS):
-        exchange_here(group, gradients(step), mean, step)
+        group.aggregate(gradients(step), mean, step)
         total, sent = total + sum(gradients(step)), sent + WORKERS * mean.astype(np.float64)
-    remembered = sum(worker.memory.astype(np.float64) for worker in group if worker.memory is not None)
+    remembered = sum(group.memory(rank).astype(np.float64) for rank in range(WORKERS))
     np.testing.assert_allclose(sent + remembered, total, atol=1e-4)
 
 
@@ -168,12 +170,10 @@ def test_measures() -> None:
     group = workers(TopK(0.1), ErrorFeedback("scaled"))
     mean, total = np.empty(LENGTH, np.float32), 0.0
     for step in range(4):
-        memory = group[1].memory
-        assert memory is not None
+        memory = group.memory(1)
         corrected = gradients(step)[1] + memory / np.float32(0.5)
-        exchange_here(group, gradients(step), mean, step, lr=0.5)
-        memory, measures = group[1].memory, group[1].measures
-        assert memory is not None
+        group.aggregate(gradients(step), mean, step, lr=0.5)
+        memory, measures = group.memory(1), group.measures[1]
         assert measures is not None
         error = float(np.square(memory.astype(float)).sum())
         total += error
@@ -183,7 +183,7 @@ def test_measures() -> None:
         assert measures.relative_error == pytest.approx(error / 0.25 / measures.norm)
         assert measures.total_error == pytest.approx(total)
         assert (measures.num_sent, measures.density) == (1 + 3, 0.1)
-        assert measures.payload_bytes == len(group[1].send(gradients(step)[1], step, 0.5).gathered)
+        assert measures.payload_bytes == len(group.message(1, gradients(step)[1], step, 0.5))
 
 
 # --- what counts -----------------------------------------------------------------------------------------------------
@@ -194,17 +194,16 @@ def test_what_is_not_accepted_leaves_no_trace(feedback: ErrorFeedback) -> None:
     one, other = workers(TopK(0.2), feedback), workers(TopK(0.2), feedback)
     means = [np.empty(LENGTH, np.float32) for _ in range(2)]
     for step in range(5):
-        for worker in one:
-            before = pickle.dumps(worker.state_dict())
-            worker.send(gradients(100 + step)[0], 7, 0.3)
-            assert pickle.dumps(worker.state_dict()) == before
+        for rank, family in enumerate(one.families):
+            before = pickle.dumps(family.state_dict())
+            one.begun(rank, gradients(100 + step)[0], 7, 0.3)
+            assert pickle.dumps(family.state_dict()) == before
+            family.skip()
+            assert pickle.dumps(family.state_dict()) == before
         for group, mean in zip((one, other), means, strict=True):
-            exchange_here(group, gradients(step), mean, step, falling(step))
+            group.aggregate(gradients(step), mean, step, falling(step))
         assert means[0].tobytes() == means[1].tobytes()
-    for mine, theirs in zip(one, other, strict=True):
-        assert pickle.dumps(mine.state_dict()) == pickle.dumps(theirs.state_dict())
-        with pytest.raises(RuntimeError, match="there is no call to accept"):
-            mine.accept()
+    assert pickle.dumps(one.state_dict()) == pickle.dumps(other.state_dict())
 
 
 @pytest.mark.parametrize("feedback", [None, ErrorFeedback("scaled"), ErrorFeedback("update", 0.9)])
@@ -212,43 +211,51 @@ def test_a_state_goes_on_bitwise(feedback: ErrorFeedback | None) -> None:
     group, resumed = workers(RandomK(0.2), feedback, seed=3), workers(RandomK(0.2), feedback, seed=3)
     means = [np.empty(LENGTH, np.float32) for _ in range(2)]
     for step in range(6):
-        exchange_here(group, gradients(step), means[0], step, falling(step))
+        group.aggregate(gradients(step), means[0], step, falling(step))
         if step >= 3:
-            exchange_here(resumed, gradients(step), means[1], step, falling(step))
+            resumed.aggregate(gradients(step), means[1], step, falling(step))
             assert means[0].tobytes() == means[1].tobytes()
         if step == 2:
-            for mine, theirs in zip(group, resumed, strict=True):
-                theirs.load_state_dict(pickle.loads(pickle.dumps(mine.state_dict())))
-    for mine, theirs in zip(group, resumed, strict=True):
-        assert pickle.dumps(mine.state_dict()) == pickle.dumps(theirs.state_dict())
+            resumed.load_state_dict(pickle.loads(pickle.dumps(group.state_dict())))
+    assert pickle.dumps(group.state_dict()) == pickle.dumps(resumed.state_dict())
 
 
 def test_states_of_something_else() -> None:
-    state = workers(TopK(), ErrorFeedback("update", 0.9))[0].state_dict()
-    for other in (workers(TopK(), None)[0], workers(TopK(), ErrorFeedback(), LENGTH + 1)[0]):
-        with pytest.raises(ValueError, match="the state's memory is of another"):
-            other.load_state_dict(state)
+    def family(feedback: ErrorFeedback | None, length: int = LENGTH) -> Any:
+        return workers(TopK(), feedback, length).families[0]
+
+    state = family(ErrorFeedback("update", 0.9)).state_dict()
+    with pytest.raises(ValueError, match="the state's memory is of another"):
+        family(None).load_state_dict(state)
+    with pytest.raises(ValueError, match="the state's memory is of another"):
+        family(ErrorFeedback()).load_state_dict(family(None).state_dict())
     with pytest.raises(ValueError, match="the state's momentum is of another"):
-        workers(TopK(), ErrorFeedback())[0].load_state_dict(state)
+        family(ErrorFeedback()).load_state_dict(state)
+    longer = workers(TopK(), ErrorFeedback(), LENGTH + 1)
+    longer.aggregate(gradients(0, LENGTH + 1), np.empty(LENGTH + 1, np.float32), 0)
+    with pytest.raises(ValueError, match=r"memory of vector must be of shape \(40\), got \(41,\)"):
+        check_shapes(longer.families[0].state_dict(), {"vector": (LENGTH,)})
 
 
 def test_gradient_and_memory_that_overflow_together() -> None:
-    worker = workers(TopK(0.01), ErrorFeedback())[1]
-    huge = np.full(LENGTH, 3e38, np.float32)
-    worker.send(huge, 0)
-    worker.accept()
-    before = pickle.dumps(worker.state_dict())
-    with pytest.raises(OverflowError, match="gradient and memory of rank 1 together overflow float32 in call 1"):
-        worker.send(huge, 1)
-    assert pickle.dumps(worker.state_dict()) == before
-    assert worker.measures is not None
-    assert math.isfinite(worker.measures.norm)  # of squares that float32 can't hold
+    group = workers(TopK(0.01), ErrorFeedback())
+    huge, mean = [np.full(LENGTH, 1e38 if rank != 1 else 3e38, np.float32) for rank in range(WORKERS)], np.empty(LENGTH)
+    mean = mean.astype(np.float32)
+    group.aggregate(
+        [one / np.float32(2) if rank != 1 else one / np.float32(1.5) for rank, one in enumerate(huge)], mean, 0
+    )
+    before = pickle.dumps(group.state_dict())
+    with pytest.raises(OverflowError, match="gradient and memory of rank 1 together overflow float32 in iteration 1"):
+        group.aggregate(huge, mean, 1)
+    assert pickle.dumps(group.state_dict()) == before
+    assert group.measures[1] is not None
+    assert math.isfinite(group.measures[1].norm)  # of squares that float32 can't hold
 
 
 @pytest.mark.parametrize("lr", [0.0, -1.0, math.inf, math.nan])
 def test_a_rate_that_is_none(lr: float) -> None:
     with pytest.raises(ValueError, match="`lr` must be positive for error feedback of the form 'scaled'"):
-        workers(TopK(), ErrorFeedback("scaled"))[0].send(gradients(0)[0], 0, lr)
+        workers(TopK(), ErrorFeedback("scaled")).begun(0, gradients(0)[0], 0, lr)
 
 
 @pytest.mark.parametrize(
@@ -268,13 +275,25 @@ def test_invalid_feedback(arguments: tuple[Any, ...], message: str) -> None:
 
 
 def through(q_w: Compressor, q_m: Compressor | None, step: int = 0, seed: int = 0) -> tuple[Vector, int]:
-    group = workers(q_w, None, seed=seed)
-    master = None
-    if q_m is not None:
-        master = Master([part._replace(compressor=q_m) for part in group[0].parts], LENGTH, seed=seed)
+    """What the workers get, and the bytes that a master sends back."""
+    group = workers(q_w, None, seed=seed, master=q_m)
     mean = np.empty(LENGTH, np.float32)
-    exchange_here(group, gradients(step), mean, step, master=master)
-    return mean, 0 if master is None else len(master.send(mean, step))
+    group.aggregate(gradients(step), mean, step)
+    return mean, 0 if q_m is None else len(masters_message(group, gradients(step), step))
+
+
+def masters_message(group: WorkersHere, given: list[Vector], step: int) -> Any:
+    """What the master makes of everybody's first round."""
+    begun = [group.begun(rank, gradient, step) for rank, gradient in enumerate(given)]
+    sums = [
+        np.sum([asked.requests[0].payloads[i] for _, asked, _ in begun], axis=0)
+        for i in range(len(begun[0][1].requests[0].payloads))
+    ]
+    sums = [total.astype(begun[0][1].requests[0].payloads[i].dtype) for i, total in enumerate(sums)]
+    (spread,) = begun[0][0].send([sums, [asked.requests[1].message for _, asked, _ in begun]]).requests
+    for family in group.families:
+        family.skip()
+    return spread.make()
 
 
 @pytest.mark.parametrize("q_w", [TopK(0.3), Threshold(2.0), Sign("mean"), Half(), RandomK(0.3), Coarse()])
@@ -306,17 +325,27 @@ def test_a_master_draws_other_numbers_than_its_worker() -> None:
 
 @pytest.mark.parametrize("q_m", [Threshold(1.0), TopK(0.2), Half("bfloat16"), RandomK(0.5)])
 def test_everybody_makes_the_same_of_a_masters_message(q_m: Compressor) -> None:
-    parts = [Part("first", 0, 7, q_m), Part("none", 7, 7, q_m), Part("rest", 7, LENGTH, q_m)]
-    sender, receiver = (Master(parts, LENGTH, seed=4) for _ in range(2))
-    message = sender.send(gradients(0)[0], 5)
-    outs = [np.full(LENGTH, np.nan, np.float32) for _ in range(2)]
-    for master, out in zip((sender, receiver), outs, strict=True):
-        master.receive(message, out, 5)
+    parts = [Part("first", 0, 7, Identity()), Part("none", 7, 7, Identity()), Part("rest", 7, LENGTH, Identity())]
+    group = WorkersHere(parts, 2, seed=4, master=q_m)
+    given = gradients(0)[:2]
+    message = masters_message(group, given, 5)
+    outs = []
+    for rank in range(2):
+        exchange, asked, call = group.begun(rank, given[rank], 5)
+        sums = [
+            a + b for a, b in zip(*(group.begun(r, given[r], 5)[1].requests[0].payloads for r in range(2)), strict=True)
+        ]
+        exchange.send([sums, []])
+        with pytest.raises(StopIteration):
+            exchange.send([message])
+        outs.append(call.out)
     assert outs[0].tobytes() == outs[1].tobytes()
     assert np.isfinite(outs[0]).all()
     for wrong in (message[:-1], np.append(message, np.uint8(0))):
+        exchange, asked, call = group.begun(1, given[1], 5)
+        exchange.send([list(asked.requests[0].payloads), []])
         with pytest.raises(ValueError, match="rank 0 sent"):
-            receiver.receive(wrong, outs[0], 5)
+            exchange.send([wrong])
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -358,7 +387,7 @@ def test_groups_stand_together_in_a_layout_of_theirs() -> None:
         ("3.weight", 8, TopK()),
         ("3.bias", 2, Identity()),
     ]
-    assert Worker(parts, layout.length, rank=0, size=1).length == layout.length
+    check_parts(parts, layout.length)
 
 
 @pytest.mark.parametrize(
@@ -383,22 +412,21 @@ def test_parts_must_cover_the_vector() -> None:
         ([one, one], "part a must begin at element 5"),
         ([one], "the parts must cover 6 elements, got 5"),
     ):
-        for make in (lambda parts=parts: Worker(parts, 6, rank=0, size=1), lambda parts=parts: Master(parts, 6)):
-            with pytest.raises(ValueError, match=message):
-                make()
+        with pytest.raises(ValueError, match=message):
+            check_parts(parts, 6)
 
 
 def test_payloads_that_can_not_be() -> None:
     group = workers(Threshold(1.0), None)
-    sent = [worker.send(gradient, 0).gathered for worker, gradient in zip(group, gradients(0), strict=True)]
-    out = np.empty(LENGTH, np.float32)
+    sent = [group.message(rank, gradient, 0) for rank, gradient in enumerate(gradients(0))]
     for wrong, message in (
         (sent[1][:-1], "rank 1 sent .* bytes, which end within second"),
         (np.append(sent[1], np.uint8(0)), "rank 1 sent .* bytes, 1 more than its parts have"),
         (np.append(np.array([10**6], np.uint32).view(np.uint8), sent[1]), "rank 1 sent 1000000 bytes for first"),
     ):
+        exchange, _, _ = group.begun(0, gradients(0)[0], 0)
         with pytest.raises(ValueError, match=message):
-            group[0].receive({}, [sent[0], wrong, sent[2]], out, 0)
+            exchange.send([[], [sent[0], wrong, sent[2]]])
 
 
 @pytest.mark.parametrize("names", [("topk",), ("adacomp", "natural"), ("sign", "threshold", "qsgd-gather"), ()])

@@ -11,10 +11,21 @@ import numpy.typing as npt
 import pytest
 from torch import nn
 
-import gradiveq.pca as pca
 from bench.models import resnet32
 from gradiveq.flatten import Block, Layout, slice_sizes
-from gradiveq.pca import Float32, GroupSamples, LayerBasis, PCAConfig, PCASampler, assign, groups, held_bytes, is_stable
+from gradiveq.pca import (
+    Float32,
+    GroupSamples,
+    LayerBasis,
+    PCAConfig,
+    PCASampler,
+    groups,
+    held_bytes,
+    is_stable,
+    sampling,
+    solvers,
+)
+from gradiveq.pca.config import assign, check_components
 
 
 def correlated(samples: int, length: int, rank: int, seed: int = 0, mean: float = 0.3) -> Float32:
@@ -54,16 +65,11 @@ def fitted(gradients: Float32, config: PCAConfig, size: int = 1) -> list[LayerBa
             held.add(gradient)
     dims = np.sum([held.fit() for held in ranks], axis=0)
     shared = [held.share(dims) for held in ranks]
-    bounds, buffer = shared[0][1], np.zeros_like(shared[0][0])
-    for rank, (own, own_bounds) in enumerate(shared):
-        assert own_bounds == bounds
-        segment = (rank + 1) % size
-        place = slice(bounds[segment], bounds[segment + 1])
-        buffer[place] = own[place]
-        outside = own.copy()
-        outside[place] = 0
-        assert not outside.any()
-    built = [held.rebuild(dims, buffer)[0] for held in ranks]
+    lengths = shared[0][1]
+    for rank, (own, own_lengths) in enumerate(shared):
+        assert own_lengths == lengths
+        assert len(own) == lengths[rank]
+    built = [held.rebuild(dims, [own for own, _ in shared])[0] for held in ranks]
     assert len({basis.digest for basis in built}) == 1
     return built
 
@@ -186,15 +192,15 @@ def test_more_components_than_samples_show() -> None:
         "got 128 for layer1.0.conv1"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        pca.check_components(group, 100, PCAConfig(n_components=128))
-    pca.check_components(group, 129, PCAConfig(n_components=128))
-    pca.check_components(group, 100, PCAConfig(n_components=128, fit_slices="all"))
+        check_components(group, 100, PCAConfig(n_components=128))
+    check_components(group, 129, PCAConfig(n_components=128))
+    check_components(group, 100, PCAConfig(n_components=128, fit_slices="all"))
     with pytest.raises(ValueError, match=r"at most 9 \(9 slices x \(samples - 1\), with sample=2 and .*'all'\)"):
-        pca.check_components(group, 2, PCAConfig(n_components=128, fit_slices="all"))
+        check_components(group, 2, PCAConfig(n_components=128, fit_slices="all"))
     with pytest.raises(ValueError, match=r"`ratio` must be at least 2.586 \(slice size 256 / 99 .* got 2 for layer1.0"):
-        pca.check_components(group, 100, PCAConfig(ratio=2.0))
+        check_components(group, 100, PCAConfig(ratio=2.0))
     with pytest.raises(ValueError, match="at least 2 samples, got sample=1"):
-        pca.check_components(group, 1, PCAConfig())
+        check_components(group, 1, PCAConfig())
     with pytest.raises(ValueError, match=r"must be below 24 \(the largest slice size, of conv\), got 24"):
         sampler(96, PCAConfig(24, n_components=24))
 
@@ -239,11 +245,11 @@ def test_non_finite_samples_are_named() -> None:
 @pytest.mark.parametrize(("loss_threshold", "n_components"), [(None, 20), (0.3, None), (0.01, None)])
 def test_large_solver(monkeypatch: pytest.MonkeyPatch, loss_threshold: float | None, n_components: int | None) -> None:
     """The randomised solver against the exact one on a slowly falling spectrum."""
-    monkeypatch.setattr(pca, "EXACT_SIZE", 64)
+    monkeypatch.setattr(solvers, "EXACT_SIZE", 64)
     rng = np.random.default_rng(2)
     x = (rng.standard_normal((600, 300)) / np.sqrt(np.arange(1, 301))).astype(np.float32)
     matrix = np.asfortranarray(np.tril(x.T @ x))
-    _, vectors = pca.leading_eigenpairs(matrix, n_components, loss_threshold)
+    _, vectors = solvers.leading_eigenpairs(matrix, n_components, loss_threshold)
     exact = np.linalg.eigvalsh(x.T.astype(np.float64) @ x)[::-1]
     d = vectors.shape[1]
     captured = float(np.square(x @ vectors).sum())
@@ -255,13 +261,14 @@ def test_large_solver(monkeypatch: pytest.MonkeyPatch, loss_threshold: float | N
         assert least <= d <= 1.03 * least + 1
         assert captured >= (1 - loss_threshold) * exact.sum() * (1 - 1e-5)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(d), atol=1e-4)
-    again = pca.leading_eigenpairs(matrix, n_components, loss_threshold)
+    again = solvers.leading_eigenpairs(matrix, n_components, loss_threshold)
     np.testing.assert_array_equal(vectors, again[1])
 
 
 def test_many_samples_with_the_large_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gram matrix above EXACT_SIZE, from which weights and then the basis are made."""
-    monkeypatch.setattr(pca, "EXACT_SIZE", 32)
+    monkeypatch.setattr(solvers, "EXACT_SIZE", 32)
+    monkeypatch.setattr(sampling, "EXACT_SIZE", 32)
     gradients = correlated(80, 200, 10)
     (layer,) = fitted(gradients, PCAConfig(200, n_components=10))
     u = layer.bases[0].components_
@@ -331,7 +338,7 @@ def test_state_dict_resumes_bit_for_bit() -> None:
             ends = []
             for held in (whole, after):
                 dims = held.fit()
-                ends.append(held.rebuild(dims, held.share(dims)[0])[0].digest)
+                ends.append(held.rebuild(dims, [held.share(dims)[0]])[0].digest)
             assert ends[0] == ends[1]
     with pytest.raises(ValueError, match="groups of slices"):
         sampler(24, PCAConfig(24, n_components=4)).load_state_dict(whole.state_dict())
@@ -345,7 +352,7 @@ def test_fitting_on_the_way_loses_no_sample() -> None:
         if i % 7 == 6:
             held.fit()
     dims = held.fit()
-    basis = held.rebuild(dims, held.share(dims)[0])[0].bases[0]
+    basis = held.rebuild(dims, [held.share(dims)[0]])[0].bases[0]
     s = np.linalg.eigvalsh(covariance(gradients, 0, 2, 24))[::-1]
     np.testing.assert_allclose(basis.explained_variance_, s[:4] / (2 * 59), rtol=1e-4)
 
@@ -360,8 +367,8 @@ def test_whole_model() -> None:
             held.add(gradient)
     dims = ranks[0].fit() + ranks[1].fit()
     assert dims.tolist() == [3.0, 8.0]
-    buffer = ranks[0].share(dims)[0] + ranks[1].share(dims)[0]
-    first, second = ranks[0].rebuild(dims, buffer), ranks[1].rebuild(dims, buffer)
+    shares = [held.share(dims)[0] for held in ranks]
+    first, second = ranks[0].rebuild(dims, shares), ranks[1].rebuild(dims, shares)
     assert [b.name for b in first] == ["0.weight", "2.weight"]
     assert [b.digest for b in first] == [b.digest for b in second]
     assert first[1].ratio == 8.0

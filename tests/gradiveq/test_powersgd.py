@@ -8,13 +8,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from gradiveq.arrays.orthonormal import orthonormalise
 from gradiveq.compressors.base import Draw
-from gradiveq.flatten import Block
-from gradiveq.powersgd import PowerSGD, PowerSGDWorker, matrix_shape, orthonormalise, powersgd_here
+from gradiveq.exchange.family import check_shapes
+from gradiveq.exchange.kernels import HOST
+from gradiveq.exchange.lowrank import LowRank
+from gradiveq.exchange.requests import Call, Iteration
+from gradiveq.flatten import Block, Bucket, matrix_shape
+from gradiveq.here import Here
+from gradiveq.powersgd import PowerSGD
 
 Vector = npt.NDArray[np.float32]
 #: name, shape, whether it is a convolution in the order of `flatten`
@@ -41,6 +48,24 @@ def blocks_of(layers: list[tuple[str, tuple[int, ...], bool]]) -> list[Block]:
 
 BLOCKS = blocks_of(LAYERS)
 LENGTH = BLOCKS[-1].stop
+
+
+def workers_of(method: PowerSGD, size: int = 1, blocks: list[Block] = BLOCKS, seed: int = 0) -> Here:
+    length = blocks[-1].stop if blocks else 0
+    return Here(lambda rank: LowRank(method, seed=seed), Bucket(tuple(blocks), length), size)
+
+
+def memory_of(workers: Here, rank: int = 0) -> Vector:
+    """What a rank remembers, as a vector."""
+    kept = workers.families[rank].state_dict()["memory"]
+    flat = torch.zeros(workers.bucket.length)
+    for block in workers.bucket.blocks:
+        block.view(flat).copy_(kept[block.name])
+    return flat.numpy()
+
+
+def alone(workers: Here, gradient: Vector, out: Vector, call: int) -> None:
+    workers.aggregate([gradient], out, call)
 
 
 def noise(rank: int, call: int, length: int = LENGTH, decay: bool = False) -> Vector:
@@ -111,7 +136,7 @@ def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
 )
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_algorithms_1_and_2_in_numpy(method: PowerSGD, size: int) -> None:
-    workers = [PowerSGDWorker(BLOCKS, method, seed=3) for _ in range(size)]
+    workers = workers_of(method, size, seed=3)
     restated = Restated(method, size, seed=3)
     out = np.empty(LENGTH, np.float32)
     total = [0.0] * size
@@ -119,22 +144,20 @@ def test_algorithms_1_and_2_in_numpy(method: PowerSGD, size: int) -> None:
         gradients = [noise(rank, call) for rank in range(size)]
         kept = [gradient.copy() for gradient in gradients]
         before = [error.copy() for error in restated.errors]
-        powersgd_here(workers, gradients, out, call)
+        workers.aggregate(gradients, out, call)
         close(out, restated.aggregate(gradients, call))
         assert all((a == b).all() for a, b in zip(gradients, kept, strict=True))
-        for rank, worker in enumerate(workers):
-            measures = worker.measures
+        for rank, measures in enumerate(workers.measures):
             assert measures is not None
             corrected = gradients[rank] + before[rank]
             assert measures.norm == pytest.approx(float(np.sum(corrected**2)), rel=1e-5)
             assert measures.density == 1
             assert measures.payload_bytes == sum(method.payload_bytes(block.shape) for block in BLOCKS)
-            memory = worker.state_dict()["memory"]
             if not method.error_feedback:
-                assert memory is None
+                assert workers.families[rank].state_dict()["memory"] is None
                 assert measures.error == measures.total_error == 0
                 continue
-            close(memory, restated.errors[rank])
+            close(memory_of(workers, rank), restated.errors[rank])
             assert measures.error == measures.compression_error
             assert measures.error == pytest.approx(float(np.sum(restated.errors[rank] ** 2)), rel=1e-4)
             total[rank] += measures.error
@@ -155,7 +178,7 @@ def test_what_pytorchs_hook_computes() -> None:
     """torch.distributed's powerSGD_hook, restated: Q orthogonalised, sums of P not divided, memory of the mean."""
     size, rank = 3, 2
     block = Block("conv", 0, 12 * 8 * 9, (12, 8, 3, 3), True)
-    workers = [PowerSGDWorker([block], PowerSGD(rank)) for _ in range(size)]
+    workers = workers_of(PowerSGD(rank), size, [block])
     q = Draw(0, 0, 0, 0).generator(shared=True).standard_normal((72, rank), np.float32).astype(np.float64)
     # their columns are (depth, h, w), ours (h, w, depth): the same Q with its rows in their order
     to_theirs = np.arange(72).reshape(3, 3, 8).transpose(2, 0, 1).reshape(-1)
@@ -164,7 +187,7 @@ def test_what_pytorchs_hook_computes() -> None:
     out = np.empty(block.length, np.float32)
     for call in range(4):
         gradients = [noise(r, call, block.length) for r in range(size)]
-        powersgd_here(workers, gradients, out, call)
+        workers.aggregate(gradients, out, call)
         theirs = [g.reshape(3, 3, 8, 12).transpose(3, 2, 0, 1).reshape(12, 72) for g in gradients]
         inputs = [matrix + error for matrix, error in zip(theirs, errors, strict=True)]
         q = np.linalg.qr(q).Q
@@ -177,11 +200,11 @@ def test_what_pytorchs_hook_computes() -> None:
 
 def test_full_rank_is_the_exact_mean() -> None:
     method = PowerSGD(1000, min_compression_rate=0)
-    workers = [PowerSGDWorker(BLOCKS, method) for _ in range(4)]
+    workers = workers_of(method, 4)
     out = np.empty(LENGTH, np.float32)
     for call in range(3):
         gradients = [noise(rank, call) for rank in range(4)]
-        powersgd_here(workers, gradients, out, call)
+        workers.aggregate(gradients, out, call)
         close(out, np.mean([g.astype(np.float64) for g in gradients], axis=0), 3e-6)
 
 
@@ -194,16 +217,16 @@ def test_a_layer_that_would_not_be_smaller_goes_uncompressed_and_exactly() -> No
     assert method.payload_bytes((13, 4)) == 4 * 51
     assert method.payload_bytes((12, 4)) == 4 * 48
     assert PowerSGD(3, min_compression_rate=2).rank_of((13, 4)) is None
-    workers = [PowerSGDWorker(BLOCKS, method) for _ in range(3)]
+    workers = workers_of(method, 3)
     gradients = [noise(rank, 0) for rank in range(3)]
     out = np.empty(LENGTH, np.float32)
-    powersgd_here(workers, gradients, out, 0)
+    workers.aggregate(gradients, out, 0)
     mean = (gradients[0] + gradients[1] + gradients[2]) / np.float32(3)
     for block in BLOCKS:
         place = slice(block.start, block.stop)
         if method.rank_of(block.shape) is None:
             assert (out[place] == mean[place]).all()
-            assert (workers[0].state_dict()["memory"][place] == 0).all()
+            assert (memory_of(workers)[place] == 0).all()
         else:
             assert np.linalg.matrix_rank(storage_matrix(block, out).astype(np.float64), tol=1e-4) <= 3
 
@@ -217,26 +240,26 @@ def test_a_warm_start_finds_the_best_approximation() -> None:
     blocks = [Block("fc", 0, 1500, (30, 50), False)]
     errors = {}
     for warm in (True, False):
-        worker = PowerSGDWorker(blocks, PowerSGD(3, error_feedback=False, warm_start=warm))
+        worker = workers_of(PowerSGD(3, error_feedback=False, warm_start=warm), 1, blocks)
         out = np.empty(1500, np.float32)
         for call in range(20):
-            worker.aggregate(gradient, out, call, lambda message: None)
-        assert worker.measures is not None
-        errors[warm] = worker.measures.relative_error
+            alone(worker, gradient, out, call)
+        assert worker.measures[0] is not None
+        errors[warm] = worker.measures[0].relative_error
     assert errors[True] == pytest.approx(best, rel=1e-3)
     assert errors[False] > 1.05 * best
 
 
 def test_error_feedback_loses_nothing() -> None:
     """What was sent so far, and the mean of the memories, are the sum of the gradients."""
-    workers = [PowerSGDWorker(BLOCKS, PowerSGD(1)) for _ in range(2)]
+    workers = workers_of(PowerSGD(1), 2)
     out, sent, given = np.empty(LENGTH, np.float32), np.zeros(LENGTH), np.zeros(LENGTH)
     for call in range(10):
         gradients = [noise(rank, call) for rank in range(2)]
-        powersgd_here(workers, gradients, out, call)
+        workers.aggregate(gradients, out, call)
         sent += out
         given += np.mean(gradients, axis=0, dtype=np.float64)
-    left = np.mean([worker.state_dict()["memory"] for worker in workers], axis=0, dtype=np.float64)
+    left = np.mean([memory_of(workers, rank) for rank in range(2)], axis=0, dtype=np.float64)
     close(sent + left, given, 1e-5)
 
 
@@ -255,12 +278,12 @@ def test_delta_without_a_warm_start() -> None:
         (np.diag([9, 3, 3, 1, 1] + [0.1] * 7) @ q[:12], False),
     ]:
         gradient = matrix.astype(np.float32).reshape(-1)
-        worker = PowerSGDWorker([Block("fc", 0, 240, shape, False)], method, seed=5)
+        worker = workers_of(method, 1, [Block("fc", 0, 240, shape, False)], seed=5)
         errors, out = [], np.empty(240, np.float32)
         for call in range(calls):
-            worker.aggregate(gradient, out, call, lambda message: None)
-            assert worker.measures is not None
-            errors.append(worker.measures.relative_error)
+            alone(worker, gradient, out, call)
+            assert worker.measures[0] is not None
+            errors.append(worker.measures[0].relative_error)
         deviation = max(float(np.std(errors)) / np.sqrt(calls), 1e-6)
         bound = 1 - constants.delta
         assert np.mean(errors) < bound + stats.norm.isf(1e-6) * deviation
@@ -268,16 +291,16 @@ def test_delta_without_a_warm_start() -> None:
             assert np.mean(errors) > bound - stats.norm.isf(1e-6) * deviation
 
 
-def projected(call: int) -> tuple[PowerSGDWorker, Vector, Vector]:
-    worker = PowerSGDWorker(BLOCKS, PowerSGD(2))
+def projected(call: int) -> tuple[Here, Vector, Vector]:
+    worker = workers_of(PowerSGD(2))
     out = np.empty(LENGTH, np.float32)
-    worker.aggregate(noise(0, call), out, call, lambda message: None)
+    alone(worker, noise(0, call), out, call)
     return worker, noise(0, call), out
 
 
 def test_a_projection() -> None:
     worker, gradient, out = projected(0)
-    memory = worker.state_dict()["memory"]
+    memory = memory_of(worker)
     close(gradient.astype(np.float64) - out, memory, 1e-5)
     norms = [float(np.sum(np.square(one, dtype=np.float64))) for one in (out, memory, gradient)]
     assert norms[0] + norms[1] == pytest.approx(norms[2], rel=1e-5)
@@ -286,30 +309,29 @@ def test_a_projection() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-38, 1e-20, 1.0, 1e18, 3e35])
 def test_tiny_and_huge_gradients(scale: float) -> None:
     with np.errstate(over="ignore"):  # ‖x‖² in the measures
-        worker = PowerSGDWorker(BLOCKS, PowerSGD(2, error_feedback=False))
+        worker = workers_of(PowerSGD(2, error_feedback=False))
         gradient = np.float32(scale) * noise(0, 0)
         out = np.empty(LENGTH, np.float32)
         for call in range(3):
-            worker.aggregate(gradient, out, call, lambda message: None)
+            alone(worker, gradient, out, call)
         assert np.isfinite(out).all()
-        worker = PowerSGDWorker(BLOCKS, PowerSGD(2, error_feedback=False))
+        worker = workers_of(PowerSGD(2, error_feedback=False))
         expected = np.empty(LENGTH, np.float32)
         for call in range(3):
-            worker.aggregate(noise(0, 0), expected, call, lambda message: None)
+            alone(worker, noise(0, 0), expected, call)
     # a denormal has few bits
     np.testing.assert_allclose(out, np.float64(scale) * expected, rtol=0, atol=scale * (1e-4 if scale > 1e-37 else 0.2))
 
 
 def test_a_direction_that_was_lost_is_found_again() -> None:
-    worker = PowerSGDWorker(BLOCKS, PowerSGD(2, error_feedback=False))
+    worker = workers_of(PowerSGD(2, error_feedback=False))
     out = np.empty(LENGTH, np.float32)
     for call in range(2):
-        worker.aggregate(np.zeros(LENGTH, np.float32), out, call, lambda message: None)
+        alone(worker, np.zeros(LENGTH, np.float32), out, call)
         assert (out == 0).all()
     for call in range(2, 40):
-        worker.aggregate(noise(0, 0), out, call, lambda message: None)
-    found = worker.measures
-    assert found is not None
+        alone(worker, noise(0, 0), out, call)
+    assert worker.measures[0] is not None
     block = next(block for block in BLOCKS if block.name == "conv2")
     matrix, estimate = storage_matrix(block, noise(0, 0)), storage_matrix(block, out)
     singular = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
@@ -318,54 +340,59 @@ def test_a_direction_that_was_lost_is_found_again() -> None:
 
 @pytest.mark.parametrize("where", ["bias", "conv2"])
 def test_overflow_is_found_on_all_and_changes_nothing(where: str) -> None:
-    workers = [PowerSGDWorker(BLOCKS, PowerSGD(2)) for _ in range(2)]
+    workers = workers_of(PowerSGD(2), 2)
     out = np.empty(LENGTH, np.float32)
-    powersgd_here(workers, [noise(rank, 0) for rank in range(2)], out, 0)
-    before = [worker.state_dict() for worker in workers]
+    workers.aggregate([noise(rank, 0) for rank in range(2)], out, 0)
+    before = [(memory_of(workers, rank), workers.families[rank].state_dict()) for rank in range(2)]
     block = next(block for block in BLOCKS if block.name == where)
     gradients = [noise(rank, 1) for rank in range(2)]
     for gradient in gradients:
         gradient[block.start : block.stop] = 3e38
-    with pytest.raises(OverflowError, match="overflows float32 in call 1"):
-        powersgd_here(workers, gradients, out, 1)
+    with pytest.raises(OverflowError, match="overflows float32 in iteration 1"):
+        workers.aggregate(gradients, out, 1)
     assert not np.isfinite(out[block.start : block.stop]).any()
     assert np.isfinite(np.delete(out, slice(block.start, block.stop))).all()
-    for worker, state in zip(workers, before, strict=True):
-        assert worker.state_dict()["total_error"] == state["total_error"]
-        assert (worker.state_dict()["memory"] == state["memory"]).all()
-        assert all((worker.state_dict()["q"][index] == q).all() for index, q in state["q"].items())
-        with pytest.raises(RuntimeError, match="no call to accept"):
-            worker.accept()
+    for rank, (memory, state) in enumerate(before):
+        now = workers.families[rank].state_dict()
+        assert now["total_error"] == state["total_error"]
+        assert (memory_of(workers, rank) == memory).all()
+        assert all((now["q"][name] == q).all() for name, q in state["q"].items())
 
 
 def test_a_call_that_is_not_accepted_has_not_happened() -> None:
-    workers = [PowerSGDWorker(BLOCKS, PowerSGD(2)) for _ in range(2)]
+    called, other = workers_of(PowerSGD(2)), workers_of(PowerSGD(2))
     out, others = np.empty(LENGTH, np.float32), np.empty(LENGTH, np.float32)
-    for worker in workers:
-        worker.aggregate(noise(0, 0), out, 0, lambda message: None)
-    for _ in workers[0].rounds(noise(0, 7), out, 1):
-        pass
-    next(workers[0].rounds(noise(0, 8), out, 1))
-    for worker, result in zip(workers, (out, others), strict=True):
-        worker.aggregate(noise(0, 1), result, 1, lambda message: None)
+    for worker in (called, other):
+        alone(worker, noise(0, 0), out, 0)
+    family = called.families[0]
+    for seed, stop in ((7, None), (8, 1)):  # through to its end, and left in the midst
+        call = Call(called.bucket, Iteration(1), HOST, 0, 1, out=out, measured=True)
+        exchange, asked, rounds = family.exchange(call, noise(0, seed)), None, 0
+        while rounds != stop:
+            try:
+                asked = next(exchange) if asked is None else exchange.send([list(asked.requests[0].payloads)])
+            except StopIteration:
+                break
+            rounds += 1
+        family.skip()
+    for worker, result in ((called, out), (other, others)):
+        alone(worker, noise(0, 1), result, 1)
     assert out.tobytes() == others.tobytes()
 
 
 def test_state_dict_resumes_bitwise_with_ranks_that_change() -> None:
     def run(stop: int | None) -> tuple[Vector, list[Vector]]:
-        workers = [PowerSGDWorker(BLOCKS, PowerSGD(4), seed=9) for _ in range(2)]
+        workers = workers_of(PowerSGD(4), 2, seed=9)
         out = np.empty(LENGTH, np.float32)
         for call in range(8):
             if call == stop:
-                states = [worker.state_dict() for worker in workers]
-                workers = [PowerSGDWorker(BLOCKS, PowerSGD(4), seed=9) for _ in range(2)]
-                for worker, state in zip(workers, states, strict=True):
-                    worker.load_state_dict(state)
+                state, workers = workers.state_dict(), workers_of(PowerSGD(4), 2, seed=9)
+                workers.load_state_dict(state)
             if call in (2, 5):
-                for worker in workers:
-                    worker.use_ranks([1 if call == 2 else 4] * len(BLOCKS))
-            powersgd_here(workers, [noise(rank, call) for rank in range(2)], out, call)
-        return out, [worker.state_dict()["memory"] for worker in workers]
+                for family in workers.families:
+                    family.ranks = dict.fromkeys(workers.bucket.names, 1 if call == 2 else 4)
+            workers.aggregate([noise(rank, call) for rank in range(2)], out, call)
+        return out, [memory_of(workers, rank) for rank in range(2)]
 
     whole, memories = run(None)
     for stop in (1, 3, 6):
@@ -375,38 +402,47 @@ def test_state_dict_resumes_bitwise_with_ranks_that_change() -> None:
 
 
 def test_ranks_that_change() -> None:
-    worker = PowerSGDWorker(BLOCKS, PowerSGD(4, error_feedback=False))
+    worker = workers_of(PowerSGD(4, error_feedback=False))
     out = np.empty(LENGTH, np.float32)
     block = next(block for block in BLOCKS if block.name == "conv2")
-    index = BLOCKS.index(block)
     for call, rank in enumerate([4, 1, 1, 3, 1000]):
-        worker.use_ranks([rank] * len(BLOCKS))
-        worker.aggregate(noise(0, 0), out, call, lambda message: None)
+        worker.families[0].ranks = dict.fromkeys(worker.bucket.names, rank)
+        alone(worker, noise(0, 0), out, call)
         if rank == 1000:  # not smaller then
             assert (out == noise(0, 0)).all()
-            assert worker.payload_bytes == 4 * LENGTH
+            assert worker.measures[0].payload_bytes == 4 * LENGTH
         else:
             assert np.linalg.matrix_rank(storage_matrix(block, out).astype(np.float64), tol=1e-3) == rank
-            assert worker.state_dict()["q"][index].shape == (72, rank)
-            assert worker.payload_bytes == sum(PowerSGD(rank).payload_bytes(block.shape) for block in BLOCKS)
+            assert worker.families[0].state_dict()["q"]["conv2"].shape == (72, rank)
+            assert worker.measures[0].payload_bytes == sum(
+                PowerSGD(rank).payload_bytes(block.shape) for block in BLOCKS
+            )
 
 
 def test_states_of_others_are_refused() -> None:
-    worker = PowerSGDWorker(BLOCKS, PowerSGD(2))
+    family = LowRank(PowerSGD(2))
     with pytest.raises(ValueError, match="another error feedback"):
-        worker.load_state_dict(PowerSGDWorker(BLOCKS, PowerSGD(2, error_feedback=False)).state_dict())
-    with pytest.raises(ValueError, match="another error feedback or vector"):
-        worker.load_state_dict(PowerSGDWorker(BLOCKS[:3], PowerSGD(2)).state_dict())
-    shapes = [(8, 3, 9), (12, 8, 3, 3), *(block.shape for block in BLOCKS[2:])]
-    other = PowerSGDWorker(
-        blocks_of([(b.name, s, b.compressed) for b, s in zip(BLOCKS, shapes, strict=True)]), PowerSGD(2)
-    )
-    worker.load_state_dict(other.state_dict())  # the same number of rows and columns
-    merged = blocks_of([("conv1", (27, 8), False), *LAYERS[1:]])
-    other = PowerSGDWorker(merged, PowerSGD(2))
-    other.aggregate(noise(0, 0), np.empty(LENGTH, np.float32), 0, lambda message: None)
-    with pytest.raises(ValueError, match="Q of conv1 has 8 rows, 27 are due"):
-        worker.load_state_dict(other.state_dict())
+        family.load_state_dict(LowRank(PowerSGD(2, error_feedback=False)).state_dict())
+    with pytest.raises(ValueError, match="another error feedback"):
+        LowRank(PowerSGD(2, error_feedback=False)).load_state_dict(family.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"conv1": ("q", torch.zeros(8, 2))}, r"the state's Q of conv1 must be of shape \(27, any\), got \(8, 2\)"),
+        ({"conv1": ("memory", torch.zeros(9))}, r"the state's memory of conv1 must be of shape \(8, 3, 3, 3\)"),
+        ({"other": ("memory", torch.zeros(9))}, "the state's memory of other must be nothing here"),
+    ],
+)
+def test_states_of_other_layers_are_refused(changed: dict[str, Any], said: str) -> None:
+    worker = workers_of(PowerSGD(2))
+    alone(worker, noise(0, 0), np.empty(LENGTH, np.float32), 0)
+    state = worker.families[0].state_dict()
+    ((name, (kind, value)),) = changed.items()
+    state[kind][name] = value
+    with pytest.raises(ValueError, match=said):
+        check_shapes(state, {block.name: block.shape for block in BLOCKS})
 
 
 @pytest.mark.parametrize(
@@ -458,7 +494,7 @@ def test_orthonormalise(rows: int, columns: int, kind: str, scale: float, seed: 
 
 
 def test_no_layers() -> None:
-    worker = PowerSGDWorker([], PowerSGD())
-    worker.aggregate(np.empty(0, np.float32), np.empty(0, np.float32), 0, lambda message: None)
-    assert worker.measures is not None
-    assert worker.measures.density == worker.payload_bytes == 0
+    worker = workers_of(PowerSGD(), 1, [])
+    alone(worker, np.empty(0, np.float32), np.empty(0, np.float32), 0)
+    assert worker.measures[0] is not None
+    assert worker.measures[0].density == worker.measures[0].payload_bytes == 0

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from gradiveq.over_ring.qsgd import QSGD, Norm, level_variance
+from gradiveq.arrays.levels import Norm, level_variance
+from gradiveq.over_ring.qsgd import QSGD
 from ring.codec import Array, Hop
 
 FLOAT32 = np.dtype(np.float32)

@@ -17,16 +17,19 @@ from bench.job.report import threshold_text
 from gradiveq import Aggregator, NonFiniteGradient, Report
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.compressors.identity import Identity
-from gradiveq.exchange import ErrorFeedback, Worker, exchange_here
-from gradiveq.exchange.critical_regimes import CriticalRegimes, Span
+from gradiveq.exchange.critical_regimes import CriticalRegimes
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.families import make_family
 from gradiveq.flatten import Layout
+from gradiveq.here import Here
 from gradiveq.methods import Accordion, AutoThreshold, Compressed, Method, applied
 from gradiveq.noise import NoiseWindow, auto_threshold, simple_threshold
-from gradiveq.powersgd import PowerSGD, PowerSGDWorker, powersgd_here
+from gradiveq.powersgd import PowerSGD
 from ring.handle import Ring
 from ring.lockstep import run
 from tests.support.aggregators import CONTROL_BYTES, assert_same_bits, collect, exact, noise, set_gradients, small_model
 from tests.support.processes import Launch
+from tests.support.workers_here import WorkersHere
 
 Vector = npt.NDArray[np.float32]
 FLAG_BYTES = 4
@@ -130,21 +133,21 @@ def test_resumes_bitwise(name: str) -> None:
 def test_powersgd_is_what_workers_in_one_process_get(method: PowerSGD, size: int) -> None:
     results = run(size, lambda ring: train(ring, method, 4))
     layout = Layout(small_model())
-    workers = [PowerSGDWorker(layout.blocks, method, seed=5) for _ in range(size)]
+    workers = Here(lambda rank: make_family(method, layout.blocks, rank=rank, size=size, seed=5), layout.bucket, size)
     out = np.empty(layout.length, np.float32)
     payload = sum(method.payload_bytes(block.shape) for block in layout.blocks)
     for iteration in range(4):
-        powersgd_here(workers, vectors(size, iteration), out, iteration)
+        workers.aggregate(vectors(size, iteration), out, iteration)
         reports = [reports[iteration] for _, reports, _ in results]
         assert_close(results[0][2][iteration], out)
         assert sum(report.bytes_sent for report in reports) == 2 * (size - 1) * (payload + FLAG_BYTES)
-        for report, worker in zip(reports, workers, strict=True):
+        for report, measures in zip(reports, workers.measures, strict=True):
             assert report.phase == "compressed"
             assert report.ratio == 4 * layout.length / payload
             assert report.measures is not None
-            assert worker.measures is not None
-            assert report.measures.norm == pytest.approx(worker.measures.norm, rel=1e-4)
-            assert report.measures.total_error == pytest.approx(worker.measures.total_error, rel=1e-3, abs=1e-9)
+            assert measures is not None
+            assert report.measures.norm == pytest.approx(measures.norm, rel=1e-4)
+            assert report.measures.total_error == pytest.approx(measures.total_error, rel=1e-3, abs=1e-9)
             assert report.measures.payload_bytes == payload
 
 
@@ -245,24 +248,20 @@ def test_accordion_is_its_two_settings() -> None:
     assert isinstance(ACCORDION.low, Compressed)
     assert isinstance(ACCORDION.high, Compressed)
     low, high = ACCORDION.low.parts(layout.blocks), ACCORDION.high.parts(layout.blocks)
-    workers = [
-        Worker(low, layout.length, rank=rank, size=size, seed=5, feedback=ErrorFeedback()) for rank in range(size)
-    ]
-    regimes = CriticalRegimes([Span(b.name, b.start, b.stop) for b in layout.blocks], interval=4, window=2)
+    workers = WorkersHere(low, size, seed=5, feedback=ErrorFeedback())
+    regimes = CriticalRegimes(layout.blocks, interval=4, window=2)
     out = np.empty(layout.length, np.float32)
     densities = set()
     for iteration in range(iterations):
         critical = regimes.critical_at(rate(iteration))
-        parts = tuple(a if one else b for one, a, b in zip(critical, low, high, strict=True))
-        for worker in workers:
-            worker.parts = parts
-        exchange_here(workers, vectors(size, iteration), out, iteration)
+        workers.parts = [a if one else b for one, a, b in zip(critical, low, high, strict=True)]
+        workers.aggregate(vectors(size, iteration), out, iteration)
         regimes.accept(out, rate(iteration))
         assert_close(results[0][2][iteration], out)
         measures = results[0][1][iteration].measures
         assert measures is not None
-        assert workers[0].measures is not None
-        assert measures.num_sent == workers[0].measures.num_sent
+        assert workers.measures[0] is not None
+        assert measures.num_sent == workers.measures[0].num_sent
         densities.add(measures.num_sent)
     assert len(densities) > 2
     log = results[0][0].window_log
@@ -310,13 +309,10 @@ def test_auto_threshold_is_the_formula(size: int) -> None:
         assert entry["estimate"]["heterogeneity"] < 0.2 * entry["estimate"]["noise"]
     # afterwards: hard-threshold with it
     method = AUTO.compressed(entry["threshold"])
-    workers = [
-        Worker(method.parts(layout.blocks), layout.length, rank=rank, size=size, seed=5, feedback=FEEDBACK)
-        for rank in range(size)
-    ]
+    workers = WorkersHere(method.parts(layout.blocks), size, seed=5, feedback=FEEDBACK)
     out = np.empty(layout.length, np.float32)
     for iteration in range(20, iterations):
-        exchange_here(workers, vectors(size, iteration), out, iteration)
+        workers.aggregate(vectors(size, iteration), out, iteration)
         assert_close(grads[iteration], out)
     # bytes: plain rings, and one small all-reduce of 2 + 2*2 float64 from everybody
     dense = 4 * layout.length + CONTROL_BYTES

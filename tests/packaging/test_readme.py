@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What the README and the page of methods show works as it stands there."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from gradiveq.compressors import COMPRESSORS, Compressor, Draw
-from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
+from gradiveq.exchange.compressed import Compression
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.parts import Part
+from gradiveq.flatten import Bucket
+from gradiveq.here import Here
 from gradiveq.specs import parse
 from tests.support.installed import FRESH, Installed
-from tests.support.printed import README, ROOT, block, losses, section
+from tests.support.printed import METHODS, README, ROOT, block, losses, section
 
 pytestmark = pytest.mark.slow
 
@@ -25,8 +30,8 @@ pytestmark = pytest.mark.slow
 def added() -> Compressor:
     """The compressor of "Adding a method"."""
     module = ModuleType("largest_sign")
-    listing = block(section(README, "### Adding a method"), "python")
-    exec(compile(listing, "README.md", "exec"), module.__dict__)
+    listing = block(section(METHODS, "## Adding a method"), "python")
+    exec(compile(listing, "METHODS.md", "exec"), module.__dict__)
     compressor: Compressor = module.__dict__["LargestSign"]()
     return compressor
 
@@ -47,12 +52,27 @@ def test_the_added_method(added: Compressor, length: int) -> None:
     assert float(out @ out) <= (1 + omega) * float(values @ values) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("length", [0, 1, 2, 47, 700])
+def test_the_added_methods_torch_form(added: Compressor, length: int) -> None:
+    values = np.random.default_rng(2).standard_normal(length).astype(np.float32)
+    values[: length // 3] = 0
+    draw = Draw(0, 0, 0, 0)
+    assert added.on_device
+    payload = added.compress(values, draw)
+    tensor = added.compress_tensor(torch.from_numpy(values), draw)
+    np.testing.assert_array_equal(tensor.numpy(), payload)
+    out = np.empty(length, np.float32)
+    added.decompress(payload, out, draw)
+    several = added.estimates(torch.stack([tensor, tensor]), length)
+    np.testing.assert_array_equal(several.numpy().view(np.uint32), np.stack([out, out]).view(np.uint32))
+
+
 def test_the_added_method_among_workers(added: Compressor) -> None:
     parts = [Part("a", 0, 10, added), Part("b", 10, 33, added)]
-    workers = [Worker(parts, 33, rank=rank, size=2, feedback=ErrorFeedback()) for rank in range(2)]
+    here = Here(lambda rank: Compression(lambda call: parts, feedback=ErrorFeedback()), Bucket((), 33), 2)
     gradients = list(np.random.default_rng(1).standard_normal((2, 33)).astype(np.float32))
     mean = np.empty(33, np.float32)
-    exchange_here(workers, gradients, mean, 0)
+    here.aggregate(gradients, mean, 0)
     estimates = [
         np.concatenate([np.sign(part) * np.abs(part).max() for part in (gradient[:10], gradient[10:])])
         for gradient in gradients
@@ -61,13 +81,13 @@ def test_the_added_method_among_workers(added: Compressor) -> None:
 
 
 def test_the_table_of_methods_has_every_compressor() -> None:
-    table = README.split("## Other methods")[1].split("### Adding a method")[0]
+    table = METHODS.split("## What a text says")[0]
     named = set(re.findall(r"(?m)^\| `([\w-]+)`", table))
     assert COMPRESSORS.keys() - {"identity"} <= named
     assert {"powersgd", "accordion"} <= named
 
 
-@pytest.mark.parametrize("spec", re.search(r"--methods (\S+half)", README)[1].split(","))  # type: ignore[index]
+@pytest.mark.parametrize("spec", re.search(r"--methods (\S+half)", METHODS)[1].split(","))  # type: ignore[index]
 def test_the_specs_of_the_example(spec: str) -> None:
     parse(spec)
 

@@ -222,7 +222,7 @@ def test_a_silent_neighbour_ends_all_ranks(mpirun: Launch, tmp_path: Path):
         from ring import probe
         from ring.calibrate import main
         if MPI.COMM_WORLD.rank == 1:
-            probe.Probe.link = lambda *arguments: time.sleep(60)
+            probe.CalibrationProbe.link = lambda *arguments: time.sleep(60)
         main(["--timeout", "1", "--out", "here.toml"])
         """,
         timeout_s=50,

@@ -20,5 +20,5 @@ def fitted(length: int, fit_slices: str) -> LayerBasis:
     for _ in range(12):
         sampler.add((0.5 + rng.standard_normal((1, 4)) @ rng.standard_normal((4, length))).ravel().astype(np.float32))
     dims = sampler.fit()
-    (basis,) = sampler.rebuild(dims, sampler.share(dims)[0])
+    (basis,) = sampler.rebuild(dims, [sampler.share(dims)[0]])
     return basis

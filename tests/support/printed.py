@@ -1,4 +1,4 @@
-"""What README.md and bench/LAUNCH.md print, to be run as it stands there."""
+"""What README.md, gradiveq/METHODS.md and bench/LAUNCH.md print, to be run as it stands there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from tests.support.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
+METHODS = (ROOT / "gradiveq" / "METHODS.md").read_text()
 LAUNCH = (ROOT / "bench" / "LAUNCH.md").read_text()
 
 

@@ -23,7 +23,7 @@ from bench.advice.report import Answer, Asked, table, words
 from bench.advice.risk import Elsewhere, Probed, closest, recorded
 from bench.advice.validation import ClusterFit, Job, compare, judge
 from bench.advice.validation_plan import Found
-from bench.virtual.ddp_iteration import Bucket, BucketRound, Iteration, Load, iteration, shares
+from bench.virtual.ddp_iteration import BucketRound, DDPIteration, Load, TimedBucket, iteration, shares
 from bench.virtual.scaling import stretches
 from gradiveq.compressors import COMPRESSORS
 from gradiveq.methods import GradiVeQ, Method, Plain
@@ -36,11 +36,11 @@ from tests.support.redrawn import check_drawn_again
 
 def bucket(
     ready_s: float, network_s: float, encode_s: float = 0.0, decode_s: float = 0.0, busy_s: float = 0.0
-) -> Bucket:
-    return Bucket(ready_s, (BucketRound(encode_s, (Load(network_s, busy_s),)),), decode_s)
+) -> TimedBucket:
+    return TimedBucket(ready_s, (BucketRound(encode_s, (Load(network_s, busy_s),)),), decode_s)
 
 
-def overlapped(buckets: list[Bucket], **how: Any) -> Iteration:
+def overlapped(buckets: list[TimedBucket], **how: Any) -> DDPIteration:
     """Forward 1 s, backward 4 s, update 0.5 s."""
     return iteration(1.0, 4.0, 0.5, buckets, **how)
 
@@ -76,8 +76,8 @@ def test_encoding_delays_backward_and_decoding_runs_beside_the_next_exchange() -
 
 def test_two_rounds_wait_for_the_next_bucket_and_block_backward() -> None:
     two = [
-        Bucket(1.0, (BucketRound(0.0, (Load(3.0),)), BucketRound(0.5, (Load(1.0),)))),
-        Bucket(2.0, (BucketRound(0.0, (Load(1.0),)), BucketRound(0.0, (Load(1.0),)))),
+        TimedBucket(1.0, (BucketRound(0.0, (Load(3.0),)), BucketRound(0.5, (Load(1.0),)))),
+        TimedBucket(2.0, (BucketRound(0.0, (Load(1.0),)), BucketRound(0.0, (Load(1.0),)))),
     ]
     found = overlapped(two)
     # The second bucket's hook begins its first round at 3, waits for the first's until 5, computes 0.5, begins round 2

@@ -403,7 +403,9 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path, how: str):
     pids.mkdir()
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pathlib import Path; from bench.experiments.grid import run_grid; from tests.support.grid_runs import slow\n"
+        "from pathlib import Path\n"
+        "from bench.experiments.grid import run_grid\n"
+        "from tests.support.grid_runs import slow\n"
         "if __name__ == '__main__':\n"
         f"    run_grid(slow, {{str(i): {{'pids': {str(pids)!r}}} for i in range(2)}}, Path({str(records)!r}))"
     )

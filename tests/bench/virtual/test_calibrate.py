@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import rates
 from bench.data import load
+from bench.virtual import rates
 from ring.cluster import Cluster, Link, Node, read, write
 from tests.support.processes import Launch
 
 
-def measured(seconds_per_amount: float = 1e-9) -> rates.Measured:
+def measured(seconds_per_amount: float = 1e-9) -> rates.MeasuredRates:
     def case(name, amount):
         return rates.Case(f"{amount}", {name: amount, "copy": 1}, [seconds_per_amount * amount] * 3)
 
-    return rates.Measured(
+    return rates.MeasuredRates(
         {"forward": [1.0, 2.0, 3.0], "backward": [4.0]},
         [case("qsgd.encode", 1000), case("qsgd.encode", 4000)],
         [case("pca.encode", 5000)],

@@ -2,7 +2,7 @@
 
 A compressor that is registered without a setting here fails `test_every_compressor_is_here`. What each one computes is
 tested beside it (test_quantisers, test_sparsifiers); here only what all have in common, at both granularities:
-`gradiveq.exchange.Worker` applies it to each of several parts, empty ones included, and to the vector as a whole.
+`gradiveq.exchange.compressed.Compression` applies it to each of several parts, empty ones included, and to the vector as a whole.
 
 Where a claim is about an expectation, a test compares the mean of many draws with it and fails where it is Z standard
 errors beyond. That has a probability of 3e-7 if the claim just holds (means of 100 draws and more of sums over the
@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 from gradiveq.compressors import COMPRESSORS, Compressor, Constants, Draw
 from gradiveq.compressors.base import Array, Float32
 from gradiveq.compressors.identity import Identity
-from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
+from gradiveq.exchange.error_memory import ErrorFeedback
 from gradiveq.exchange.message import LENGTH_BYTES
+from gradiveq.exchange.parts import Part
 from gradiveq.theory import error_bound, lemma1, measure, squared_norm
+from tests.support.workers_here import WorkersHere
 
 SIZE = 3
 LENGTHS = (0, 1, 2, 47, 700)
@@ -503,17 +505,16 @@ def expected_exchange(
 
 def check_exchanges(parts: list[Part], feedback: ErrorFeedback | None, subject: Subject | None = None) -> None:
     length, seed = sum(LAYERS), 11
-    workers = [Worker(parts, length, rank=rank, size=SIZE, seed=seed, feedback=feedback) for rank in range(SIZE)]
+    workers = WorkersHere(parts, SIZE, seed=seed, feedback=feedback)
     memories = [np.zeros(length, np.float32) for _ in range(SIZE)]
     for call in range(3):
         gradients = [vector(length, seed=10 * call + rank) for rank in range(SIZE)]
         out = np.full(length, np.nan, np.float32)
-        exchange_here(workers, gradients, out, call)
+        workers.aggregate(gradients, out, call)
         corrected = [gradient + memory for gradient, memory in zip(gradients, memories, strict=True)]
         expected, own = expected_exchange(parts, corrected, gradients, call, seed)
         assert (bits(out) == bits(expected)).all()
-        for rank, worker in enumerate(workers):
-            measures = worker.measures
+        for rank, measures in enumerate(workers.measures):
             assert measures is not None
             error = corrected[rank] - own[rank]
             assert measures.norm == pytest.approx(squared_norm(corrected[rank]), rel=1e-4)
@@ -526,8 +527,7 @@ def check_exchanges(parts: list[Part], feedback: ErrorFeedback | None, subject: 
                 assert measures.payload_bytes <= declared
             assert 0 <= measures.density <= 1
             if feedback is not None:
-                assert worker.memory is not None
-                assert (bits(worker.memory) == bits(error)).all()
+                assert (bits(workers.memory(rank)) == bits(error)).all()
                 memories[rank] = error
                 if all(part.compressor.copies for part in parts):
                     assert (bits(own[rank] + error) == bits(corrected[rank])).all()
@@ -551,17 +551,17 @@ def test_exchange_beside_others(subject: Subject) -> None:
 @pytest.mark.parametrize("granularity", ["layer", "model"])
 def test_every_worker_receives_the_same_bits(subject: Subject, granularity: str) -> None:
     parts, length = parts_at(granularity, subject.compressor), sum(LAYERS)
-    workers = [Worker(parts, length, rank=rank, size=SIZE) for rank in range(SIZE)]
-    outgoing = [worker.send(vector(length, seed=rank), call=2) for rank, worker in enumerate(workers)]
-    totals = {name: total.copy() for name, total in outgoing[0].reduced.items()}
-    for other in outgoing[1:]:
-        for name, total in totals.items():
-            total += other.reduced[name]
+    workers = WorkersHere(parts, SIZE)
+    begun = [workers.begun(rank, vector(length, seed=rank), 2) for rank in range(SIZE)]
+    payloads = zip(*(asked.requests[0].payloads for _, asked, _ in begun), strict=True)
+    totals = [np.sum(of_all, axis=0, dtype=of_all[0].dtype) for of_all in payloads]
+    messages = [asked.requests[1].message for _, asked, _ in begun]
     received = []
-    for worker in workers:
-        out = np.full(length, np.nan, np.float32)
-        worker.receive(totals, [each.gathered for each in outgoing], out, call=2)
-        received.append(out.tobytes())
+    for exchange, _, call in begun:
+        call.out.fill(np.nan)
+        with pytest.raises(StopIteration):
+            exchange.send([totals, messages])
+        received.append(call.out.tobytes())
     assert len(set(received)) == 1
     assert np.isfinite(np.frombuffer(received[0], np.float32)).all()
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradiveq.arrays import select
 from gradiveq.arrays.bits import pack, packed_bytes, unpack
 from gradiveq.arrays.select import at_least, top_k
-from gradiveq.compressors import select
 from gradiveq.compressors.adacomp import AdaComp
 from gradiveq.compressors.adaptive import Adaptive
 from gradiveq.compressors.base import Compressor, Draw
@@ -20,7 +20,9 @@ from gradiveq.compressors.randomk import RandomK
 from gradiveq.compressors.sparse import decode_positions, encode_positions, positions_bytes
 from gradiveq.compressors.threshold import Threshold
 from gradiveq.compressors.topk import TopK
-from gradiveq.exchange import ErrorFeedback, Part, Worker, exchange_here
+from gradiveq.exchange.error_memory import ErrorFeedback
+from gradiveq.exchange.parts import Part
+from tests.support.workers_here import WorkersHere
 
 DRAW = Draw(seed=3, call=5, rank=1, part=2)
 DENORMAL = np.float32(1e-45)
@@ -479,9 +481,9 @@ class TestRandomK:
         rng = np.random.default_rng(0)
         gradients = rng.integers(-8, 8, (4, 300)).astype(np.float32)
         compressor = RandomK(0.1)
-        workers = [Worker([Part("all", 0, 300, compressor)], 300, rank=rank, size=4, seed=9) for rank in range(4)]
+        workers = WorkersHere([Part("all", 0, 300, compressor)], 4, seed=9)
         out = np.empty(300, np.float32)
-        exchange_here(workers, gradients, out, call=7)
+        workers.aggregate(gradients, out, 7)
         assert np.array_equal(out, only(gradients.sum(axis=0) / 4, compressor.indices(300, Draw(9, 7, 0, 0))))
 
 
@@ -541,17 +543,17 @@ class TestAdaComp:
     def test_the_residual_is_what_error_feedback_remembers(self):
         rng = np.random.default_rng(0)
         feedback = ErrorFeedback("gradient")
-        worker = Worker([Part("all", 0, 500, AdaComp(50))], 500, rank=0, size=1, feedback=feedback)
+        worker = WorkersHere([Part("all", 0, 500, AdaComp(50))], 1, feedback=feedback)
         residual, out = np.zeros(500, np.float32), np.empty(500, np.float32)
         for call in range(6):
             latest = rng.standard_normal(500).astype(np.float32)
-            exchange_here([worker], [latest], out, call)
+            worker.aggregate([latest], out, call)
             values = latest + residual
             sent = restated_adacomp(values, latest, 50)
             np.testing.assert_allclose(out, sent, rtol=1e-6)
             assert not np.array_equal(sent != 0, restated_adacomp(values, values, 50) != 0) or call == 0
             residual = values - out
-            assert np.array_equal(worker.memory, residual)
+            assert np.array_equal(worker.memory(0), residual)
 
     def test_payloads_of_other_lengths_are_refused(self):
         payload = AdaComp().compress(np.random.default_rng(0).standard_normal(400).astype(np.float32), DRAW)
