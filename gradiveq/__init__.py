@@ -7,31 +7,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gradiveq.exchange.error_memory import ErrorFeedback
-from gradiveq.methods import Accordion, AutoThreshold, Compressed, GradiVeQ, Method, Plain, QSGDRing
-from gradiveq.powersgd import PowerSGD
-from gradiveq.report import FitError, NonFiniteGradient, Report
-from gradiveq.specs import parse
+from gradiveq.exchange.error_memory import ErrorFeedback as ErrorFeedback
+from gradiveq.methods import Accordion as Accordion
+from gradiveq.methods import AutoThreshold as AutoThreshold
+from gradiveq.methods import Compressed as Compressed
+from gradiveq.methods import GradiVeQ as GradiVeQ
+from gradiveq.methods import Method as Method
+from gradiveq.methods import Plain as Plain
+from gradiveq.methods import QSGDRing as QSGDRing
+from gradiveq.powersgd import PowerSGD as PowerSGD
+from gradiveq.report import FitError as FitError
+from gradiveq.report import NonFiniteGradient as NonFiniteGradient
+from gradiveq.report import Report as Report
+from gradiveq.specs import parse as parse
 
 if TYPE_CHECKING:
-    from gradiveq.over_ring.aggregator import Aggregator
-
-__all__ = [
-    "Accordion",
-    "Aggregator",
-    "AutoThreshold",
-    "Compressed",
-    "ErrorFeedback",
-    "FitError",
-    "GradiVeQ",
-    "Method",
-    "NonFiniteGradient",
-    "Plain",
-    "PowerSGD",
-    "QSGDRing",
-    "Report",
-    "parse",
-]
+    from gradiveq.over_ring.aggregator import Aggregator as Aggregator
 
 
 def __getattr__(name: str) -> Any:
