@@ -98,14 +98,16 @@ def _answers(
     """
     match requests[0]:
         case Sum(codec=None):
-            sums = iter(_sums([payload for one in requests for payload in one.payloads], group))
+            sums = iter(_sums([payload for one in requests for payload in one.payloads], group, what, number))
             answers = []
             for i, one in zip(numbers, requests, strict=True):
                 found.sent[i] += sum(payload.nbytes for payload in one.payloads)
                 answers.append([_mean(next(sums), group) if one.mean else next(sums) for _ in one.payloads])
             return answers
         case Sum():
-            return [_encoded(one, calls[i], group, i, found) for i, one in zip(numbers, requests, strict=True)]
+            return [
+                _encoded(one, calls[i], group, what, number, i, found) for i, one in zip(numbers, requests, strict=True)
+            ]
         case Gather():
             for i, one in zip(numbers, requests, strict=True):
                 found.sent[i] += one.message.nbytes
@@ -122,7 +124,7 @@ def _mean(total: Array, group: ProcessGroup | None) -> Array:
     return total / total.dtype.type(1 if group is None else group.size)  # type: ignore[no-any-return]
 
 
-def _sums(payloads: Sequence[Array], group: ProcessGroup | None) -> list[Array]:
+def _sums(payloads: Sequence[Array], group: ProcessGroup | None, what: str, number: int) -> list[Array]:
     """The sum over the ranks of each, in one collective for each dtype."""
     totals = list(payloads)
     if group is None:
@@ -133,7 +135,8 @@ def _sums(payloads: Sequence[Array], group: ProcessGroup | None) -> list[Array]:
     for chosen in by_dtype.values():
         vector = np.concatenate([payloads[i].reshape(-1) for i in chosen])
         wide = vector.astype(np.int32) if vector.dtype == np.int16 else vector  # no backend adds int16
-        total = group.sum_of(wide).astype(vector.dtype, copy=False)
+        with group.exchange(what, number):
+            total = group.sum_of(wide).astype(vector.dtype, copy=False)
         start = 0
         for i in chosen:
             totals[i] = total[start : start + payloads[i].size].reshape(payloads[i].shape)
@@ -146,7 +149,8 @@ def _gathered(requests: Sequence[Gather], group: ProcessGroup | None, what: str,
     if group is None:
         return [[one.message] for one in requests]
     if isinstance(requests[0].lengths, str):
-        lengths = group.rows_of(np.array([len(one.message) for one in requests], np.int64))
+        with group.exchange(what, number):
+            lengths = group.rows_of(np.array([len(one.message) for one in requests], np.int64))
     else:
         lengths = np.array([one.lengths for one in requests], np.int64).T
     dtype = requests[0].message.dtype
@@ -159,18 +163,20 @@ def _gathered(requests: Sequence[Gather], group: ProcessGroup | None, what: str,
     return [[messages[i] for messages in by_rank] for i in range(len(requests))]
 
 
-def _encoded(request: Sum, call: Call, group: ProcessGroup | None, index: int, found: Carried) -> list[Any]:
+def _encoded(
+    request: Sum, call: Call, group: ProcessGroup | None, what: str, number: int, index: int, found: Carried
+) -> list[Any]:
     """The mean of a vector, by a codec; what encoding takes is the exchange's."""
     values, bases = request.payloads[0], request.codec
     if not isinstance(bases, Bases):
         found.sent[index] += values.nbytes
-        return [_mean(_sums([values], group)[0], group)]
+        return [_mean(_sums([values], group, what, number)[0], group)]
     begin = time.perf_counter()
     coding = bases.coding(call.bucket, torch.device("cpu"))
     payload = coding.encode(torch.from_numpy(values)).numpy()
     found.before_s[index] += time.perf_counter() - begin
     found.sent[index] += payload.nbytes
-    mean = _mean(_sums([payload], group)[0], group)
+    mean = _mean(_sums([payload], group, what, number)[0], group)
     begin = time.perf_counter()
     coding.decode(torch.from_numpy(mean), torch.from_numpy(call.out))
     found.after_s[index] += time.perf_counter() - begin

@@ -81,6 +81,7 @@ def test_jobs_end_well(job: dict[str, Any]) -> None:
     assert job["code"] == 0, job["printed"][-3000:]
 
 
+@pytest.mark.timeout(DEADLINE_S + 60)
 def test_a_rank_that_dies_or_falls_silent(tmp_path: Path) -> None:
     """The other one is told in which exchange, within the process group's timeout."""
     cases = [("powersgd", "dies"), ("topk", "sleeps"), ("gradiveq", "dies")]
@@ -106,7 +107,7 @@ def test_a_rank_that_dies_or_falls_silent(tmp_path: Path) -> None:
         )
     try:
         for (method, fate), (survivor, _) in zip(cases, jobs, strict=True):
-            said, _ = survivor.communicate(timeout=90)
+            said, _ = survivor.communicate(timeout=DEADLINE_S)
             assert survivor.returncode == 3, (method, fate, said)
             assert "iteration 4: " in said
             assert "failed on rank 0 in iteration 4" in said
