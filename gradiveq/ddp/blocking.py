@@ -243,10 +243,11 @@ class Following:
             count(handed)
 
         what = f"the exchange of bases of {listed(list(names))}, once each rank had fitted its share,"
+        number = now.number + 1
         try:
-            carry([exchange], group, what, number=now.number, asked=asked, after_round=count_round)
+            carry([exchange], group, what, number=number, asked=asked, after_round=count_round)
         except FitError as error:
-            raise FitError(f"before iteration {now.number + 1}: {error}") from error
+            raise FitError(f"before iteration {number}: {error}") from error
 
 
 def _handed(request: Sum | Gather | Spread | Compare) -> int:

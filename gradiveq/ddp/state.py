@@ -287,7 +287,7 @@ class State:
         self._following.wait()  # whose thread may be about to replace what is looked at here
         self._family.skip()  # what is left of an iteration that never ended
         traffic = self.traffic if number >= self.start_iteration else Traffic()
-        self._following.finish(self._group, self._now, self._parameters.names, partial(_count_fit, traffic))
+        self._following.finish(self._group, self._now, self._family.fitted, partial(_count_fit, traffic))
         self._now, self._before = Iteration(number), replace(self.traffic)
 
     def _own_flaw(self, work: Delivery) -> Tensor | int:

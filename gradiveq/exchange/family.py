@@ -40,6 +40,8 @@ class Family(ABC):
     vote = False
     #: Windows and decisions so far, for `Aggregator.window_log`.
     log: Sequence[dict[str, Any]] = ()
+    #: Names of the layers that what follows an iteration is of, for errors.
+    fitted: Sequence[str] = ()
 
     def __init__(self, feedback: ErrorFeedback | None = None) -> None:
         self.memory = ErrorMemory(feedback)

@@ -73,6 +73,7 @@ class Windows(Family):
         for layer in layers:  # each has its place in a sample
             self._layers[layer.name] = replace(layer, start=start, stride=None)
             start += layer.length
+        self.fitted = tuple(self._layers)
         self._sample = np.zeros(start, np.float32)
         self._slice_sizes = slice_sizes(layers, method.slice_size)
         self._new_sampler().check(method.most_samples)
