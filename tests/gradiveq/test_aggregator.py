@@ -31,7 +31,7 @@ from tests.support.aggregators import (
     subspace,
     train,
 )
-from tests.support.workers_here import contents
+from tests.support.states import contents
 
 CONVOLUTIONS = {"0.weight": (12, 9), "2.weight": (24, 9)}  # slice size, slices
 UNCOMPRESSED = 4 + 4 + 6 + 5 * 6 + 5

@@ -182,7 +182,7 @@ def test_compiled_for_cards_that_are_not_here(mpirun: Launch) -> None:
     os.environ["TRITON_INTERPRET"] = "0"
     import triton
     from triton.backends.compiler import GPUTarget
-    from gradiveq import qsgd_triton
+    from gradiveq.over_ring import qsgd_triton
 
     recode = {"incoming": "*i32", "values": "*fp32", "outgoing": "*i32", "base": "i64", "length": "i64"}
     decode = {"incoming": "*i32", "values": "*fp32", "length": "i64", "divisor": "fp32"}

@@ -25,7 +25,8 @@ from gradiveq.exchange.family import check_shapes
 from gradiveq.exchange.message import LENGTH_BYTES, pack, unpack
 from gradiveq.exchange.parts import Part, check_parts, group_parts, layer_parts, model_parts
 from gradiveq.flatten import Layout
-from tests.support.workers_here import WorkersHere, contents
+from tests.support.states import contents
+from tests.support.workers_here import WorkersHere
 
 Vector = npt.NDArray[np.float32]
 LENGTH, WORKERS, STEPS = 40, 3, 12

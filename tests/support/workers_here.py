@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from gradiveq.compressors import Compressor
 from gradiveq.exchange.compressed import Compression
@@ -67,12 +66,3 @@ class WorkersHere(Here):
         _, asked, _ = self.begun(rank, gradient, number, lr)
         self.families[rank].skip()
         return asked.requests[1].message  # type: ignore[union-attr]
-
-
-def contents(state: Any) -> Any:
-    """A state as something that can be compared: tensors as their type, shape and bytes."""
-    if isinstance(state, torch.Tensor):
-        return str(state.dtype), tuple(state.shape), state.numpy().tobytes()
-    if isinstance(state, dict):
-        return {key: contents(value) for key, value in state.items()}
-    return [contents(value) for value in state] if isinstance(state, list | tuple) else state

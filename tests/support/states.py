@@ -1,0 +1,16 @@
+"""Comparison of what `state_dict` gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def contents(state: Any) -> Any:
+    """A state as something that can be compared: tensors as their type, shape and bytes."""
+    if isinstance(state, torch.Tensor):
+        return str(state.dtype), tuple(state.shape), state.detach().numpy().tobytes()
+    if isinstance(state, dict):
+        return {key: contents(value) for key, value in state.items()}
+    return [contents(value) for value in state] if isinstance(state, list | tuple) else state
