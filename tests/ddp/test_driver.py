@@ -54,7 +54,8 @@ def test_what_an_iteration_holds_is_let_go(spec: str, on_device: bool, size: int
     try:
         for iteration in range(2):
             works = ranks.exchange(iteration, [torch.ones(bucket.length) for _ in range(size)])
-            tensors = [one for work in works for one in tensors_in(work.kept)]
+            remembered = {id(q) for family in ranks.families if isinstance(family, LowRank) for q in family._q.values()}
+            tensors = [one for work in works for one in tensors_in(work.kept) if id(one) not in remembered]
             assert tensors
             seen = [weakref.ref(work) for work in works] + [weakref.ref(one) for one in tensors]
             del works, tensors
@@ -288,10 +289,11 @@ def test_an_iteration_that_is_skipped_leaves_no_trace(compress: Any) -> None:
     for at in (1, 3, 4, 5, 6, 9):
         for name in ("conv.weight", "fc.bias"):
             other_grads, other_memory, other_losses = run_spoilt(method, at, name)
-            assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True)), (at, name)
+            assert losses == other_losses, (at, name)
+            off = [float((a - b).abs().max()) for a, b in zip(grads, other_grads, strict=True)]
+            assert not any(off), (at, name, off)
             assert memory.keys() == other_memory.keys()
             assert all(torch.equal(memory[key], other_memory[key]) for key in memory), (at, name)
-            assert losses == other_losses
 
 
 def run_spoilt(
