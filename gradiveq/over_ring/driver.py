@@ -18,7 +18,8 @@ first message, and end the exchange.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import accumulate
@@ -268,8 +269,10 @@ class RingDriver:
     def _gather(self, message: Array, lengths: Sequence[int], now: Iteration, purpose: Purpose) -> list[Array]:
         """Every worker's message, by rank."""
         begin = now.clock()
-        timeline = None if purpose == "measure" else self.timeline
-        messages, stats = gather_messages(self.ring, message, lengths, chunk_bytes=self.chunk_bytes, timeline=timeline)
+        with self._traced(now, purpose) as timeline:
+            messages, stats = gather_messages(
+                self.ring, message, lengths, chunk_bytes=self.chunk_bytes, timeline=timeline
+            )
         if purpose == "fit":
             now.fit_s += now.clock() - begin
         self._count(stats, now, purpose)
@@ -283,13 +286,21 @@ class RingDriver:
     def _carry_out(
         self, collective: Callable[..., Stats], vector: Array, now: Iteration, purpose: Purpose, **options: Any
     ) -> None:
-        timeline = None if purpose == "measure" else self.timeline
         begin = now.clock()
-        with overflows_allowed():
+        with self._traced(now, purpose) as timeline, overflows_allowed():
             stats = collective(vector, chunk_bytes=self.chunk_bytes, timeline=timeline, **options)
         if purpose == "fit":
             now.fit_s += now.clock() - begin
         self._count(stats, now, purpose)
+
+    @contextmanager
+    def _traced(self, now: Iteration, purpose: Purpose) -> Iterator[Timeline | None]:
+        """What a collective writes its times to; all of a measurement's are one span, "measure"."""
+        if purpose != "measure":
+            yield self.timeline
+            return
+        with now.span("measure"):
+            yield None
 
     @staticmethod
     def _count(stats: Stats, now: Iteration, purpose: Purpose) -> None:

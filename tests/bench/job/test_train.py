@@ -343,8 +343,8 @@ def test_this_machines_clock_stands_still_while_the_cluster_is_emulated(
         return [job.step()[0]["iteration_s"] for _ in range(2)]
 
     for times in run(2, work):
-        # Two collectives, with a look before and behind each of two parts.
-        assert times == ([pytest.approx(-4e6, rel=1e-3)] * 2 if not trace else [pytest.approx(0, abs=1e3)] * 2)
+        # Two collectives, with a look before and behind the emulation of each.
+        assert times == ([pytest.approx(-2e6, rel=1e-3)] * 2 if not trace else [pytest.approx(0, abs=1e3)] * 2)
 
 
 def test_methods_begin_with_the_same_weights_and_data(dataset: Dataset) -> None:

@@ -176,13 +176,13 @@ def test_the_aggregator_with_data_takes_as_long(method: Plain | QSGDRing, phase:
 def test_gradiveqs_compressed_all_reduce_with_data_takes_as_long(vector: Gradient) -> None:
     """Of the paper's model, with bases of random numbers: the clock doesn't depend on them."""
     cluster, config = clusters.load(CPU), PCAConfig(ratio=8)
-    numbers, bases = np.random.default_rng(0), []
+    numbers, bases = np.random.default_rng(0), {}
     for name, k in slice_sizes(vector.blocks).items():
         length = next(block.length for block in vector.blocks if block.name == name)
         d = config.wanted_components(k)
         assert d is not None
         basis = Basis(numbers.standard_normal((d, k), np.float32), np.ones(d, np.float32), float(d))
-        bases.append(LayerBasis(name, length, k, np.zeros(length, np.float32), groups(name, length, k), (basis,)))
+        bases[name] = LayerBasis(name, length, k, np.zeros(length, np.float32), groups(name, length, k), (basis,))
 
     def work(inner: lockstep.LockstepRing) -> float:
         ring = VirtualRing(inner, cluster, processor_time=lambda: 0.0)

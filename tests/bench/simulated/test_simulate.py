@@ -293,7 +293,7 @@ def test_measures_are_means_over_the_workers_and_totals_go_on():
     totals = np.cumsum(every["steps"]["error"])
     np.testing.assert_allclose(every["steps"]["total_error"], totals, rtol=1e-6)
     np.testing.assert_allclose(result["steps"]["total_error"], totals[1::2], rtol=1e-6)
-    assert np.mean([worker.measures.error for worker in aggregation.workers]) == every["steps"]["error"][-1]
+    assert np.mean([one.error for one in aggregation.here.measures]) == every["steps"]["error"][-1]
 
 
 def test_noise_is_recorded_every_step_once_a_block_has_ended():
