@@ -16,9 +16,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from gradiveq.exchange.error_memory import ErrorFeedback, ErrorMemory, Memories
@@ -134,3 +136,24 @@ def check_shapes(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
                     "nothing here" if dims is None else f"of shape ({', '.join([*map(str, dims), *['any'] * free])})"
                 )
                 raise ValueError(f"the state's {what} of {name} must be {shape}, got {found}")
+
+
+def as_tensors(state: Any) -> Any:
+    """A state with tensors in place of NumPy arrays, of memory of their own."""
+    return _converted(state, np.ndarray, lambda array: torch.from_numpy(array.copy()))
+
+
+def as_arrays(state: Any) -> Any:
+    """A state with NumPy arrays in place of tensors, of the same memory."""
+    return _converted(state, Tensor, lambda tensor: tensor.numpy())
+
+
+def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    """The same dicts and lists with each leaf of one type converted."""
+    if isinstance(tree, kind):
+        return convert(tree)
+    if isinstance(tree, Mapping):
+        return {key: _converted(value, kind, convert) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_converted(value, kind, convert) for value in tree]
+    return tree

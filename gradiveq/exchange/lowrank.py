@@ -70,6 +70,7 @@ class LowRank(Family):
     Attributes:
         ranks: r of layers by name, in place of the method's; may be replaced between calls, on every worker alike.
             Where a rank grows, Q keeps its columns and gets new, random ones; where it falls, Q keeps its first ones.
+            No part of the state: whoever replaces them does so again after a state was loaded.
     """
 
     def __init__(self, method: PowerSGD, *, seed: int = 0) -> None:
@@ -171,11 +172,7 @@ class LowRank(Family):
         super().skip()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "q": {name: q.cpu().clone() for name, q in self._q.items()},
-            "ranks": dict(self.ranks),
-        }
+        return {**super().state_dict(), "q": {name: q.cpu().clone() for name, q in self._q.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
@@ -188,4 +185,4 @@ class LowRank(Family):
 
     def _load_q(self, state: Mapping[str, Any]) -> None:
         self._q = {name: torch.as_tensor(q).clone() for name, q in state["q"].items()}
-        self.ranks, self._next_q = dict(state["ranks"]), {}
+        self._next_q = {}

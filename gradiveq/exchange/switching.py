@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from gradiveq.exchange.compressed import Compression
 from gradiveq.exchange.critical_regimes import CriticalRegimes
-from gradiveq.exchange.family import Family
+from gradiveq.exchange.family import Family, as_arrays, as_tensors
 from gradiveq.exchange.lowrank import LowRank
 from gradiveq.exchange.parts import Part
 from gradiveq.exchange.requests import Call, Exchange, Iteration, Round, Sum
@@ -82,12 +81,11 @@ class Switching(_Wrapping):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        regimes = self.regimes.state_dict()
-        return {"inner": self.inner.state_dict(), "regimes": {**regimes, "sum": torch.from_numpy(regimes["sum"])}}
+        return {"inner": self.inner.state_dict(), "regimes": as_tensors(self.regimes.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.inner.load_state_dict(state["inner"])
-        self.regimes.load_state_dict({**state["regimes"], "sum": state["regimes"]["sum"].numpy()})
+        self.regimes.load_state_dict(as_arrays(state["regimes"]))
         self.log = self.regimes.log
 
 
@@ -179,7 +177,7 @@ class AutomaticThreshold(_Wrapping):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "window": None if self._window is None else self._window.state_dict(),
+            "window": None if self._window is None else as_tensors(self._window.state_dict()),
             "inner": None if self.inner is None else self.inner.state_dict(),
             "log": copy.deepcopy(self._log),
         }
@@ -189,7 +187,7 @@ class AutomaticThreshold(_Wrapping):
         if state["inner"] is None:
             self.inner = None
             self._window = NoiseWindow(self.length, self.size, self.method.warmup)
-            self._window.load_state_dict(state["window"])
+            self._window.load_state_dict(as_arrays(state["window"]))
             return
         self._use(self._log[-1]["threshold"])
         assert self.inner is not None

@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gradiveq.device.host_copy import HostCopy
 from gradiveq.exchange.error_memory import ErrorFeedback, Memories
-from gradiveq.exchange.family import Family
+from gradiveq.exchange.family import Family, as_arrays, as_tensors
 from gradiveq.exchange.requests import Call, Compare, Exchange, Gather, Iteration, Round, Sum
 from gradiveq.flatten import Block, slice_sizes
 from gradiveq.methods import GradiVeQ, Plain
@@ -269,8 +268,7 @@ class Windows(Family):
             "iteration": self._iteration,
             "bases": [basis_state(basis) for basis in self._bases],
         }
-        tensors: dict[str, Any] = _converted(state, np.ndarray, lambda array: torch.from_numpy(array.copy()))
-        return {**super().state_dict(), **tensors}
+        return {**super().state_dict(), **as_tensors(state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
@@ -278,7 +276,7 @@ class Windows(Family):
         self._fit_due, self._iteration = state["fit_due"], state["iteration"]
         if state["sampler"] is not None:
             self._sampler = self._new_sampler()
-            self._sampler.load_state_dict(_arrays(state["sampler"]))
+            self._sampler.load_state_dict(as_arrays(state["sampler"]))
 
     def load_others(self, states: Sequence[Mapping[str, Any]], memories: Memories, rank: int, size: int) -> None:
         """µ and the bases are of the mean gradient. Samples are divided among the ranks: sampling begins anew."""
@@ -289,7 +287,7 @@ class Windows(Family):
     def _load_common(self, state: Mapping[str, Any]) -> None:
         self._fit_due, self._sampler = False, None
         self._window_log.load_state_dict(state["windows"])
-        bases = [basis_from(_arrays(part)) for part in state["bases"]]
+        bases = [basis_from(as_arrays(part)) for part in state["bases"]]
         for basis in bases:
             if basis.name not in self._layers or basis.length != self._layers[basis.name].length:
                 raise ValueError(
@@ -298,19 +296,3 @@ class Windows(Family):
         self._bases, self._in_use = [], None
         if bases:
             self._use(bases)
-
-
-def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
-    """The same dicts and lists with each leaf of one type converted."""
-    if isinstance(tree, kind):
-        return convert(tree)
-    if isinstance(tree, Mapping):
-        return {key: _converted(value, kind, convert) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_converted(value, kind, convert) for value in tree]
-    return tree
-
-
-def _arrays(tree: Any) -> Any:
-    """The state with NumPy arrays in place of tensors."""
-    return _converted(tree, Tensor, lambda tensor: tensor.numpy())

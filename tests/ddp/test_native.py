@@ -229,7 +229,7 @@ def test_powersgd_says_what_overflows() -> None:
         bucket = Ranks([LowRank(PowerSGD(2), seed=4) for _ in range(2)], MATRICES, [there] * 2)
         block = MATRICES.blocks[2]
         for family in bucket.families:
-            family.load_state_dict(with_memory({block.name: torch.full(block.shape, 3e38)}, q={}, ranks={}))
+            family.load_state_dict(with_memory({block.name: torch.full(block.shape, 3e38)}, q={}))
         gradients = [torch.ones(MATRICES.length) for _ in range(2)]
         gradients[1][block.start] = 3e38
         for work in bucket.exchange(0, gradients, count=False):
