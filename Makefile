@@ -17,7 +17,7 @@ JOB := $(MPIRUN) -n $(NP) $(BIN)/python -m bench.resnet32_cifar100
 
 DATA ?=
 
-.PHONY: run methods timing scaling advise advise-validation layerwise hard-threshold ddp throughput figures calibrate validate busbw shaped-busbw cifar100 test check lint docs setup clean
+.PHONY: run methods timing scaling advise advise-validation layerwise hard-threshold ddp throughput figures calibrate validate busbw shaped-busbw cifar100 test check golden lint docs setup clean
 
 run: setup
 	$(JOB) $(ARGS)
@@ -104,6 +104,10 @@ test: setup
 # The tests of pure functions and of workers that are threads: none that starts processes or trains for long.
 check: lint
 	$(PYTEST) $(IN_WORKERS) -m "not slow"
+
+# What every method gives on every driver, against the record in tests/golden/.
+golden: setup
+	$(BIN)/python -m tests.golden.record --compare
 
 lint: setup
 	$(BIN)/ruff check .

@@ -37,7 +37,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 from scipy.special import stdtrit
 
 from gradiveq.compressors.base import Float32
@@ -245,6 +244,8 @@ def _regress(gradients: Float64, noises: Float64) -> tuple[float, float, float |
     if len(noises) < 3 or scatter == 0.0:
         return flat
     scale = float(np.abs(gradients).max())  # so that columns are of one size
+    from scipy.optimize import nnls  # whose import takes longer than this package's
+
     solution, _ = nnls(np.stack([gradients / scale, np.ones_like(gradients)], axis=1), noises)
     slope = float(np.dot(spread, noises)) / scatter
     residuals = noises - noises.mean() - slope * spread

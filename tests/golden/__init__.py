@@ -5,5 +5,5 @@
     ... --driver hook --only 'topk.*ef'              a part of it
 
 Gradients come from a counter-based generator and from no network, so that they are the same on every processor.
-`test_golden.py` and `test_golden_hook.py` compare each case.
+`test_golden.py` and `test_golden_hook.py` compare every third case of the long drivers, `make golden` all.
 """

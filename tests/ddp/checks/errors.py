@@ -205,8 +205,8 @@ def checkpoints_of_something_else() -> None:
         fresh.load_state_dict([])
     with raises(ValueError, "this is rank"):
         fresh.load_state_dict({**saved, "rank": (rank() + 1) % size()})
-    with raises(ValueError, "one of 3 workers" if size() != 3 else "one of 4 workers", "'sum'", "'drop'"):
-        fresh.load_state_dict({**saved, "size": 3})
+    with raises(ValueError, f"one of {size() + 1} workers", "'sum'", "'drop'"):
+        fresh.load_state_dict({**saved, "size": size() + 1})
     with raises(ValueError, "must be of ranks 0 ... 2"):
         fresh.load_state_dict([{**saved, "size": 3, "rank": 0}], memories="sum")
     with raises(ValueError, "different iterations"):

@@ -411,8 +411,8 @@ for _name, _method in STATEFUL.items():
 
 @check
 def another_number_of_workers() -> None:
-    """All ranks' states go to half of the workers, and from there to all again."""
-    members = list(range(size() // 2))
+    """All ranks' states go to half of the workers, rounded up."""
+    members = list(range((size() + 1) // 2))
     half = dist.new_group(members)
     try:
         for method in (REMEMBERING, PowerSGD(2), windows(), windows(sample=50), windows(error_feedback=True)):
