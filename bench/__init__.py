@@ -22,7 +22,8 @@ There are four training loops, as there are four kinds of workers. An experiment
 
     bench.simulated.logistic   a convex problem to a known optimum, with 20 to 100 workers and 10⁵ iterations
     bench.simulated.training   accuracy of a network, in which only the mean gradient depends on the number of workers:
-                               one replica in one process, no ring and no clock. `layerwise`, `hard_threshold`
+                               one replica in one process, no ring and no clock. `layerwise`, `hard_threshold`.
+                               Workers of any method are a `gradiveq.here.Here` of families (`make_family`)
     bench.job.train            times and bytes on the ring, by this machine's clock and an emulated cluster's; each
                                worker is a process of MPI or a thread. `resnet32_cifar100`, `record_gradients`, `gantt`
     bench.hooks.runs           DistributedDataParallel with a communication hook, by its own clock, under torchrun.

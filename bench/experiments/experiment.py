@@ -8,7 +8,8 @@
         *.png
 
 A package of an experiment fills in an `Experiment` (`command`), with what is run at which size (`sizes`), one run
-(`runs`), what is found (`findings`) and the drawings (`figures`).
+(`runs`), what is found (`findings`) and the drawings (`figures`). Its `command` has `main` and `redraw`, those of the
+`Experiment`; `bench.figures.EXPERIMENTS` says which record it draws.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Experiment:
         specs: the grid of runs, by name.
         run: one of them; a module's function, as spawned processes have to find it.
         condense: what is kept of a run's result for findings, table and figures.
-        judge: the findings.
+        judge: the findings; none if there is no paper to judge by.
         report: table.md.
         draw: each figure by the name of its file.
         summary: what the JSON file has beside the environment and the findings, of the runs as they were recorded.
