@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -166,7 +167,8 @@ class State:
         self._compared = False
         # The iteration under way. Callbacks come on threads of the backend's.
         self._lock = threading.Lock()
-        self._flights: list[Flight] = []
+        self._flights: list[Flight] = []  # whose last round hasn't begun
+        self._flown: list[Flight] = []  # all
         self._begun = self._landed = 0
         self._all_begun = self._settled = True
         self._spoilt = False
@@ -223,6 +225,7 @@ class State:
             self._all_begun = bucket.is_last()
         flight = Flight(carrying, work, self._judge)
         self._flights = [*earlier, flight]
+        self._flown.append(flight)
         for one in earlier:
             one.advance()
         if bucket.is_last():
@@ -274,12 +277,11 @@ class State:
 
     def _begin(self) -> None:
         """A new iteration; collective."""
-        self._read()
-        self._settle()
+        self._close()
         if not self._compared:
             self._compare(self.iteration)
         number, self.iteration = self.iteration, self.iteration + 1
-        self._flights, self._works = [], []
+        self._flights, self._flown, self._works = [], [], []
         self._begun = self._landed = 0
         self._all_begun = self._settled = self._spoilt = False
         self._scale = None if self._loss_scale is None else self._loss_scale()
@@ -374,6 +376,19 @@ class State:
             return self._fatal
         return NonFiniteGradient(f"in iteration {iteration} {where}") if self.nonfinite == "fail" else None
 
+    def _close(self) -> None:
+        """The iteration is over for whoever trains. After an error DDP doesn't wait for the buckets behind it.
+
+        Raises: as `_find_flaws` says, of what was noted on a GPU.
+        """
+        if not self._settled:
+            for flight in self._flown:
+                if flight.launched:
+                    with suppress(Exception):  # which DDP has raised, or an earlier bucket's
+                        flight.wait()
+        self._read()
+        self._settle()
+
     def _settle(self) -> None:
         """The iteration is over, if all buckets are through."""
         with self._lock:
@@ -411,8 +426,7 @@ class State:
         Dicts and lists of tensors on the CPU, numbers, strings and None, copied: `torch.load` takes them with
         weights_only=True.
         """
-        self._read()
-        self._settle()
+        self._close()
         self._following.wait()
         return {
             "identity": dict(self._identity),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import gradiveq.ddp as ddp
 from gradiveq import GradiVeQ
-from gradiveq.ddp.driver import Delivery
+from gradiveq.ddp.driver import Delivery, Flight
 from gradiveq.device.kernels import DeviceKernels
 from gradiveq.exchange.families import make_family
 from gradiveq.exchange.family import Family
@@ -294,6 +295,35 @@ def test_an_iteration_that_is_skipped_leaves_no_trace(compress: Any) -> None:
             assert not any(off), (at, name, off)
             assert memory.keys() == other_memory.keys()
             assert all(torch.equal(memory[key], other_memory[key]) for key in memory), (at, name)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("at", [3, 5, 9])
+def test_buckets_that_come_after_the_error_leave_no_trace(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP raises a bucket's error without waiting for those behind it; whoever goes on meets them here."""
+    grads, memory, losses = run_spoilt(REMEMBERING, None)
+    finish, follow, late, next_one = Flight._finish, Flight._follow, [], threading.Event()
+
+    def later(flight: Flight, futures: Any) -> None:
+        if flight.delivery.now.number == at and flight.delivery.index > 0:
+            next_one.wait(0.2)
+            late.append(flight.delivery.index)
+        elif flight.delivery.now.number == at + 1:
+            time.sleep(0.02 * flight.delivery.index)
+        finish(flight, futures)
+
+    def begun(flight: Flight, futures: Any, index: int) -> None:
+        if flight.delivery.now.number == at + 1:
+            next_one.set()
+        follow(flight, futures, index)
+
+    monkeypatch.setattr(Flight, "_finish", later)
+    monkeypatch.setattr(Flight, "_follow", begun)
+    other_grads, other_memory, other_losses = run_spoilt(REMEMBERING, at, "fc.bias")
+    assert late
+    assert losses == other_losses
+    assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
+    assert all(torch.equal(memory[key], other_memory[key]) for key in memory)
 
 
 def run_spoilt(
