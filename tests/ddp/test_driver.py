@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import gradiveq.ddp as ddp
 from gradiveq import GradiVeQ
-from gradiveq.ddp.driver import Delivery, Flight
+from gradiveq.ddp.driver import Delivery
 from gradiveq.device.kernels import DeviceKernels
 from gradiveq.exchange.families import make_family
 from gradiveq.exchange.family import Family
@@ -302,25 +302,31 @@ def test_an_iteration_that_is_skipped_leaves_no_trace(compress: Any) -> None:
 def test_buckets_that_come_after_the_error_leave_no_trace(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """DDP raises a bucket's error without waiting for those behind it; whoever goes on meets them here."""
     grads, memory, losses = run_spoilt(REMEMBERING, None)
-    finish, follow, late, next_one = Flight._finish, Flight._follow, [], threading.Event()
+    all_reduce, next_one, late = Delivery.all_reduce, threading.Event(), []
 
-    def later(flight: Flight, futures: Any) -> None:
-        if flight.delivery.now.number == at and flight.delivery.index > 0:
-            next_one.wait(0.2)
-            late.append(flight.delivery.index)
-        elif flight.delivery.now.number == at + 1:
-            time.sleep(0.02 * flight.delivery.index)
-        finish(flight, futures)
-
-    def begun(flight: Flight, futures: Any, index: int) -> None:
-        if flight.delivery.now.number == at + 1:
+    def slow(delivery: Delivery, message: Tensor) -> Any:
+        future, done, index = all_reduce(delivery, message), torch.futures.Future(), delivery.index
+        number = delivery.now.number
+        if number not in (at, at + 1) or (number == at and index == 0):
+            return future
+        if number == at + 1:
             next_one.set()
-        follow(flight, futures, index)
 
-    monkeypatch.setattr(Flight, "_finish", later)
-    monkeypatch.setattr(Flight, "_follow", begun)
+        def finish() -> None:
+            value = future.wait()
+            if number == at:
+                late.append(not next_one.wait(0.2))
+            else:
+                time.sleep(0.03 + 0.1 * index)
+            done.set_result(value)
+
+        threading.Thread(target=finish).start()
+        return done
+
+    monkeypatch.setattr(Delivery, "all_reduce", slow)
     other_grads, other_memory, other_losses = run_spoilt(REMEMBERING, at, "fc.bias")
     assert late
+    assert all(late)
     assert losses == other_losses
     assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
     assert all(torch.equal(memory[key], other_memory[key]) for key in memory)
