@@ -121,6 +121,11 @@ def with_memory(memory: dict[str, Tensor], **others: Any) -> dict[str, Any]:
     return {"memory": memory, "momentum": None, "total_error": 0.0, **others}
 
 
+def test_every_torch_form_is_here() -> None:
+    forms = {name for name, kind in COMPRESSORS.items() if kind().on_device}
+    assert forms == {compressor_of(spec).name for spec in SPECS}
+
+
 @pytest.mark.parametrize("method", list(METHODS.values()), ids=list(METHODS))
 def test_exchanges_are_the_same_bits(method: Compressed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Means, codes and memories of 3 ranks: all on the host, all by torch operations, and one beside the others.
