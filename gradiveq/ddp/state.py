@@ -167,8 +167,7 @@ class State:
         self._compared = False
         # The iteration under way. Callbacks come on threads of the backend's.
         self._lock = threading.Lock()
-        self._flights: list[Flight] = []  # whose last round hasn't begun
-        self._flown: list[Flight] = []  # all
+        self._flights: list[Flight] = []
         self._begun = self._landed = 0
         self._all_begun = self._settled = True
         self._spoilt = False
@@ -219,20 +218,18 @@ class State:
             self.traffic.dense += buffer.nbytes
         compressed = number >= self.start_iteration and work.compressible
         carrying = carried(self._family, work) if compressed else uncompressed(work)
-        earlier = [flight for flight in self._flights if not flight.launched]
         with self._lock:
             self._begun += 1
             self._all_begun = bucket.is_last()
         flight = Flight(carrying, work, self._judge)
-        self._flights = [*earlier, flight]
-        self._flown.append(flight)
+        earlier = list(self._flights)
+        self._flights.append(flight)
         for one in earlier:
             one.advance()
         if bucket.is_last():
             for one in self._flights:
                 while not one.launched:
                     one.advance()
-            self._flights = []
         if self._fatal is not None:
             raise self._fatal
         if flaws.is_hard(own_flaw):
@@ -281,7 +278,7 @@ class State:
         if not self._compared:
             self._compare(self.iteration)
         number, self.iteration = self.iteration, self.iteration + 1
-        self._flights, self._flown, self._works = [], [], []
+        self._flights, self._works = [], []
         self._begun = self._landed = 0
         self._all_begun = self._settled = self._spoilt = False
         self._scale = None if self._loss_scale is None else self._loss_scale()
@@ -381,8 +378,8 @@ class State:
 
         Raises: as `_find_flaws` says, of what was noted on a GPU.
         """
-        if not self._settled:
-            for flight in self._flown:
+        if self._landed < self._begun:
+            for flight in self._flights:
                 if flight.launched:
                     with suppress(Exception):  # which DDP has raised, or an earlier bucket's
                         flight.wait()

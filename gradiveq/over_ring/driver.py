@@ -268,13 +268,10 @@ class RingDriver:
 
     def _gather(self, message: Array, lengths: Sequence[int], now: Iteration, purpose: Purpose) -> list[Array]:
         """Every worker's message, by rank."""
-        begin = now.clock()
         with self._traced(now, purpose) as timeline:
             messages, stats = gather_messages(
                 self.ring, message, lengths, chunk_bytes=self.chunk_bytes, timeline=timeline
             )
-        if purpose == "fit":
-            now.fit_s += now.clock() - begin
         self._count(stats, now, purpose)
         return messages
 
@@ -286,21 +283,21 @@ class RingDriver:
     def _carry_out(
         self, collective: Callable[..., Stats], vector: Array, now: Iteration, purpose: Purpose, **options: Any
     ) -> None:
-        begin = now.clock()
         with self._traced(now, purpose) as timeline, overflows_allowed():
             stats = collective(vector, chunk_bytes=self.chunk_bytes, timeline=timeline, **options)
-        if purpose == "fit":
-            now.fit_s += now.clock() - begin
         self._count(stats, now, purpose)
 
     @contextmanager
     def _traced(self, now: Iteration, purpose: Purpose) -> Iterator[Timeline | None]:
-        """What a collective writes its times to; all of a measurement's are one span, "measure"."""
-        if purpose != "measure":
+        """What a collective writes its times to; all of a measurement's are one span, a fit's are added up besides."""
+        begin = now.clock()
+        if purpose == "measure":
+            with now.span("measure"):
+                yield None
+        else:
             yield self.timeline
-            return
-        with now.span("measure"):
-            yield None
+        if purpose == "fit":
+            now.fit_s += now.clock() - begin
 
     @staticmethod
     def _count(stats: Stats, now: Iteration, purpose: Purpose) -> None:

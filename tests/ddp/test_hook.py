@@ -1,4 +1,4 @@
-"""The communication hook under torchrun, on 2 and 3 ranks over Gloo, and its parts that need no process group.
+"""The communication hook under torchrun, on 2 and 4 ranks over Gloo, and its parts that need no process group.
 
 Each number of ranks is one job in which all of `checks` follow each other; here each is a test.
 """
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 DEADLINE_S = 240
 
 
-@pytest.fixture(scope="session", params=[2, 3], ids=lambda ranks: f"{ranks} ranks")
+@pytest.fixture(scope="session", params=[2, 4], ids=lambda ranks: f"{ranks} ranks")
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What came of each check, and what the job printed."""
     folder = tmp_path_factory.mktemp("ddp")

@@ -31,7 +31,7 @@ from tests.support.aggregators import (
     subspace,
     train,
 )
-from tests.support.states import contents
+from tests.support.states import without_times
 
 CONVOLUTIONS = {"0.weight": (12, 9), "2.weight": (24, 9)}  # slice size, slices
 UNCOMPRESSED = 4 + 4 + 6 + 5 * 6 + 5
@@ -292,15 +292,6 @@ def test_resume_is_bitwise(method: Any) -> None:
                 )
                 assert one.losses == other.losses
             assert without_times(end) == without_times(their_end)
-
-
-def without_times(state: Any) -> Any:
-    """Comparable: tensors as their bits, and no wall-clock seconds."""
-    if isinstance(state, dict):
-        return {key: without_times(value) for key, value in state.items() if key != "fit_s"}
-    if isinstance(state, list):
-        return [without_times(value) for value in state]
-    return contents(state)
 
 
 def test_a_state_is_a_copy() -> None:
